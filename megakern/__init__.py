@@ -1,0 +1,32 @@
+"""megakern: transformer kernels and tensor-parallel GPT pretraining, from a laptop to a cluster.
+
+The names below are loaded on first use, so that `import megakern` takes no time and needs no GPU, compiler or Triton.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "ParallelContext": "parallel.context",
+    "layer_norm": "ops.norm",
+    "rms_norm": "ops.norm",
+    "use_backend": "ops.dispatch",
+    "explain": "ops.dispatch",
+}
+
+__all__ = ["__version__", *_WHERE]
+
+
+def __getattr__(name: str):
+    if name not in _WHERE:
+        raise AttributeError(f"module 'megakern' has no attribute {name!r}; it has {', '.join(sorted(_WHERE))}")
+    value = getattr(importlib.import_module(f"megakern.{_WHERE[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,90 @@
+"""Where this process stands in the mesh of processes. Passed in, never looked up globally."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+DIMS = ("pp", "dp", "cp", "tp")  # slowest to fastest: the ranks of one tp group are neighbours
+
+
+@dataclass(frozen=True)
+class ParallelContext:
+    """A `DeviceMesh` with dims (pp, dp, cp, tp), or no mesh at all for a single process.
+
+    At size 1 each collective is the identity, and parameters are plain tensors. Make one with `create` after
+    `torch.distributed.init_process_group`; `ParallelContext()` is the single process.
+    """
+
+    mesh: DeviceMesh | None = None
+
+    @classmethod
+    def create(
+        cls, *, tp: int = 1, dp: int | None = None, cp: int = 1, pp: int = 1, device_type: str = "cpu"
+    ) -> ParallelContext:
+        """A context over the whole world; `dp=None` takes what the other dims leave.
+
+        Raises ValueError when the sizes do not multiply to the world size.
+        """
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        rest = tp * cp * pp
+        if min(tp, cp, pp) < 1 or (dp is not None and dp < 1):
+            raise ValueError(f"parallel sizes must be 1 or more, got pp={pp} dp={dp} cp={cp} tp={tp}")
+        if world % rest or (dp is not None and rest * dp != world):
+            raise ValueError(
+                f"pp={pp} x dp={dp or 'rest'} x cp={cp} x tp={tp} does not give the {world} processes that were started; "
+                f"start {rest * (dp or 1)}, or change a size"
+            )
+        if world == 1:
+            return cls()
+        return cls(init_device_mesh(device_type, (pp, world // rest, cp, tp), mesh_dim_names=DIMS))
+
+    def size(self, dim: str) -> int:
+        return 1 if self.mesh is None else self.mesh[dim].size()
+
+    def rank(self, dim: str) -> int:
+        return 0 if self.mesh is None else self.mesh[dim].get_local_rank()
+
+    def group(self, dim: str) -> dist.ProcessGroup | None:
+        """The process group of `dim`, or None when it has one member (a collective over it is the identity)."""
+        return None if self.size(dim) == 1 else self.mesh[dim].get_group()
+
+    @property
+    def tp_size(self) -> int:
+        return self.size("tp")
+
+    @property
+    def tp_rank(self) -> int:
+        return self.rank("tp")
+
+    @property
+    def tp_group(self) -> dist.ProcessGroup | None:
+        return self.group("tp")
+
+    @property
+    def world_rank(self) -> int:
+        return 0 if self.mesh is None else dist.get_rank()
+
+    @property
+    def world_size(self) -> int:
+        return 1 if self.mesh is None else dist.get_world_size()
+
+    def shard(self, size: int, what: str, dim: str = "tp") -> int:
+        """`size / R`. Raises ValueError when R does not divide it."""
+        ranks = self.size(dim)
+        if size % ranks:
+            raise ValueError(f"{what} = {size} cannot be split over {dim} = {ranks}; choose a {dim} that divides it")
+        return size // ranks
+
+    def barrier(self) -> None:
+        if self.mesh is not None:
+            dist.barrier()
+
+    def device(self) -> torch.device:
+        """The device this process computes on: its local accelerator on a GPU mesh, else the CPU."""
+        if self.mesh is None or self.mesh.device_type == "cpu":
+            return torch.device("cpu")
+        return torch.device(self.mesh.device_type, torch.get_device_module(self.mesh.device_type).current_device())

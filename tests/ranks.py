@@ -1,0 +1,76 @@
+"""A pool of processes for tests that need several ranks: started once a session, given functions to run under gloo."""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import os
+import tempfile
+import traceback
+from datetime import timedelta
+
+WORLD = 4
+
+
+def _serve(rank: int, connection) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    while True:
+        task = connection.recv()
+        if task is None:
+            return
+        module, name, size, store, arguments = task
+        try:
+            dist.init_process_group(
+                "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=60)
+            )
+            try:
+                connection.send(("ok", getattr(importlib.import_module(module), name)(*arguments)))
+            finally:
+                dist.destroy_process_group()
+        except BaseException:
+            connection.send(("error", traceback.format_exc()))
+
+
+class RankPool:
+    """`run(function, size, *arguments)` -> [the result of each rank]. `function` is a module-level function."""
+
+    def __init__(self) -> None:
+        self._workers: list = []
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        for rank in range(WORLD):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, theirs), daemon=True)
+            process.start()
+            self._workers.append((process, ours))
+
+    def run(self, function, size: int, *arguments, timeout: float = 120.0) -> list:
+        if not self._workers:
+            self._start()
+        with tempfile.TemporaryDirectory() as folder:
+            for _, connection in self._workers[:size]:
+                connection.send((function.__module__, function.__name__, size, f"{folder}/store", arguments))
+            results = []
+            for rank, (process, connection) in enumerate(self._workers[:size]):
+                if not connection.poll(timeout):
+                    self.close()
+                    raise AssertionError(f"rank {rank} of {size} gave no answer in {timeout:.0f} s")
+                try:
+                    results.append(connection.recv())
+                except EOFError:
+                    self.close()
+                    raise AssertionError(f"rank {rank} of {size} died, exit code {process.exitcode}") from None
+        failures = [f"rank {rank}:\n{text}" for rank, (status, text) in enumerate(results) if status == "error"]
+        assert not failures, "\n".join(failures)
+        return [value for _, value in results]
+
+    def close(self) -> None:
+        for process, connection in self._workers:
+            connection.close()
+            process.kill()
+        self._workers = []
