@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import typing
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +23,10 @@ def require(condition: bool, message: str) -> None:
 def from_table(cls: type, table: dict[str, Any], source: str) -> Any:
     """Make the dataclass `cls` from a nested dict as TOML or JSON gives it.
 
-    Raises ConfigError that names `source` and the key: an unknown key (with the nearest known one), a wrong type, a bad value.
+    Raises ConfigError that names `source` and the key: an unknown key (with the nearest known one), a wrong type, a bad
+    value.
     """
-    _refuse_unknown(cls, table, source, "")
+    refuse_unknown(cls, table, source)
     try:
         return dacite.from_dict(cls, table, dacite.Config(strict=True, cast=[tuple], type_hooks={float: _number}))
     except dacite.MissingValueError as error:
@@ -40,27 +42,24 @@ def _number(value: Any) -> Any:
     return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-def _refuse_unknown(cls: type, table: dict[str, Any], source: str, prefix: str) -> None:
+def refuse_unknown(cls: type, table: dict[str, Any], source: str, prefix: str = "") -> None:
+    """Raises ConfigError for the first key of `table` that `cls` does not have, with the nearest one it has."""
     fields = {field.name: field for field in dataclasses.fields(cls)}
     sections = dacite_sections(cls)
     for key, value in table.items():
         if key not in fields:
-            known = known_keys(cls, prefix)
-            near = difflib.get_close_matches(prefix + key, known, n=1, cutoff=0.5) or difflib.get_close_matches(
-                key, [name.rsplit(".", 1)[-1] for name in known], n=1, cutoff=0.5
-            )
-            hint = f"; did you mean {near[0]!r}?" if near else f"; known here: {', '.join(sorted(fields))}"
+            leaves = {name.rsplit(".", 1)[-1]: name for name in reversed(known_keys(cls, prefix))}  # outer ones win
+            near = difflib.get_close_matches(key, leaves, n=1, cutoff=0.5)
+            hint = f"; did you mean {leaves[near[0]]!r}?" if near else f"; known here: {', '.join(sorted(fields))}"
             raise ConfigError(f"{source}: unknown key {prefix + key!r}{hint}")
         if key in sections:
             if not isinstance(value, dict):
                 raise ConfigError(f"{source}: {prefix + key} must be a table, got {value!r}")
-            _refuse_unknown(sections[key], value, source, f"{prefix}{key}.")
+            refuse_unknown(sections[key], value, source, f"{prefix}{key}.")
 
 
 def dacite_sections(cls: type) -> dict[str, type]:
     """The fields of `cls` that are dataclasses themselves (also `Section | None`), by name."""
-    import typing
-
     sections = {}
     for name, hint in typing.get_type_hints(cls).items():
         for candidate in (hint, *typing.get_args(hint)):
@@ -108,7 +107,8 @@ class RopeScaling:
         )
         require(
             0 < self.low_freq_factor < self.high_freq_factor,
-            f"rope_scaling needs 0 < low_freq_factor < high_freq_factor, got {self.low_freq_factor}, {self.high_freq_factor}",
+            f"rope_scaling needs 0 < low_freq_factor < high_freq_factor, "
+            f"got {self.low_freq_factor}, {self.high_freq_factor}",
         )
 
 
@@ -148,6 +148,8 @@ class GPTConfig:
     """Stretching of rope for longer texts."""
     bias: bool = True
     """Biases in linear layers and layer norms."""
+    qkv_bias: bool | None = None
+    """A bias of queries, keys and values alone (Qwen2). None: as `bias`."""
     qk_norm: bool = False
     """An RMSNorm of each query and key head before rope."""
     tied_embeddings: bool = True
@@ -157,7 +159,7 @@ class GPTConfig:
     dropout: float = 0.0
     """Probability of zeroing, in [0, 1): embedding, attention probabilities, and each branch's output."""
     window: int | None = None
-    """Attention reaches this many tokens back. None: to the start."""
+    """A token attends to itself and this many tokens before it. None: to the start."""
     init_std: float = 0.02
     """Standard deviation of the initial weights; output projections have init_std / sqrt(2 layers)."""
 
@@ -169,7 +171,8 @@ class GPTConfig:
             require(value is None or value >= 1, f"model.{name} must be 1 or more, got {value}")
         require(
             self.head_dim is not None or self.width % self.heads == 0,
-            f"model.width = {self.width} is not divisible by model.heads = {self.heads}; change one, or set model.head_dim",
+            f"model.width = {self.width} is not divisible by model.heads = {self.heads}; "
+            f"change one, or set model.head_dim",
         )
         require(
             self.heads % self.key_value_heads == 0,

@@ -1,4 +1,5 @@
-"""How tests compare: our error against float64 must be at most twice the error of same-precision PyTorch, plus a floor."""
+"""How tests compare: our error against float64 must be at most twice the error of same-precision PyTorch, plus a
+floor."""
 
 from __future__ import annotations
 

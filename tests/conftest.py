@@ -20,3 +20,17 @@ def ranks():
     pool = RankPool()
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory):
+    """A prepared folder of 60 small documents under the byte tokenizer (vocabulary 257)."""
+    from megakern.data.prepare import prepare
+
+    folder = tmp_path_factory.mktemp("tiny")
+    corpus = folder / "corpus"
+    corpus.mkdir()
+    for i in range(60):
+        (corpus / f"{i:02d}.py").write_text("".join(f"def f{j}(x):\n    return x * {j} + {i}\n" for j in range(5 + i % 7)))
+    prepare([corpus], folder / "data", tokenizer="bytes", validation_fraction=0.1, progress=False)
+    return folder / "data"

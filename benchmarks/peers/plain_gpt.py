@@ -1,8 +1,8 @@
 """A plain PyTorch GPT-2 trained the way nanoGPT trains by default on a CPU: the named peer of bench_train.
 
-Pre-norm blocks, one fused QKV Linear, `scaled_dot_product_attention`, exact GELU, no bias options, tied head, fp32, eager,
-`torch.optim.AdamW` over two weight-decay groups, gradient clipping at 1.0: what `karpathy/nanoGPT` does with its default
-settings on a machine without a GPU. Written from that description, for timing and for equal-loss checks only.
+Pre-norm blocks, one fused QKV Linear, `scaled_dot_product_attention`, exact GELU, no bias options, tied head, fp32,
+eager, `torch.optim.AdamW` over two weight-decay groups, gradient clipping at 1.0: what `karpathy/nanoGPT` does with its
+default settings on a machine without a GPU. Written from that description, for timing and for equal-loss checks only.
 """
 
 from __future__ import annotations

@@ -35,8 +35,8 @@ class ParallelContext:
             raise ValueError(f"parallel sizes must be 1 or more, got pp={pp} dp={dp} cp={cp} tp={tp}")
         if world % rest or (dp is not None and rest * dp != world):
             raise ValueError(
-                f"pp={pp} x dp={dp or 'rest'} x cp={cp} x tp={tp} does not give the {world} processes that were started; "
-                f"start {rest * (dp or 1)}, or change a size"
+                f"pp={pp} x dp={dp or 'rest'} x cp={cp} x tp={tp} does not give the {world} processes "
+                f"that were started; start {rest * (dp or 1)}, or change a size"
             )
         if world == 1:
             return cls()

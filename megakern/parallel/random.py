@@ -1,8 +1,8 @@
 """Random numbers that do not depend on the layout: pure functions of (seed, name or site, logical index).
 
-A key is a 64-bit integer. `fold` derives a key from a key and integers or names; `normal` gives the value of each logical
-index of a full-size tensor, so that a rank computes only its slice and all layouts agree bit for bit. Dropout masks come
-from the same idea in 32-bit arithmetic (`megakern/kernels/*/dropout.py`).
+A key is a 64-bit integer. `fold` derives a key from a key and integers or names; `normal` gives the value of each
+logical index of a full-size tensor, so that a rank computes only its slice and all layouts agree bit for bit. Dropout
+masks come from the same idea in 32-bit arithmetic (`megakern/kernels/*/dropout.py`).
 """
 
 from __future__ import annotations

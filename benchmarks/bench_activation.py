@@ -1,0 +1,32 @@
+"""gelu and swiglu beside PyTorch's. Bytes: gelu reads 1 and writes 1 (backward 2 and 1); swiglu 2 and 1 (3 and 2)."""
+
+from __future__ import annotations
+
+from torch.nn import functional as F
+
+import megakern as mk
+from benchmarks.common import Case, draw, options_for, run, sizes
+
+
+def cases(options, gated: bool):
+    for shape in options.shape:
+        x, up = draw(options, *sizes(shape)), draw(options, *sizes(shape))
+        moved = x.numel() * x.element_size()
+        if gated:
+            contestants = {
+                "megakern": lambda g, u: mk.swiglu(g, u, backend=options.backend),
+                "torch": lambda g, u: F.silu(g) * u,
+            }
+            yield Case(shape, contestants, (x, up), 3 * moved, "B", 5 * moved)
+        else:
+            contestants = {
+                "megakern": lambda x: mk.gelu(x, approximate="tanh", backend=options.backend),
+                "torch": lambda x: F.gelu(x, approximate="tanh"),
+            }
+            yield Case(shape, contestants, (x,), 2 * moved, "B", 3 * moved)
+
+
+if __name__ == "__main__":
+    options = options_for("activation", ["3072x1536", "1024x16384"])
+    run("gelu_tanh", options, cases(options, gated=False))
+    run("swiglu", options, cases(options, gated=True))

@@ -1,0 +1,36 @@
+"""rope (rotate-half) beside a plain PyTorch one. Bytes: read and write q and k; backward the same."""
+
+from __future__ import annotations
+
+import torch
+
+import megakern as mk
+from benchmarks.common import Case, draw, options_for, run, sizes
+
+
+def plain(q, k, cos, sin):
+    def rotate(x):
+        first, second = x.chunk(2, dim=-1)
+        c, s = cos[:, None, :].to(x.dtype), sin[:, None, :].to(x.dtype)
+        return torch.cat([first * c - second * s, second * c + first * s], dim=-1)
+
+    return rotate(q), rotate(k)
+
+
+def cases(options):
+    for shape in options.shape:
+        B, T, H, D = sizes(shape)
+        q, k = draw(options, B, T, H, D), draw(options, B, T, max(1, H // 4), D)
+        angle = torch.outer(torch.arange(T), 10000.0 ** (-torch.arange(0, D, 2) / D)).to(options.device)
+        cos, sin = angle.cos(), angle.sin()
+        moved = 2 * (q.numel() + k.numel()) * q.element_size()
+        contestants = {
+            "megakern": lambda q, k, cos=cos, sin=sin: mk.rope(q, k, cos, sin, backend=options.backend),
+            "torch": lambda q, k, cos=cos, sin=sin: plain(q, k, cos, sin),
+        }
+        yield Case(shape, contestants, (q, k), moved, "B", moved)
+
+
+if __name__ == "__main__":
+    options = options_for("rope", ["12x256x6x64", "2x1024x32x128"])
+    run("rope", options, cases(options))

@@ -1,0 +1,220 @@
+"""The command `megakern`: flags to one function call. Heavy imports happen inside the commands."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code (0 done, 1 error, 2 wrong input, 128 + n stopped by signal n)."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    settings: list[str] = []
+    if words[:1] == ["train"]:
+        words, settings = _split_settings(words)
+    parser = _parser()
+    options, rest = parser.parse_known_args(words)
+    if rest:
+        parser.error(f"unknown option {rest[0]!r} for {options.command}; see megakern {options.command} --help")
+    options.overrides = settings
+    from megakern.config import ConfigError
+    from megakern.data.files import DataError
+
+    try:
+        return options.run_command(options) or 0
+    except (ConfigError, DataError) as error:
+        return _say_error(error, 2)
+    except KeyboardInterrupt:
+        return _say_error("interrupted", 130)
+    except BrokenPipeError:  # the reader of a pipe has gone, as with `| head`
+        sys.stderr.close()
+        return 141
+    except RuntimeError as error:
+        from megakern.train.checkpoint import CheckpointError
+
+        if isinstance(error, CheckpointError):
+            return _say_error(error, 1)
+        raise
+
+
+TRAIN_OPTIONS = ("--out", "--resume", "--nproc", "--settings", "--help")
+
+
+def _split_settings(words: list[str]) -> tuple[list[str], list[str]]:
+    """Take `--section.key value` out of the words: argparse would read a value as CONFIG.toml."""
+    kept, settings = [], []
+    rest = iter(words)
+    for word in rest:
+        if not word.startswith("--") or word.partition("=")[0] in TRAIN_OPTIONS:
+            kept.append(word)
+            continue
+        settings.append(word)
+        if "=" not in word:
+            settings.extend(value for value in [next(rest, None)] if value is not None)
+    return kept, settings
+
+
+def _say_error(error: object, code: int) -> int:
+    print(f"megakern: {error}", file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    from megakern import __version__
+
+    parser = argparse.ArgumentParser(prog="megakern", description=__doc__.splitlines()[0])
+    parser.add_argument("--version", action="version", version=f"megakern {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, run, text: str, **more) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False, **more)
+        command.set_defaults(run_command=run)
+        return command
+
+    add("doctor", _doctor, "versions, devices, and every backend: usable, or why not")
+
+    prepare = add("prepare", _prepare, "turn text files, folders, .jsonl and .jsonl.gz into token files")
+    prepare.add_argument("inputs", nargs="+", type=Path, metavar="INPUT")
+    prepare.add_argument("--out", type=Path, required=True, help="folder to make")
+    prepare.add_argument("--tokenizer", default="train", help="train (BPE on the input), bytes, or a tokenizers JSON file")
+    prepare.add_argument("--vocab-size", type=int, default=4096, help="size of a trained vocabulary")
+    prepare.add_argument("--validation", type=float, default=0.05, metavar="PART", help="held-out part of the documents")
+    prepare.add_argument("--text-key", default="text", help="key of the text in .jsonl lines")
+    prepare.add_argument("--include", nargs="+", metavar="PATTERN", help="only files like these in folders, as '*.py'")
+    prepare.add_argument("--exclude", nargs="+", metavar="PATTERN", help="no files or folders named like these")
+    prepare.add_argument("--strict", action="store_true", help="stop at a file that is not UTF-8, do not just count it")
+    prepare.add_argument("--overwrite", action="store_true", help="replace what is in --out")
+
+    train = add(
+        "train",
+        _train,
+        "train a model from a TOML file, or go on with a run; any setting: --section.key value",
+        usage="megakern train CONFIG.toml --out RUN [--nproc N] [--section.key value ...]\n"
+        "       megakern train --resume RUN [--nproc N] [--section.key value ...]",
+    )
+    train.add_argument("config", nargs="?", type=Path, metavar="CONFIG.toml")
+    train.add_argument("--out", type=Path, metavar="RUN", help="folder of the new run")
+    train.add_argument("--resume", type=Path, metavar="RUN", help="go on from the newest valid checkpoint of RUN")
+    train.add_argument("--nproc", type=int, help="processes here (default: parallel.tp, else one a GPU, else 1)")
+    train.add_argument("--settings", action="store_true", help="list every setting with its default, and end")
+
+    evaluate = add("eval", _eval, "loss of a run's model on held-out tokens")
+    evaluate.add_argument("run", type=Path, metavar="RUN")
+    evaluate.add_argument("--data", type=Path, help="another prepared folder (default: the run's)")
+    evaluate.add_argument("--batches", type=int, help="stop after this many batches")
+
+    generate = add("generate", _generate, "continue a prompt with a run's model")
+    generate.add_argument("run", type=Path, metavar="RUN")
+    generate.add_argument("--prompt", required=True, help="text to continue; - reads it from the standard input")
+    generate.add_argument("--max-tokens", type=int, default=200)
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token")
+    generate.add_argument("--top-k", type=int, help="sample among the k likeliest tokens")
+    generate.add_argument("--top-p", type=float, help="sample among the likeliest tokens with this much probability")
+    generate.add_argument("--stop", action="append", default=[], help="end before this text; may be given again")
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--step", type=int, help="checkpoint to use (default: the newest valid one)")
+
+    plot = add("plot", _plot, "draw the loss curve of a run")
+    plot.add_argument("run", type=Path, metavar="RUN")
+    plot.add_argument("--out", type=Path, help="picture to write: .png, .svg, .pdf (default RUN/curve.png)")
+
+    ckpt = add("ckpt", _ckpt, "list, describe or verify checkpoints")
+    ckpt.add_argument("action", choices=("ls", "show", "verify"))
+    ckpt.add_argument("path", type=Path, metavar="RUN", help="a run, or one checkpoint folder of it")
+    return parser
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from megakern.doctor import report
+
+    print(report())
+
+
+def _prepare(options: argparse.Namespace) -> None:
+    from megakern.data.prepare import prepare
+
+    manifest = prepare(
+        options.inputs,
+        options.out,
+        tokenizer=options.tokenizer,
+        vocab_size=options.vocab_size,
+        validation_fraction=options.validation,
+        text_key=options.text_key,
+        include=tuple(options.include) if options.include else None,
+        exclude=tuple(options.exclude or ()),
+        strict=options.strict,
+        overwrite=options.overwrite,
+    )
+    print(manifest.describe())
+
+
+def _train(options: argparse.Namespace) -> int:
+    from megakern.config import ConfigError, require
+    from megakern.train import launch, run
+    from megakern.train.config import describe_settings, load_config
+    from megakern.train.worker import work
+
+    if options.settings:
+        print(describe_settings())
+        return 0
+    if (options.config is None) == (options.resume is None):
+        raise ConfigError("train: name either a CONFIG.toml and --out RUN, or --resume RUN")
+    if options.resume is not None:
+        config, folder = run.open_run(options.resume, options.overrides), options.resume
+    else:
+        require(options.out is not None, "train: name the folder of the new run with --out RUN")
+        config, folder = load_config(options.config, options.overrides), options.out
+    world = launch.joined_world()
+    nproc = int(world["WORLD_SIZE"]) if world else options.nproc or config.parallel.tp or launch.default_processes()
+    require(nproc >= 1, f"--nproc must be 1 or more, got {nproc}")
+    new = run.resumed_run(config, folder, nproc) if options.resume else run.new_run(config, folder, nproc)
+    if world or nproc == 1:
+        return work(folder, new)
+    with new.locked():
+        new.create()
+        return launch.start_workers(folder, nproc)
+
+
+def _eval(options: argparse.Namespace) -> None:
+    from megakern.evaluate import evaluate_run
+
+    print(evaluate_run(options.run, data=options.data, batches=options.batches))
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from megakern.inference import check_sampling, load_run, write_text
+
+    check_sampling(options.temperature, options.top_k, options.top_p, options.max_tokens)
+    loaded = load_run(options.run, step=options.step)
+    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    pieces = write_text(
+        loaded,
+        prompt,
+        max_tokens=options.max_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        stop=tuple(options.stop),
+        seed=options.seed,
+    )
+    print(prompt, end="", flush=True)
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+
+
+def _plot(options: argparse.Namespace) -> None:
+    from megakern.train.plot import plot_run
+    from megakern.train.run import open_run
+
+    open_run(options.run)
+    print(plot_run(options.run, options.out))
+
+
+def _ckpt(options: argparse.Namespace) -> int:
+    from megakern.train.checkpoint import report
+
+    text, sound = report(options.action, options.path)
+    print(text)
+    return 0 if sound else 1

@@ -1,0 +1,46 @@
+"""Linear layers for any device: matrix products on 2-D views, the rest in place on their output."""
+
+from __future__ import annotations
+
+import torch
+
+from megakern.kernels.torch.activation import activation_forward
+
+
+def linear_forward(x, weight, bias, residual, activation, keep):
+    """-> y (..., N), pre-activation (..., N) if `keep`, else empty. `activation` is "" for none."""
+    N = weight.shape[0]
+    rows, shape = x.reshape(-1, x.shape[-1]), (*x.shape[:-1], N)  # (M, K)
+    add_residual = residual is not None
+    if add_residual and not activation:
+        y = torch.addmm(residual.reshape(-1, N), rows, weight.t())
+        add_residual = False
+        if bias is not None:
+            y.add_(bias)
+    elif bias is not None and bias.dtype == x.dtype:
+        y = torch.addmm(bias, rows, weight.t())
+    else:
+        y = torch.mm(rows, weight.t())
+        if bias is not None:
+            y.add_(bias)
+    pre = x.new_empty(0)
+    if activation:
+        if keep:
+            pre, y = y, activation_forward(y, activation)
+        else:
+            activation_forward(y, activation, into=y)
+    if add_residual:
+        y.add_(residual.reshape(-1, N))
+    return y.view(shape), pre.view(shape) if keep else pre
+
+
+def linear_input_gradient(dy, weight):
+    """-> dx (..., K) from dy (..., N), the gradient before the activation."""
+    return torch.mm(dy.reshape(-1, dy.shape[-1]), weight).view(*dy.shape[:-1], weight.shape[1])
+
+
+def linear_weight_gradient(dy, x, bias_dtype, with_weight):
+    """-> dweight (N, K) or empty, dbias (N,) of bias_dtype or empty (None). Sums over rows accumulate in fp32."""
+    rows = dy.reshape(-1, dy.shape[-1])  # (M, N)
+    dweight = torch.mm(rows.t(), x.reshape(-1, x.shape[-1])) if with_weight else dy.new_empty(0)
+    return dweight, dy.new_empty(0) if bias_dtype is None else rows.sum(0, dtype=bias_dtype)

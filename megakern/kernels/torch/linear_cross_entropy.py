@@ -1,0 +1,93 @@
+"""Linear + cross-entropy for any device, chunk of rows by chunk of rows, so that the logits are never all there.
+
+In training with one scalar loss, the gradients are made in the same loop as the loss: d(row loss)/d(logits) is written
+over the chunk's logits. They are the gradients of the sum of row losses: with no 1/M in them, fp16 does not underflow.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megakern.kernels.torch.cross_entropy import check_targets, row_losses, shard_of, wide_dtype, write_gradient
+
+# Largest chunk of logits, in bytes. On a GPU larger chunks keep the matrix products long and the sums into dweight few.
+CHUNK_BYTES = {"cpu": 64 << 20}
+CHUNK_BYTES_ELSEWHERE = 512 << 20
+
+
+class _Problem:
+    """The inputs as matrices: x (M, K), weight (V', K) without padding, targets (M,); and the options of the loss."""
+
+    def __init__(self, x, weight, targets, ignore_index, label_smoothing, z_loss, vocab_size, group):
+        shard = shard_of(weight.shape[0], vocab_size, group)
+        self.x, self.weight, self.targets = x.reshape(-1, x.shape[-1]), weight[: shard.real], targets.reshape(-1)
+        self.options = (ignore_index, label_smoothing, z_loss, vocab_size, shard)
+        self.wide = wide_dtype(x.dtype)
+        limit = CHUNK_BYTES.get(x.device.type, CHUNK_BYTES_ELSEWHERE)
+        # From shapes that all ranks share, padding included, so that all ranks run the same collectives.
+        self.rows = max(1, limit // (weight.shape[0] * weight.element_size()))
+
+    def chunks(self):
+        """For each chunk: its rows as a slice, its logits (rows, V')."""
+        for first in range(0, self.x.shape[0], self.rows):
+            chunk = slice(first, min(first + self.rows, self.x.shape[0]))
+            yield chunk, torch.mm(self.x[chunk], self.weight.t())
+
+
+class _Gradients:
+    """dx like x, and dweight (V/R, K) summed in fp32 (fp64 for fp64) over chunks; each empty if not wanted."""
+
+    def __init__(self, problem, x, weight, with_dx, with_dweight):
+        self.problem, self.wanted = problem, (with_dx, with_dweight)
+        self.dx = torch.empty_like(x, memory_format=torch.contiguous_format) if with_dx else x.new_empty(0)
+        self.dweight = weight.new_zeros(weight.shape if with_dweight else 0, dtype=problem.wide)
+
+    def add(self, chunk, dlogits):
+        with_dx, with_dweight = self.wanted
+        x, weight = self.problem.x[chunk], self.problem.weight
+        if with_dx:
+            torch.mm(dlogits, weight, out=self.dx.view(-1, weight.shape[1])[chunk])
+        if not with_dweight:
+            return
+        dweight = self.dweight[: weight.shape[0]]
+        if x.dtype == torch.bfloat16:  # a chunk's product is rounded once, and added in fp32
+            dweight.add_(torch.mm(dlogits.t(), x))
+        else:  # fp16 is widened: the sum over a chunk's rows can leave its range
+            dweight.addmm_(dlogits.to(self.problem.wide).t(), x.to(self.problem.wide))
+
+
+def linear_cross_entropy_sum(x, weight, targets, with_dx, with_dweight, *options):
+    """-> sum of row losses (0-d, fp32), its dx (..., K) or empty, its dweight (V/R, K) in fp32 or empty."""
+    problem = _Problem(x, weight, targets, *options)
+    check_targets("linear_cross_entropy", problem.targets, options[0], options[3])
+    total = x.new_zeros((), dtype=problem.wide)
+    gradients = _Gradients(problem, x, weight, with_dx, with_dweight)
+    for chunk, logits in problem.chunks():
+        loss, lse = row_losses(logits, problem.targets[chunk], *problem.options)
+        total += loss.sum()
+        if with_dx or with_dweight:
+            write_gradient(logits, 1.0, logits, problem.targets[chunk], lse, *problem.options)
+            gradients.add(chunk, logits)
+    return total, gradients.dx, gradients.dweight
+
+
+def linear_cross_entropy_rows(x, weight, targets, *options):
+    """-> loss and lse, each of targets' shape, fp32 (fp64 for fp64)."""
+    problem = _Problem(x, weight, targets, *options)
+    check_targets("linear_cross_entropy", problem.targets, options[0], options[3])
+    loss = x.new_empty(problem.targets.shape, dtype=problem.wide)
+    lse = torch.empty_like(loss)
+    for chunk, logits in problem.chunks():
+        loss[chunk], lse[chunk] = row_losses(logits, problem.targets[chunk], *problem.options)
+    return loss.view(targets.shape), lse.view(targets.shape)
+
+
+def linear_cross_entropy_rows_backward(dloss, x, weight, targets, lse, with_dx, with_dweight, *options):
+    """-> dx (..., K) or empty, dweight (V/R, K) or empty, in the dtype of x. The logits are computed again."""
+    problem = _Problem(x, weight, targets, *options)
+    scale, lse = dloss.reshape(-1), lse.view(-1)
+    gradients = _Gradients(problem, x, weight, with_dx, with_dweight)
+    for chunk, logits in problem.chunks():
+        write_gradient(logits, scale[chunk], logits, problem.targets[chunk], lse[chunk], *problem.options)
+        gradients.add(chunk, logits)
+    return gradients.dx, gradients.dweight.to(weight.dtype)

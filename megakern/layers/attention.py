@@ -1,0 +1,148 @@
+"""The attention half of a block, whole key-value groups a rank, and the cache that generation uses.
+
+Letters: B batch, T new tokens, S keys, C channels, H query heads, G key-value heads, n = H/G, D head dim, R ranks.
+
+    qkv    (B, T, G/R, n + 2, D) = f(x) qkv^T + b    weight (G (n + 2) D / R, C); the rows of a group are [q .. q, k, v]
+    q      (B, T, H/R, D)   k, v (B, T, G/R, D)      qk_norm: RMSNorm of each head of q and k, weights (D,) replicated
+    o      (B, T, H/R, D) = attention(rope(q), rope(k), v)
+    y      (B, T, C) = g(o proj^T) + b               weight (C, H D / R)
+
+    forward: one all-reduce (B, T, C) in g. dgrad: one all-reduce (B, T, C) in f. wgrad: no traffic; with qk_norm one
+    all-reduce (2, D), since each rank's heads give a partial gradient of the shared weights.
+    Saved: x, q, k, v after rope, o and the log-sum-exp (B, H/R, T).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from megakern.layers.dropout import DropoutKey, checked_key
+from megakern.layers.linear import ColumnParallelLinear, RowParallelLinear
+from megakern.layers.norm import RMSNorm
+from megakern.layers.parameter import local
+from megakern.ops.attention import attention
+from megakern.ops.norm import rms_norm
+from megakern.ops.rope import rope as apply_rope
+from megakern.parallel.collectives import copy_to_tensor_parallel
+from megakern.parallel.context import ParallelContext
+
+
+class LayerCache:
+    """Keys and values of one layer's past tokens: (B, S, G/R, D) each, `length` of S in use."""
+
+    def __init__(self, batch: int, capacity: int, kv_heads: int, head_dim: int, *, device=None, dtype=None):
+        shape = (batch, capacity, kv_heads, head_dim)
+        self.keys = torch.empty(shape, device=device, dtype=dtype)
+        self.values = torch.empty(shape, device=device, dtype=dtype)
+        self.length = 0
+
+    def append(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """k, v (B, T, G/R, D) -> all keys and values so far, views of the cache.
+
+        Raises ValueError when they do not fit.
+        """
+        B, T = k.shape[:2]
+        end = self.length + T
+        if end > self.keys.shape[1] or self.keys.shape[0] != B:
+            raise ValueError(
+                f"cache: {B} samples of {self.length} + {T} tokens do not fit; it was made for {self.keys.shape[0]} "
+                f"samples of {self.keys.shape[1]} tokens"
+            )
+        self.keys[:, self.length : end] = k
+        self.values[:, self.length : end] = v
+        self.length = end
+        return self.keys[:, :end], self.values[:, :end]
+
+
+class ParallelAttention(nn.Module):
+    """Causal self-attention with fused qkv; H and G are whole-model numbers, each rank has H/R and G/R.
+
+    `forward(x, *, residual, rope, positions, cache, dropout_key)`: x (B, T, C) -> (B, T, C), plus residual when given;
+    rope (cos, sin) of mk.rope, positions (T,) or (B, T); with a cache the keys are its past and x's own.
+    `window`: a token sees itself and this many before it. `dropout` is that of the probabilities.
+    Raises ValueError when tp does not divide `kv_heads`, and for dropout in training without a key.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        kv_heads: int | None = None,
+        head_dim: int | None = None,
+        bias: bool = True,
+        qkv_bias: bool | None = None,
+        qk_norm: bool = False,
+        norm_eps: float = 1e-6,
+        window: int | None = None,
+        dropout: float = 0.0,
+        parallel: ParallelContext | None = None,
+        init_std: float = 0.02,
+        output_init_std: float | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        parallel = parallel or ParallelContext()
+        kv_heads = heads if kv_heads is None else kv_heads
+        self.head_dim = width // heads if head_dim is None else head_dim
+        if heads % kv_heads:
+            raise ValueError(f"attention: heads = {heads} is not divisible by kv_heads = {kv_heads}")
+        self.group, self.dropout, self.window = parallel.tp_group, dropout, None if window is None else (window, 0)
+        self.kv_heads = parallel.shard(kv_heads, "kv_heads")
+        self.heads = self.kv_heads * (heads // kv_heads)
+        self.first_head = parallel.tp_rank * self.heads
+        how = {"parallel": parallel, "device": device, "dtype": dtype}
+        self.qkv = ColumnParallelLinear(
+            width,
+            (heads + 2 * kv_heads) * self.head_dim,
+            bias=bias if qkv_bias is None else qkv_bias,
+            init_std=init_std,
+            **how,
+        )
+        self.q_norm = RMSNorm(self.head_dim, eps=norm_eps, **how) if qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, eps=norm_eps, **how) if qk_norm else None
+        self.proj = RowParallelLinear(
+            heads * self.head_dim,
+            width,
+            bias=bias,
+            init_std=init_std if output_init_std is None else output_init_std,
+            **how,
+        )
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        *,
+        residual: torch.Tensor | None = None,
+        rope: tuple[torch.Tensor, torch.Tensor] | None = None,
+        positions: torch.Tensor | None = None,
+        cache: LayerCache | None = None,
+        dropout_key: DropoutKey | None = None,
+    ) -> torch.Tensor:
+        key = checked_key(dropout_key, self.dropout, self.training)
+        B, T, _ = x.shape
+        n = self.heads // self.kv_heads
+        qkv = self.qkv(x).view(B, T, self.kv_heads, n + 2, self.head_dim)
+        q, k, v = qkv.split((n, 1, 1), dim=3)  # one concatenation in the backward
+        q, k, v = q.reshape(B, T, self.heads, self.head_dim), k.squeeze(3), v.squeeze(3)
+        if self.q_norm is not None:
+            weights = torch.stack([local(self.q_norm.weight), local(self.k_norm.weight)])
+            q_weight, k_weight = copy_to_tensor_parallel(weights, self.group).unbind()
+            q, k = rms_norm(q, q_weight, self.q_norm.eps), rms_norm(k, k_weight, self.k_norm.eps)
+        if rope is not None:
+            q, k = apply_rope(q, k, *rope, positions=positions)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        o = attention(
+            q,
+            k,
+            v,
+            causal=True,
+            window=self.window,
+            dropout_p=0.0 if key is None else self.dropout,
+            seed=None if key is None else key.seed_of("attention"),
+            dropout_offset=(0, 0) if key is None else (key.first_sample, self.first_head),
+        )
+        return self.proj(o.reshape(B, T, -1), residual)

@@ -1,0 +1,98 @@
+"""One transformer block, pre-norm. h (B, T, C) is the residual stream, the same on every tp rank.
+
+    sequential   h = h + drop(attention(norm1(h)));  h = h + drop(mlp(norm2(h)))
+    parallel     h = h + drop(attention(norm1(h))) + drop(mlp(norm1(h)))        (GPT-J; there is no norm2)
+
+Each half has one all-reduce forward and one backward under tensor parallelism. Where nothing is dropped the residual is
+added by the half's last linear layer.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from megakern.config import GPTConfig
+from megakern.layers.attention import LayerCache, ParallelAttention
+from megakern.layers.dropout import DropoutKey, checked_key, drop_branch
+from megakern.layers.mlp import ParallelMLP
+from megakern.layers.norm import LayerNorm, RMSNorm
+from megakern.parallel.context import ParallelContext
+
+
+def make_norm(config: GPTConfig, parallel: ParallelContext, *, device=None, dtype=None) -> LayerNorm | RMSNorm:
+    """The norm that the config names, of the residual stream's width."""
+    how = {"eps": config.norm_eps, "parallel": parallel, "device": device, "dtype": dtype}
+    if config.norm == "rmsnorm":
+        return RMSNorm(config.width, **how)
+    return LayerNorm(config.width, bias=config.bias, **how)
+
+
+class TransformerBlock(nn.Module):
+    """Block `index` of the model that `config` describes.
+
+    `forward(hidden, *, rope, positions, cache, dropout_key)`: hidden (B, T, C) -> (B, T, C); the keywords are those of
+    `ParallelAttention`. Raises ConfigError when the model cannot be split over tp.
+    """
+
+    def __init__(
+        self,
+        config: GPTConfig,
+        index: int = 0,
+        parallel: ParallelContext | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        parallel = parallel or ParallelContext()
+        config.check_tensor_parallel(parallel.tp_size)
+        self.index, self.dropout = index, config.dropout
+        how = {"device": device, "dtype": dtype}
+        shared = {
+            "bias": config.bias,
+            "parallel": parallel,
+            "init_std": config.init_std,
+            "output_init_std": config.init_std / math.sqrt(2 * config.layers),
+            **how,
+        }
+        self.norm1 = make_norm(config, parallel, **how)
+        self.attention = ParallelAttention(
+            config.width,
+            config.heads,
+            kv_heads=config.key_value_heads,
+            head_dim=config.size_of_head,
+            qkv_bias=config.qkv_bias,
+            qk_norm=config.qk_norm,
+            norm_eps=config.norm_eps,
+            window=config.window,
+            dropout=config.dropout,
+            **shared,
+        )
+        self.norm2 = None if config.parallel_residual else make_norm(config, parallel, **how)
+        self.mlp = ParallelMLP(config.width, config.size_of_ffn, activation=config.activation, **shared)
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        *,
+        rope: tuple[torch.Tensor, torch.Tensor] | None = None,
+        positions: torch.Tensor | None = None,
+        cache: LayerCache | None = None,
+        dropout_key: DropoutKey | None = None,
+    ) -> torch.Tensor:
+        key = checked_key(dropout_key, self.dropout, self.training)
+        key = None if key is None else key.at_layer(self.index)
+
+        def half(branch: nn.Module, x: torch.Tensor, residual: torch.Tensor, site: str, **arguments) -> torch.Tensor:
+            if key is None:
+                return branch(x, residual=residual, **arguments)
+            return drop_branch(branch(x, **arguments), self.dropout, key, site, residual=residual)
+
+        how = {"rope": rope, "positions": positions, "cache": cache, "dropout_key": key}
+        normed = self.norm1(hidden)
+        hidden = half(self.attention, normed, hidden, "attention_output", **how)
+        normed = normed if self.norm2 is None else self.norm2(hidden)
+        return half(self.mlp, normed, hidden, "mlp_output")

@@ -1,0 +1,136 @@
+"""Token and position embeddings, and the output head with its loss, with the vocabulary split over tp.
+
+Letters: V vocabulary, P = V rounded up to `vocab_multiple`, the same under every layout; R ranks; rank r owns rows
+[r P/R, (r + 1) P/R). f is copy_to_tensor_parallel, g is reduce_from_tensor_parallel.
+
+    VocabParallelEmbedding, weight (P/R, C)
+    forward   y (B, T, C) = g(weight[token - r P/R], zero where the token is another rank's)    all-reduce (B, T, C)
+    wgrad     rows of dy added up by token                                                       no traffic
+    saved     tokens
+
+    vocab_parallel_loss, weight (P/R, C)
+    forward   loss of f(x) weight^T against targets           all-reduces of (B T) in linear_cross_entropy
+    dgrad     dx (B, T, C) = f'(dlogits weight)               all-reduce (B, T, C)
+    wgrad     dweight (P/R, C) = dlogits^T x                  no traffic
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from megakern.layers.parameter import Normal, add_parameter, initialize_standalone, local
+from megakern.ops.linear import linear
+from megakern.ops.linear_cross_entropy import linear_cross_entropy
+from megakern.parallel.collectives import (
+    copy_to_tensor_parallel,
+    gather_from_tensor_parallel,
+    reduce_from_tensor_parallel,
+)
+from megakern.parallel.context import ParallelContext
+
+
+class VocabParallelEmbedding(nn.Module):
+    """Token embedding: weight (P, C) as Shard(0), P = vocab_size rounded up to `vocab_multiple`; padding rows are zero.
+
+    `forward(tokens)`: tokens (...) int64, the same on every rank -> (..., C) on every rank, in the weight's dtype.
+    Raises ValueError when tp does not divide P, and (on a CPU) for a token outside [0, vocab_size).
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        width: int,
+        *,
+        vocab_multiple: int = 128,
+        parallel: ParallelContext | None = None,
+        init_std: float = 0.02,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        parallel = parallel or ParallelContext()
+        self.group, self.vocab_size = parallel.tp_group, vocab_size
+        padded = -(-vocab_size // vocab_multiple) * vocab_multiple
+        self.first_row = parallel.tp_rank * parallel.shard(padded, "padded vocab_size")
+        initializer = Normal(init_std, rows=vocab_size)
+        add_parameter(self, "weight", (padded, width), initializer, parallel, shard=0, device=device, dtype=dtype)
+        initialize_standalone(self)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        self._check(tokens)
+        weight = local(self.weight)
+        if self.group is None:
+            return F.embedding(tokens, weight)
+        row = tokens - self.first_row
+        others = (row < 0) | (row >= weight.shape[0])
+        rows = F.embedding(row.masked_fill(others, 0), weight)
+        return reduce_from_tensor_parallel(rows.masked_fill(others.unsqueeze(-1), 0.0), self.group)
+
+    def _check(self, tokens: torch.Tensor) -> None:
+        # A split vocabulary would turn a wrong token into a row of zeros in silence. Elsewhere than on a CPU, looking
+        # at the values would stop the device's queue.
+        if tokens.device.type != "cpu" or tokens.numel() == 0 or torch.compiler.is_compiling():
+            return
+        low, high = (int(value) for value in torch.aminmax(tokens))
+        if low < 0 or high >= self.vocab_size:
+            raise ValueError(
+                f"embedding: tokens must be in [0, {self.vocab_size}), got {low if low < 0 else high}; "
+                f"use the tokenizer this model was made for"
+            )
+
+
+class PositionEmbedding(nn.Module):
+    """Learned positions: weight (T, C), replicated. `forward(positions)`: (T,) or (B, T) int64 -> (..., C)."""
+
+    def __init__(
+        self,
+        length: int,
+        width: int,
+        *,
+        parallel: ParallelContext | None = None,
+        init_std: float = 0.02,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        parallel = parallel or ParallelContext()
+        add_parameter(self, "weight", (length, width), Normal(init_std), parallel, device=device, dtype=dtype)
+        initialize_standalone(self)
+
+    def forward(self, positions: torch.Tensor) -> torch.Tensor:
+        return F.embedding(positions, local(self.weight))
+
+
+def vocab_parallel_logits(
+    x: torch.Tensor, weight: torch.Tensor, *, vocab_size: int, parallel: ParallelContext
+) -> torch.Tensor:
+    """x (..., C), weight (P, C) as Shard(0) -> logits (..., V) on every rank, padding cut off, in x's dtype."""
+    group = parallel.tp_group
+    logits = linear(copy_to_tensor_parallel(x, group), local(weight).to(x.dtype))
+    return gather_from_tensor_parallel(logits, group)[..., :vocab_size]
+
+
+def vocab_parallel_loss(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    vocab_size: int,
+    parallel: ParallelContext,
+    reduction: str = "mean",
+) -> torch.Tensor:
+    """x (..., C), weight (P, C) as Shard(0), targets (...) int64, -100 ignored -> fp32 loss, the same on every rank.
+
+    The logits are never held as a whole.
+    """
+    group = parallel.tp_group
+    return linear_cross_entropy(
+        copy_to_tensor_parallel(x, group),
+        local(weight).to(x.dtype),
+        targets,
+        reduction=reduction,
+        group=group,
+        vocab_size=vocab_size,
+    )

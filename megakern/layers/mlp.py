@@ -1,0 +1,61 @@
+"""The feed-forward half of a block. Letters: C channels, F inner size, R ranks. x (B, T, C).
+
+plain    h (B, T, F/R) = act(f(x) fc1^T + b1)                             fc1 (F/R, C)
+swiglu   h (B, T, F/R) = silu(f(x) gate^T + bg) * (f(x) up^T + bu)        gate, up (F/R, C), one f for both
+both     y (B, T, C)   = g(h fc2^T) + b2                                  fc2 (C, F/R)
+
+forward: one all-reduce (B, T, C) in g. dgrad: one all-reduce (B, T, C) in f. wgrad: no traffic.
+Saved: x, h, and the pre-activation (plain) or gate and up (swiglu).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from megakern.layers.linear import ColumnParallelLinear, RowParallelLinear
+from megakern.ops.activation import swiglu
+from megakern.parallel.collectives import copy_to_tensor_parallel
+from megakern.parallel.context import ParallelContext
+
+
+class ParallelMLP(nn.Module):
+    """fc2(activation(fc1(x))), or the gated fc2(silu(gate(x)) * up(x)) for activation "swiglu" (arXiv 2002.05202).
+
+    `forward(x, residual=None)`: x (B, T, C) -> (B, T, C), plus residual (B, T, C) when given.
+    `output_init_std` is that of fc2; None: `init_std`. Raises ValueError when tp does not divide `ffn_size`.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        ffn_size: int,
+        *,
+        activation: str = "gelu_tanh",
+        bias: bool = True,
+        parallel: ParallelContext | None = None,
+        init_std: float = 0.02,
+        output_init_std: float | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        parallel = parallel or ParallelContext()
+        parallel.shard(ffn_size, "ffn_size")
+        self.group, self.gated = parallel.tp_group, activation == "swiglu"
+        how = {"bias": bias, "parallel": parallel, "device": device, "dtype": dtype}
+        if self.gated:
+            self.gate = ColumnParallelLinear(width, ffn_size, init_std=init_std, **how)
+            self.up = ColumnParallelLinear(width, ffn_size, init_std=init_std, **how)
+        else:
+            self.fc1 = ColumnParallelLinear(width, ffn_size, activation=activation, init_std=init_std, **how)
+        output_init_std = init_std if output_init_std is None else output_init_std
+        self.fc2 = RowParallelLinear(ffn_size, width, init_std=output_init_std, **how)
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        if self.gated:
+            x = copy_to_tensor_parallel(x, self.group)
+            inner = swiglu(self.gate.project(x), self.up.project(x))
+        else:
+            inner = self.fc1(x)
+        return self.fc2(inner, residual)

@@ -1,0 +1,72 @@
+"""LayerNorm and RMSNorm with their parameters. Letters: C channels.
+
+    LayerNorm   weight (C,), bias (C,)   replicated over tp
+    RMSNorm     weight (C,)              replicated over tp
+
+Replicated input gives every rank the same gradients, so nothing crosses ranks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from megakern.layers.parameter import Constant, add_parameter, initialize_standalone, local
+from megakern.ops.norm import layer_norm, rms_norm
+from megakern.parallel.context import ParallelContext
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm over the last dim of size `width`.
+
+    `forward(x, residual=None)`: x (..., C) -> y like x; with residual `(y, x + residual)`.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        eps: float = 1e-5,
+        bias: bool = True,
+        parallel: ParallelContext | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        parallel = parallel or ParallelContext()
+        self.eps = eps
+        add_parameter(self, "weight", (width,), Constant(1.0), parallel, device=device, dtype=dtype)
+        if bias:
+            add_parameter(self, "bias", (width,), Constant(0.0), parallel, device=device, dtype=dtype)
+        else:
+            self.register_parameter("bias", None)
+        initialize_standalone(self)
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None):
+        return layer_norm(x, local(self.weight), local(self.bias), self.eps, residual=residual)
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm over the last dim of size `width`.
+
+    `forward(x, residual=None)`: x (..., C) -> y like x; with residual `(y, x + residual)`.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        eps: float = 1e-6,
+        parallel: ParallelContext | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.eps = eps
+        add_parameter(
+            self, "weight", (width,), Constant(1.0), parallel or ParallelContext(), device=device, dtype=dtype
+        )
+        initialize_standalone(self)
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None):
+        return rms_norm(x, local(self.weight), self.eps, residual=residual)

@@ -1,0 +1,105 @@
+"""How parameters are made, filled and read: full-size meaning, this rank's slice.
+
+A sharded parameter is a `DTensor` over the context's "tp" mesh: `Shard(0)` for output rows, `Shard(1)` for input
+columns. Under tp > 1 the others are DTensors with `Replicate()`, so that one optimizer and one checkpoint code sees one
+kind of parameter; on one rank all are plain tensors. Layers compute on `local(parameter)` and call the collectives
+themselves.
+
+The value of each element is a function of (seed, the parameter's full name, its logical index), so that every layout
+starts from the same model, bit for bit, and each rank computes its slice alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from megakern.parallel.context import ParallelContext
+from megakern.parallel.random import fill_normal, fold
+
+
+@dataclass(frozen=True)
+class Constant:
+    """Every element is `value`."""
+
+    value: float
+
+
+@dataclass(frozen=True)
+class Normal:
+    """N(0, std^2) by logical index; from row `rows` on (padding of a vocabulary) zero."""
+
+    std: float
+    rows: int | None = None
+
+
+def add_parameter(
+    module: nn.Module,
+    name: str,
+    full_shape: tuple[int, ...],
+    initializer: Constant | Normal,
+    parallel: ParallelContext,
+    *,
+    shard: int | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Register `module.<name>` of `full_shape`, sharded over tp along dim `shard` (None: replicated), not yet filled.
+
+    Raises ValueError when tp does not divide that dim.
+    """
+    local_shape = list(full_shape)
+    if shard is not None:
+        local_shape[shard] = parallel.shard(full_shape[shard], f"dim {shard} of {type(module).__name__}.{name}")
+    value = torch.empty(local_shape, device=device, dtype=dtype)
+    if parallel.tp_size > 1:
+        placement = Replicate() if shard is None else Shard(shard)
+        value = DTensor.from_local(value, parallel.mesh["tp"], [placement], run_check=False)
+    module.register_parameter(name, nn.Parameter(value))
+    if not hasattr(module, "initializers"):
+        module.initializers = {}
+    module.initializers[name] = initializer
+
+
+def local(parameter: torch.Tensor | None) -> torch.Tensor | None:
+    """This rank's slice of a parameter, inside the graph: the gradient goes back as the parameter is placed."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def initialize(module: nn.Module, seed: int) -> None:
+    """Fill every parameter below `module` that has an initializer; parameters on the meta device stay as they are.
+
+    Works on any placement that leaves each rank one block: tensor parallelism, FSDP2's `fully_shard`, and both.
+    """
+    for path, child in module.named_modules():
+        for name, initializer in getattr(child, "initializers", {}).items():
+            parameter = child.get_parameter(name)
+            if not parameter.is_meta:
+                _fill(parameter, initializer, fold(seed, f"{path}.{name}" if path else name))
+
+
+def initialize_standalone(module: nn.Module) -> None:
+    """What a layer does at construction: fill its own parameters from a seed drawn from torch's default generator.
+
+    `torch.manual_seed` with one value on every rank gives every rank its slice of the same layer.
+    """
+    if not any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+        initialize(module, int(torch.randint(1 << 62, (), device="cpu")))
+
+
+@torch.no_grad()
+def _fill(parameter: torch.Tensor, initializer: Constant | Normal, key: int) -> None:
+    values, full_shape, offsets = parameter, tuple(parameter.shape), (0,) * parameter.ndim
+    if isinstance(parameter, DTensor):
+        values = parameter.to_local()
+        _, offsets = compute_local_shape_and_global_offset(full_shape, parameter.device_mesh, parameter.placements)
+    if isinstance(initializer, Constant):
+        values.fill_(initializer.value)
+        return
+    fill_normal(values, key, initializer.std, full_shape=full_shape, offsets=tuple(offsets))
+    if initializer.rows is not None:
+        values[max(0, initializer.rows - offsets[0]) :].zero_()

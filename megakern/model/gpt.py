@@ -1,0 +1,194 @@
+"""The decoder-only transformer: embedding, blocks, final norm, vocabulary-parallel head and loss.
+
+    hidden (B, T, C) = drop(embedding(tokens) + positions)        in the compute dtype, the same on every tp rank
+    hidden = block(hidden), L times
+    loss = mean over (B, T) of cross entropy(norm(hidden) head^T, targets)      in fp32
+
+The logits are never held as a whole when there are targets. The head is the token embedding when tied. Every initial
+weight and every dropout mask is a function of a seed and logical indices, so that all layouts compute the same numbers
+to rounding.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from megakern.config import GPTConfig
+from megakern.layers.block import TransformerBlock, make_norm
+from megakern.layers.dropout import DropoutKey, checked_key, drop_branch
+from megakern.layers.embedding import (
+    PositionEmbedding,
+    VocabParallelEmbedding,
+    vocab_parallel_logits,
+    vocab_parallel_loss,
+)
+from megakern.layers.parameter import initialize
+from megakern.model.cache import KVCache
+from megakern.parallel.context import ParallelContext
+
+RECOMPUTE = ("none", "full")
+
+
+def rope_tables(config: GPTConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of position x frequency, (T, D/2) fp32 each, computed in fp64 (arXiv 2104.09864).
+
+    Scaling "linear" divides every frequency by the factor; "llama3" only the slow ones, blending in between.
+    """
+    D = config.size_of_head
+    frequency = config.rope_base ** (-torch.arange(0, D, 2, dtype=torch.float64) / D)
+    scaling = config.rope_scaling
+    if scaling is not None:
+        kept = torch.zeros_like(frequency)  # 1: stays, 0: divided by the factor
+        if scaling.kind == "llama3":
+            turns = scaling.original_length * frequency / (2 * math.pi)  # within the original length
+            kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+            kept = kept.clamp(0, 1)
+        frequency = frequency * (kept + (1 - kept) / scaling.factor)
+    angle = torch.outer(torch.arange(config.sequence_length, dtype=torch.float64), frequency)
+    return angle.cos().float(), angle.sin().float()
+
+
+class GPT(nn.Module):
+    """A GPT of shape `config`, split over `parallel`'s tp ranks.
+
+    seed           of the initial weights
+    device         None: the context's own; "meta": shapes only, until `materialize`
+    dtype          of the parameters
+    compute_dtype  of the activations; None: `dtype`
+    recompute      "none", or "full": blocks keep only their input and run again in the backward pass
+
+    Raises ConfigError when the model cannot be split, ValueError for another `recompute`.
+    """
+
+    def __init__(
+        self,
+        config: GPTConfig,
+        parallel: ParallelContext | None = None,
+        *,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+        compute_dtype: torch.dtype | None = None,
+        recompute: str = "none",
+    ):
+        super().__init__()
+        if recompute not in RECOMPUTE:
+            raise ValueError(f"recompute must be one of {', '.join(RECOMPUTE)}, got {recompute!r}")
+        parallel = parallel or ParallelContext()
+        config.check_tensor_parallel(parallel.tp_size)
+        self.config, self.parallel, self.recompute = config, parallel, recompute
+        self.compute_dtype = compute_dtype or dtype
+        how = {"parallel": parallel, "device": "meta", "dtype": dtype}
+        vocabulary = {"vocab_multiple": config.vocab_multiple, "init_std": config.init_std, **how}
+        self.embedding = VocabParallelEmbedding(config.vocab_size, config.width, **vocabulary)
+        self.positions = None
+        if config.positions == "learned":
+            self.positions = PositionEmbedding(config.sequence_length, config.width, init_std=config.init_std, **how)
+        self.blocks = nn.ModuleList([TransformerBlock(config, index, **how) for index in range(config.layers)])
+        self.norm = make_norm(config, **how)
+        self.head = None  # an embedding used backwards: only its weight is read
+        if not config.tied_embeddings:
+            self.head = VocabParallelEmbedding(config.vocab_size, config.width, **vocabulary)
+        if config.positions == "rope":
+            shape = (config.sequence_length, config.size_of_head // 2)
+            for name in ("rope_cos", "rope_sin"):
+                self.register_buffer(name, torch.empty(shape, device="meta"), persistent=False)
+        device = parallel.device() if device is None else torch.device(device)
+        if device.type != "meta":
+            self.materialize(device, seed=seed)
+
+    def materialize(self, device: torch.device | str, *, seed: int) -> None:
+        """Allocate everything on `device` and fill it: what a model made on "meta" needs, also after `fully_shard`."""
+        self.to_empty(device=device)
+        initialize(self, seed)
+        if self.config.positions == "rope":
+            cos, sin = rope_tables(self.config)
+            self.rope_cos.copy_(cos)
+            self.rope_sin.copy_(sin)
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        *,
+        positions: torch.Tensor | None = None,
+        cache: KVCache | None = None,
+        dropout_key: DropoutKey | None = None,
+        reduction: str = "mean",
+        last_only: bool = False,
+    ) -> torch.Tensor:
+        """tokens (B, T) int64 -> logits (B, T, V), or with targets (B, T) int64 (-100 ignored) the fp32 loss.
+
+        positions (T,) or (B, T) int; None: 0 .. T-1, after what the cache holds. dropout_key is required where dropout
+        is on. reduction: "mean" over targets that count, "sum" or "none". last_only: logits (B, 1, V) of the last.
+        Raises ValueError for sequences longer than the model's, other shapes, or a cache while gradients are recorded.
+        """
+        self._check(tokens, targets, positions, cache, last_only)
+        key = checked_key(dropout_key, self.config.dropout, self.training)
+        hidden = self._embed(tokens, positions, cache, key)
+        rope = None
+        if self.config.positions == "rope":
+            rope = (self.rope_cos, self.rope_sin)
+            positions = self._positions(tokens, cache) if positions is None and cache is not None else positions
+        recompute = self.recompute == "full" and torch.is_grad_enabled()
+        for index, block in enumerate(self.blocks):
+            how = {"rope": rope, "positions": positions, "dropout_key": key}
+            if recompute:
+                hidden = checkpoint(block, hidden, use_reentrant=False, preserve_rng_state=False, **how)
+            else:
+                hidden = block(hidden, cache=None if cache is None else cache.layers[index], **how)
+        hidden = self.norm(hidden[:, -1:] if last_only else hidden)
+        weight = self.embedding.weight if self.head is None else self.head.weight
+        how = {"vocab_size": self.config.vocab_size, "parallel": self.parallel}
+        if targets is None:
+            return vocab_parallel_logits(hidden, weight, **how)
+        return vocab_parallel_loss(hidden, weight, targets, reduction=reduction, **how)
+
+    def _positions(self, tokens: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
+        past = 0 if cache is None else cache.length
+        return torch.arange(past, past + tokens.shape[1], device=tokens.device)
+
+    def _embed(self, tokens, positions, cache, key: DropoutKey | None) -> torch.Tensor:
+        hidden = self.embedding(tokens)
+        if self.positions is not None:
+            hidden = hidden + self.positions(self._positions(tokens, cache) if positions is None else positions)
+        hidden = hidden.to(self.compute_dtype)
+        return hidden if key is None else drop_branch(hidden, self.config.dropout, key, "embedding")
+
+    def _check(self, tokens, targets, positions, cache, last_only: bool) -> None:
+        if tokens.ndim != 2 or tokens.dtype != torch.int64:
+            raise ValueError(f"GPT: tokens must be (B, T) int64, got {tuple(tokens.shape)} {tokens.dtype}")
+        B, T = tokens.shape
+        past = 0 if cache is None else cache.length
+        if past + T > self.config.sequence_length:
+            raise ValueError(
+                f"GPT: {past + T} tokens are more than the model's sequence_length of {self.config.sequence_length}; "
+                f"cut the text, or use a model with longer sequences"
+            )
+        if targets is not None and (targets.shape != tokens.shape or targets.dtype != torch.int64):
+            raise ValueError(
+                f"GPT: targets must be (B, T) = ({B}, {T}) int64 like tokens, "
+                f"got {tuple(targets.shape)} {targets.dtype}"
+            )
+        if targets is not None and last_only:
+            raise ValueError("GPT: last_only is for logits; leave it out when targets are given")
+        if positions is not None and tuple(positions.shape) not in ((T,), (B, T)):
+            raise ValueError(
+                f"GPT: positions must be (T,) = ({T},) or (B, T) = ({B}, {T}), got {tuple(positions.shape)}"
+            )
+        if cache is not None and torch.is_grad_enabled():
+            raise ValueError("GPT: a cache is for generation; call the model under torch.no_grad()")
+
+
+def parameter_count(model: GPT | GPTConfig, *, padding: bool = False) -> int:
+    """Parameters of the whole model, whatever the layout; with `padding` the vocabulary's padding rows count too."""
+    if isinstance(model, GPTConfig):
+        model = GPT(model, device="meta")
+    count = sum(parameter.numel() for parameter in model.parameters())
+    config = model.config
+    tables = 1 if config.tied_embeddings else 2
+    return count if padding else count - tables * (config.padded_vocab_size - config.vocab_size) * config.width

@@ -1,0 +1,210 @@
+"""AdamW: Adam with decoupled weight decay (Loshchilov and Hutter 2017, arXiv 1711.05101).
+
+    g = grad_scale grad                                         grad_scale: clipping, or 1 / loss scale
+    p = p - lr weight_decay p
+    m = beta1 m + (1 - beta1) g            v = beta2 v + (1 - beta2) g^2
+    p = p - lr (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
+
+Parameters are fp32, fp64, bf16 or fp16, plain or DTensor; each rank updates its own shard, nothing crosses ranks.
+Computed in fp32 (fp64 for fp64). The moments are stored in `state_dtype`; with bf16 moments the math stays fp32 and
+each new moment is rounded to nearest, so that a relative change below 2^-9 in one step is lost: with beta2 of 0.999, v
+can grow but not shrink, so keep beta2 at 0.99 or less there. bf16 and fp16 parameters have an fp32 `master` in the
+state, and are its rounding after each step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from megakern.ops import checks
+from megakern.ops.dispatch import Problem, describes, launcher, register, resolve
+
+STATE_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def adamw_reference(
+    param, grad, exp_avg, exp_avg_sq, step, *, lr, betas, eps, weight_decay, grad_scale=1.0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One step, out of place, in the dtype of the inputs -> new param, exp_avg, exp_avg_sq. `step` counts from 1."""
+    grad = grad * grad_scale
+    exp_avg = betas[0] * exp_avg + (1 - betas[0]) * grad
+    exp_avg_sq = betas[1] * exp_avg_sq + (1 - betas[1]) * grad.square()
+    corrected = exp_avg / (1 - betas[0] ** step)
+    denominator = (exp_avg_sq / (1 - betas[1] ** step)).sqrt() + eps
+    return param * (1 - lr * weight_decay) - lr * corrected / denominator, exp_avg, exp_avg_sq
+
+
+@describes("AdamW")
+def _problem(params, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, *, state_dtype=torch.float32) -> Problem:
+    groups = [entry["params"] if isinstance(entry, dict) else [entry] for entry in params]
+    tensors = [tensor for group in groups for tensor in group]
+    sizes = {"tensors": len(tensors), "elements": sum(tensor.numel() for tensor in tensors)}
+    first = tensors[0] if tensors else torch.empty(0)
+    return Problem("AdamW", first.device.type, first.dtype, sizes, {"state_dtype": state_dtype})
+
+
+def _forward(params, grads, exp_avgs, exp_avg_sqs, masters, grad_scale, *options):
+    *options, backend = options
+    launcher(backend, "adamw", "adamw")(params, grads, exp_avgs, exp_avg_sqs, masters, grad_scale, *options)
+
+
+# The lists are parallel; masters is empty where params are wide. All params of a call have one dtype, device and step.
+_adamw = register(
+    "adamw",
+    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] masters, "
+    "Tensor? grad_scale, int step, float lr, float beta1, float beta2, float eps, float weight_decay, str backend)"
+    " -> ()",
+    forward=_forward,
+    fake=lambda *arguments: None,
+)
+
+
+class AdamW(torch.optim.Optimizer):
+    """AdamW in one pass over memory, with parameter groups as in torch.optim.
+
+    params: tensors, named tensors or group dicts; lr, betas, eps and weight_decay can be set per group and changed
+    between steps (schedulers set `group["lr"]`). `state_dtype`: torch.float32 or torch.bfloat16, what the moments are
+    stored in (fp64 parameters have fp64 moments unless bf16 is asked for).
+
+    State per parameter: "step" (0-d fp32 tensor on the CPU), "exp_avg", "exp_avg_sq" and, for bf16 and fp16 parameters,
+    "master" (fp32); the last three have the parameter's shape and placement. torch.optim.AdamW's state_dict loads too.
+    Raises ValueError or TypeError on options out of range, and at `step` on gradients it cannot use.
+    """
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+        *,
+        state_dtype: torch.dtype = torch.float32,
+        backend: str | None = None,
+    ) -> None:
+        if state_dtype not in STATE_DTYPES:
+            raise ValueError(f"AdamW: state_dtype must be torch.float32 or torch.bfloat16, got {state_dtype}")
+        self.state_dtype = state_dtype
+        self.backend = backend
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; options it lacks are the optimizer's. Raises ValueError or TypeError as the constructor does."""
+        group = {**self.defaults, **param_group}
+        betas = group["betas"]
+        if not 0 <= group["lr"] < float("inf"):
+            raise ValueError(f"AdamW: lr must be 0 or more and finite, got {group['lr']}")
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"AdamW: betas must be two numbers in [0, 1), got {betas}")
+        if not group["eps"] >= 0:
+            raise ValueError(f"AdamW: eps must be 0 or more, got {group['eps']}")
+        if not group["weight_decay"] >= 0:
+            raise ValueError(f"AdamW: weight_decay must be 0 or more, got {group['weight_decay']}")
+        if group.get("amsgrad"):
+            raise ValueError("AdamW: amsgrad is not offered; use torch.optim.AdamW(amsgrad=True)")
+        super().add_param_group(param_group)
+        for param in self.param_groups[-1]["params"]:
+            if param.dtype not in checks.FLOATS:
+                raise TypeError(f"AdamW: parameters must be float16, bfloat16, float32 or float64, got {param.dtype}")
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None, *, grad_scale: torch.Tensor | None = None) -> Any:
+        """One update of every parameter that has a gradient -> what `closure` returned, if given.
+
+        grad_scale: a tensor of one element that multiplies all gradients inside the update; the gradients themselves
+        are left as they are.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if grad_scale is not None and (not isinstance(grad_scale, torch.Tensor) or grad_scale.numel() != 1):
+            raise TypeError(f"AdamW: grad_scale must be a tensor of one element, got {grad_scale!r}")
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            options = (float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"])
+            for (_, _, step), rows in self._batches(group).items():
+                params, grads, exp_avgs, exp_avg_sqs, masters = (list(column) for column in zip(*rows, strict=True))
+                masters = [] if masters[0] is None else masters
+                backend = resolve(_problem(params, state_dtype=self.state_dtype), self.backend)
+                _adamw(params, grads, exp_avgs, exp_avg_sqs, masters, grad_scale, step, *options, backend)
+        return loss
+
+    def start_state(self, updates: int) -> None:
+        """Allocate every state now, as after `updates` steps with zero moments, for a checkpoint to be read into."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                self._complete(param, self.state[param])
+                self.state[param]["step"].fill_(updates)
+
+    def _batches(self, group: dict[str, Any]) -> dict[tuple, list[tuple]]:
+        """Local tensors (param, grad, exp_avg, exp_avg_sq, master) by (dtype, device, number of the step)."""
+        batches: dict[tuple, list[tuple]] = {}
+        for param in group["params"]:
+            if param.grad is None:
+                continue
+            grad = _matching_gradient(param)
+            state = self.state[param]
+            self._complete(param, state)
+            state["step"] += 1
+            row = (param, grad, state["exp_avg"], state["exp_avg_sq"], state.get("master"))
+            key = (param.dtype, param.device, int(state["step"]))
+            batches.setdefault(key, []).append(tuple(_local(tensor) for tensor in row))
+        return batches
+
+    def _moment_dtype(self, param: torch.Tensor) -> torch.dtype:
+        wide = param.dtype == torch.float64 and self.state_dtype == torch.float32
+        return torch.float64 if wide else self.state_dtype
+
+    def _complete(self, param: torch.Tensor, state: dict[str, Any]) -> None:
+        """Make what the state of `param` lacks: all of it at first, the master after loading torch.optim's state."""
+        state.setdefault("step", torch.zeros((), dtype=torch.float32))
+        for name in ("exp_avg", "exp_avg_sq"):
+            if name not in state:
+                state[name] = torch.zeros_like(
+                    param, dtype=self._moment_dtype(param), memory_format=torch.contiguous_format
+                )
+        if param.dtype in (torch.bfloat16, torch.float16) and "master" not in state:
+            state["master"] = param.detach().float().contiguous()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch.optim, but states keep their own dtypes: torch.optim would round them to the parameter's."""
+        super().load_state_dict(state_dict)
+        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
+        params = [param for group in self.param_groups for param in group["params"]]
+        for index, param in zip(saved, params, strict=True):
+            for name, value in state_dict["state"].get(index, {}).items():
+                if name in ("exp_avg", "exp_avg_sq"):
+                    self.state[param][name] = value.to(
+                        device=param.device, dtype=self._moment_dtype(param)
+                    ).contiguous()
+                elif name == "master":
+                    self.state[param][name] = value.to(device=param.device, dtype=torch.float32).contiguous()
+                elif name == "step":
+                    self.state[param][name] = torch.as_tensor(value, dtype=torch.float32).cpu().clone()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "state_dtype": self.state_dtype, "backend": self.backend}
+
+
+def _local(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _matching_gradient(param: torch.Tensor) -> torch.Tensor:
+    """The gradient of `param`. Raises if it is sparse or sharded differently."""
+    grad = param.grad
+    if grad.layout != torch.strided:
+        raise TypeError(f"AdamW: gradients must be dense, got one of layout {grad.layout}; use torch.optim.SparseAdam")
+    if isinstance(param, DTensor) != isinstance(grad, DTensor) or (
+        isinstance(param, DTensor) and grad.placements != param.placements
+    ):
+        raise ValueError(
+            f"AdamW: a gradient must be sharded as its parameter, {getattr(param, 'placements', 'not sharded')}, "
+            f"got {getattr(grad, 'placements', 'not sharded')}; redistribute it first"
+        )
+    return grad

@@ -1,0 +1,231 @@
+"""Softmax attention: causal, full or windowed; grouped heads; score cap; dropout; padded or packed sequences.
+
+    s[t, j] = scale * q[t] . k[j]                     softcap > 0: s = softcap * tanh(s / softcap)    arXiv 2408.00118
+    row t stands beside key t + S - T (bottom right); it sees key j when  -left <= j - (t + S - T) <= right
+    p[t, :] = softmax of s[t, :] over its visible keys;  lse[t] = log sum exp of the same scores      arXiv 1706.03762
+    out[t]  = sum_j p[t, j] keep[t, j] / (1 - dropout_p) v[j]
+
+    dv = (p keep)^T dout       dp = keep (dout v^T)       ds = p (dp - sum_j p dp)
+    dq = scale ds k            dk = scale ds^T q          (keep includes 1 / (1 - dropout_p))
+
+q (B, T, H, D); k, v (B, S, Hkv, D); Hkv divides H, G = H / Hkv: query heads h G to h G + G - 1 share key-value head h
+(arXiv 2305.13245). Packed: q (T, H, D), k, v (S, Hkv, D) of all N sequences, int32 offsets (N + 1,). A row that sees no
+key has out 0, lse -inf and no gradient. Saved for backward: q, k, v, out, lse (flash attention, arXiv 2205.14135).
+Nothing crosses ranks: heads are independent.
+
+The dropout mask is the one of `megakern/ops/dropout.py`, with the sample, the query head and the query folded into the
+row key, each as an index in the whole batch and model (`dropout_offset` is added to sample and head), and key j as
+column. Packed sequences count as samples; queries and keys count from the start of their sequence.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megakern.ops import checks
+from megakern.ops.dispatch import Problem, describes, launcher, register, resolve
+from megakern.ops.dropout import check_rate_and_seed
+
+UNLIMITED = -1  # a side of the window, inside the custom op
+
+
+@describes("attention")
+def _problem(
+    q,
+    k,
+    v,
+    *,
+    causal=True,
+    window=None,
+    softcap=0.0,
+    scale=None,
+    dropout_p=0.0,
+    seed=None,
+    dropout_offset=(0, 0),
+    cu_seqlens=None,
+    deterministic=False,
+    return_lse=False,
+) -> Problem:
+    sizes = {"D": q.shape[-1], "H": q.shape[-2], "Hkv": k.shape[-2], "T": q.shape[-3], "S": k.shape[-3]}
+    options = {
+        "causal": causal,
+        "window": window,
+        "softcap": softcap,
+        "dropout": dropout_p > 0,
+        "packed": cu_seqlens is not None,
+        "deterministic": deterministic,
+    }
+    return Problem("attention", q.device.type, q.dtype, sizes, options)
+
+
+# --- checks ---
+
+
+def _check(q, k, v, window, softcap, scale, dropout_p, seed, dropout_offset, cu_seqlens) -> None:
+    rank, letters = (4, "(B, T, H, D)") if cu_seqlens is None else (3, "(T, H, D) with cu_seqlens")
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.ndim != rank:
+            raise ValueError(f"attention: {name} must have shape {letters}, got {tuple(tensor.shape)}")
+    checks.floating("attention", q=q, k=k, v=v)
+    D, H, Hkv = q.shape[-1], q.shape[-2], k.shape[-2]
+    if D == 0 or k.shape[-1] != D:
+        raise ValueError(f"attention: q and k must have the same head dim, at least 1, got {D} and {k.shape[-1]}")
+    checks.shape("attention", "v", v, tuple(k.shape), "of k", "keys and values come in pairs of one head dim")
+    if Hkv == 0 or H % Hkv != 0:
+        raise ValueError(f"attention: the heads of k, Hkv = {Hkv}, must divide the heads of q, H = {H}")
+    if rank == 4 and q.shape[0] != k.shape[0]:
+        raise ValueError(f"attention: q and k must have the same batch size, got {q.shape[0]} and {k.shape[0]}")
+    if cu_seqlens is not None:
+        _check_packed(q, k, cu_seqlens)
+    if window is not None and (len(window) != 2 or any(side is not None and side < 0 for side in window)):
+        raise ValueError(f"attention: window must be (left, right), each None or at least 0, got {window}")
+    if not softcap >= 0.0:
+        raise ValueError(f"attention: softcap must be at least 0 (0: none), got {softcap}")
+    check_rate_and_seed("attention", "dropout_p", dropout_p, seed)
+    if len(dropout_offset) != 2 or min(dropout_offset) < 0:
+        raise ValueError(
+            f"attention: dropout_offset must be (first sample, first head), both at least 0, got {dropout_offset}"
+        )
+
+
+def _check_packed(q, k, cu_seqlens) -> None:
+    if not isinstance(cu_seqlens, (tuple, list)) or len(cu_seqlens) != 2:
+        raise TypeError(
+            "attention: cu_seqlens must be a pair (q_offsets, k_offsets) of tensors; pass the same one twice"
+        )
+    for name, offsets, tensor in zip(("q_offsets", "k_offsets"), cu_seqlens, (q, k), strict=True):
+        if offsets.dtype != torch.int32 or offsets.ndim != 1 or offsets.shape[0] < 1:
+            raise ValueError(
+                f"attention: {name} must be int32 of shape (sequences + 1,), got {offsets.dtype} {tuple(offsets.shape)}"
+            )
+        checks.same_device("attention", "q", q, name, offsets)
+        if offsets.device.type == "cpu" and not torch.compiler.is_compiling():
+            ends = offsets.tolist()
+            if ends[0] != 0 or ends[-1] != tensor.shape[0] or ends != sorted(ends):
+                raise ValueError(
+                    f"attention: {name} must rise from 0 to the number of rows, {tensor.shape[0]}, got {ends}"
+                )
+    if cu_seqlens[0].shape != cu_seqlens[1].shape:
+        lengths = [offsets.shape[0] for offsets in cu_seqlens]
+        raise ValueError(f"attention: q_offsets and k_offsets must be of one length, got {lengths[0]} and {lengths[1]}")
+
+
+# --- custom ops; window (left, right) with UNLIMITED, dropout_key (seed, first sample, first head) ---
+
+_HOW = (
+    "Tensor? q_offsets, Tensor? k_offsets, SymInt[] window, float scale, float softcap, float dropout_p, "
+    "SymInt[] dropout_key, bool deterministic, str backend"
+)
+
+
+def _forward(q, k, v, q_offsets, k_offsets, *how_and_backend):
+    *how, backend = how_and_backend
+    return launcher(backend, "attention", "attention_forward")(q, k, v, q_offsets, k_offsets, *how)
+
+
+def _fake(q, k, v, *rest):
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    lse = q.new_empty((*q.shape[:-3], q.shape[-2], q.shape[-3]), dtype=wide)
+    return torch.empty_like(q, memory_format=torch.contiguous_format), lse
+
+
+def _backward(dout, q, k, v, out, lse, q_offsets, k_offsets, *how_and_backend):
+    *how, backend = how_and_backend
+    return launcher(backend, "attention", "attention_backward")(dout, q, k, v, out, lse, q_offsets, k_offsets, *how)
+
+
+def _backward_fake(dout, q, k, v, *rest):
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+
+
+_attention_backward = register(
+    "attention_backward",
+    f"(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_HOW}) -> (Tensor, Tensor, Tensor)",
+    forward=_backward,
+    fake=_backward_fake,
+)
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, q_offsets, k_offsets, *ctx.how = inputs
+    out, lse = output
+    ctx.save_for_backward(q, k, v, out, lse, q_offsets, k_offsets)
+    ctx.mark_non_differentiable(lse)
+
+
+def _autograd_backward(ctx, dout, _dlse):
+    dq, dk, dv = _attention_backward(dout, *ctx.saved_tensors, *ctx.how)
+    return dq, dk, dv, *[None] * 9
+
+
+_attention = register(
+    "attention",
+    f"(Tensor q, Tensor k, Tensor v, {_HOW}) -> (Tensor, Tensor)",
+    forward=_forward,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_autograd_backward,
+)
+
+
+def attention(
+    q,
+    k,
+    v,
+    *,
+    causal=True,
+    window=None,
+    softcap=0.0,
+    scale=None,
+    dropout_p=0.0,
+    seed=None,
+    dropout_offset=(0, 0),
+    cu_seqlens=None,
+    deterministic=False,
+    return_lse=False,
+    backend=None,
+):
+    """softmax(scale q k^T) v over the keys each query may see.
+
+    q (B, T, H, D); k, v (B, S, Hkv, D) of one dtype, Hkv divides H. Packed: q (T, H, D), k, v (S, Hkv, D) and
+    cu_seqlens = (q_offsets, k_offsets), int32 (sequences + 1,). Returns out like q; with return_lse (out, lse), lse
+    (B, H, T), packed (H, T), fp32 (fp64 for fp64), through which no gradient flows.
+
+    causal: a query sees no later key; aligned to the bottom right, so the last query sees the last key.
+    window (left, right): at most so many keys before and after the own one, None without a limit; causal makes right 0.
+    softcap: 0, or scores become softcap * tanh(score / softcap). scale: default 1 / sqrt(D).
+    dropout_p in [0, 1) of the probabilities; it needs a seed (int, below 2**63), a new one for each step and layer.
+    dropout_offset (first sample, first head) of this rank in the whole batch and of all heads.
+    deterministic: refuse backends whose backward pass adds in an order that changes from run to run.
+    Raises ValueError or TypeError on other shapes, dtypes, devices and values.
+    """
+    _check(q, k, v, window, softcap, scale, dropout_p, seed, dropout_offset, cu_seqlens)
+    problem = _problem(
+        q,
+        k,
+        v,
+        causal=causal,
+        window=window,
+        softcap=softcap,
+        dropout_p=dropout_p,
+        cu_seqlens=cu_seqlens,
+        deterministic=deterministic,
+    )
+    chosen = resolve(problem, backend)
+    left, right = (UNLIMITED if side is None else side for side in (window or (None, None)))
+    q_offsets, k_offsets = (None, None) if cu_seqlens is None else cu_seqlens
+    out, lse = _attention(
+        q,
+        k,
+        v,
+        q_offsets,
+        k_offsets,
+        [left, 0 if causal else right],
+        q.shape[-1] ** -0.5 if scale is None else float(scale),
+        float(softcap),
+        float(dropout_p),
+        [seed or 0, *dropout_offset],
+        deterministic,
+        chosen,
+    )
+    return (out, lse) if return_lse else out

@@ -1,0 +1,284 @@
+"""The settings of a run: sections of a TOML file, with dotted overrides from the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from megakern.config import ConfigError, GPTConfig, from_table, known_keys, refuse_unknown, require
+from megakern.model.presets import presets
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+SCHEDULES = ("cosine", "linear", "constant", "wsd")
+RECOMPUTE = ("none", "full")
+STATE_DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the tokens are."""
+
+    path: str = ""
+    """Folder that `megakern prepare` made."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the model is split over processes."""
+
+    tp: int | None = None
+    """Tensor-parallel size. None: the number of processes."""
+    timeout: float = 600.0
+    """Seconds after which a collective that does not finish ends the run."""
+
+    def __post_init__(self) -> None:
+        require(self.tp is None or self.tp >= 1, f"parallel.tp must be 1 or more, got {self.tp}")
+        require(self.timeout > 0, f"parallel.timeout must be above 0 seconds, got {self.timeout}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW and its learning-rate schedule."""
+
+    lr: float = 6e-4
+    """Peak learning rate."""
+    min_lr_ratio: float = 0.1
+    """The schedule ends at this fraction of `lr`."""
+    schedule: str = "cosine"
+    """cosine, linear, constant, or wsd (warm-up, stable, decay)."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from 0."""
+    decay_steps: int = 0
+    """wsd: steps of linear decay at the end."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices and embeddings; biases and norms have none."""
+    clip: float = 1.0
+    """Largest global gradient norm; larger gradients are scaled down to it. 0: no clipping."""
+    state_dtype: str = "float32"
+    """dtype of both moments: float32 or bfloat16."""
+
+    def __post_init__(self) -> None:
+        require(self.lr > 0, f"optimizer.lr must be above 0, got {self.lr}")
+        require(0 <= self.min_lr_ratio <= 1, f"optimizer.min_lr_ratio must be in [0, 1], got {self.min_lr_ratio}")
+        require(
+            self.schedule in SCHEDULES,
+            f"optimizer.schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}",
+        )
+        require(self.warmup_steps >= 0, f"optimizer.warmup_steps must be 0 or more, got {self.warmup_steps}")
+        require(self.decay_steps >= 0, f"optimizer.decay_steps must be 0 or more, got {self.decay_steps}")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"optimizer.{name} must be in [0, 1), got {value}")
+        require(self.eps > 0, f"optimizer.eps must be above 0, got {self.eps}")
+        require(self.weight_decay >= 0, f"optimizer.weight_decay must be 0 or more, got {self.weight_decay}")
+        require(self.clip >= 0, f"optimizer.clip must be 0 or more, got {self.clip}")
+        require(
+            self.state_dtype in STATE_DTYPES,
+            f"optimizer.state_dtype must be one of {', '.join(STATE_DTYPES)}, got {self.state_dtype!r}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The loop: how long, how much at once, how exact, and what is written when."""
+
+    steps: int = 1000
+    """Optimizer steps of the whole run."""
+    batch: int = 16
+    """Sequences a step, over all processes and micro-batches."""
+    micro_batch: int | None = None
+    """Sequences in one forward and backward pass. None: `batch`, no gradient accumulation."""
+    precision: str = "auto"
+    """fp32, bf16, fp16 (with loss scaling), or auto: bf16 on GPUs that have it and on CPUs where it measures faster."""
+    recompute: str = "none"
+    """none, or full: each block's activations are computed again in the backward pass."""
+    seed: int = 1234
+    """Seed of the initial weights, dropout and data order."""
+    log_every: int = 10
+    """Steps between lines of the log; the metrics file has every step."""
+    eval_every: int = 0
+    """Steps between evaluations on held-out tokens. 0: only at the end."""
+    eval_batches: int = 8
+    """Micro-batches of an evaluation during training; the last evaluation reads all held-out tokens."""
+    save_every: int = 0
+    """Steps between checkpoints. 0: only at the end, and when interrupted."""
+    keep: int = 2
+    """Checkpoints to keep, at least 2: the newest and one to fall back to."""
+    max_skipped: int = 20
+    """Steps in a row with a non-finite gradient, all skipped, after which the run ends with exit code 3."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "log_every", "eval_batches", "max_skipped"):
+            require(getattr(self, name) >= 1, f"train.{name} must be 1 or more, got {getattr(self, name)}")
+        for name in ("eval_every", "save_every"):
+            require(getattr(self, name) >= 0, f"train.{name} must be 0 or more, got {getattr(self, name)}")
+        require(0 <= self.seed < 2**32, f"train.seed must be in [0, 2^32), got {self.seed}")
+        require(self.keep >= 2, f"train.keep must be 2 or more, got {self.keep}")
+        require(
+            self.micro_batch is None or (self.micro_batch >= 1 and self.batch % self.micro_batch == 0),
+            f"train.batch = {self.batch} must be a multiple of train.micro_batch = {self.micro_batch}",
+        )
+        for name, allowed in (("precision", PRECISIONS), ("recompute", RECOMPUTE)):
+            value = getattr(self, name)
+            require(value in allowed, f"train.{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+    @property
+    def rows(self) -> int:
+        """Sequences in one forward pass."""
+        return self.micro_batch or self.batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything a run depends on, except the data itself."""
+
+    model: GPTConfig = field(default_factory=GPTConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
+    """Read a TOML file and apply `--section.key value` overrides.
+
+    `model.preset` names a preset whose values the other `model` keys change. Raises ConfigError.
+    """
+    try:
+        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: there is no such configuration file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from error
+    changes = parse_overrides(overrides or [])
+    for source, layer in ((str(path), table), ("command line", changes)):
+        _check_alone(layer, source)
+    return from_table(RunConfig, _with_preset(_merge(table, changes), str(path)), str(path))
+
+
+def parse_overrides(words: list[str]) -> dict[str, Any]:
+    """`["--train.lr", "3e-4", "--model.norm=rmsnorm"]` -> {"train": {"lr": 3e-4}, "model": {"norm": "rmsnorm"}}.
+
+    Values are TOML values; what is not one is a string. Raises ConfigError for a word that is no override.
+    """
+    table: dict[str, Any] = {}
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--") or "." not in word:
+            near = _nearest_override(word)
+            raise ConfigError(
+                f"command line: {word!r} is not an option; settings are written --section.key value{near}"
+            )
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            if not rest:
+                raise ConfigError(f"command line: {word} needs a value")
+            value = rest.pop(0)
+        section, _, name = key.partition(".")
+        target = table.setdefault(section, {})
+        for part in name.split(".")[:-1]:
+            target = target.setdefault(part, {})
+        target[name.split(".")[-1]] = _toml_value(value)
+    return table
+
+
+def _nearest_override(word: str) -> str:
+    keys = [key for key in known_keys(RunConfig) if key.endswith("." + word.lstrip("-").partition("=")[0])]
+    return f"; did you mean --{keys[0]}?" if keys else ""
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _check_alone(table: dict[str, Any], source: str) -> None:
+    """Unknown keys are blamed on the file or the command line that has them."""
+    model = table.get("model")
+    if isinstance(model, dict) and "preset" in model:
+        table = {**table, "model": {key: value for key, value in model.items() if key != "preset"}}
+    refuse_unknown(RunConfig, table, source)
+
+
+def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _with_preset(table: dict[str, Any], source: str) -> dict[str, Any]:
+    model = dict(table.get("model", {}))
+    name = model.pop("preset", None)
+    if name is None:
+        return table
+    if not isinstance(name, str):
+        raise ConfigError(f"{source}: model.preset must be a name, got {name!r}")
+    try:
+        preset = presets[name]
+    except KeyError as error:
+        raise ConfigError(f"{source}: {error.args[0]}") from error
+    return {**table, "model": {**as_table(preset), **model}}
+
+
+def as_table(config: Any) -> dict[str, Any]:
+    """The dataclass as nested dicts for TOML or JSON, without the keys that are None (TOML has no null)."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: clean(item) for key, item in value.items() if item is not None}
+        return list(value) if isinstance(value, tuple) else value
+
+    return clean(dataclasses.asdict(config))
+
+
+def dump_config(config: RunConfig) -> str:
+    return tomli_w.dumps(as_table(config))
+
+
+def describe_settings() -> str:
+    """Every setting with its default and meaning, for --help."""
+    lines = []
+    for section in dataclasses.fields(RunConfig):
+        cls = section.default_factory
+        notes = _field_docs(cls)
+        lines.append(f"\n[{section.name}]  {cls.__doc__.splitlines()[0]}")
+        for item in dataclasses.fields(cls):
+            default = "" if item.default is None else item.default
+            lines.append(f"  --{section.name}.{item.name:<20} {default!s:<10} {notes.get(item.name, '')}")
+    lines.append(f"\nmodel.preset: one of {', '.join(presets)}")
+    return "\n".join(lines)
+
+
+def _field_docs(cls: type) -> dict[str, str]:
+    """The docstring under each field, read from the source."""
+    import ast
+    import inspect
+    import textwrap
+
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
+    docs = {}
+    for first, second in zip(body, body[1:], strict=False):
+        if isinstance(first, ast.AnnAssign) and isinstance(second, ast.Expr) and isinstance(second.value, ast.Constant):
+            docs[first.target.id] = str(second.value.value)
+    return docs

@@ -1,0 +1,78 @@
+"""What a run writes while it trains: every step as a line of JSON, and one live line, or plain lines when piped."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from megakern.train.files import write_atomic
+
+
+def duration(seconds: float) -> str:
+    """3723 -> "1:02:03"."""
+    minutes, second = divmod(int(max(0, seconds)), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+
+
+def quantity(value: float, unit: str) -> str:
+    """4.2e11 -> "420 G" + unit."""
+    for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g} {prefix}{unit}"
+    return f"{value:.3g} {unit}"
+
+
+class MetricsFile:
+    """metrics.jsonl of a run: one object a line, `kind` is "train" or "eval"."""
+
+    def __init__(self, path: Path, first_step: int) -> None:
+        self.path = path
+        kept = [record for record in read_metrics(path) if record["step"] < first_step]
+        write_atomic(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+
+    def write(self, **record: object) -> None:
+        self._file.write(json.dumps(record) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The records of a metrics file; none if it is not there. A last line cut short by a crash is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+class ProgressLine:
+    """One line that is written over on a terminal; a plain line every `every` steps when piped."""
+
+    def __init__(self, steps: int, every: int, stream=None) -> None:
+        self.steps, self.every = steps, every
+        self._stream = stream or sys.stdout
+        self._live = self._stream.isatty()
+
+    def update(self, step: int, *, loss: float, rate: float, mfu: float, left: float) -> None:
+        """`step` counts finished steps; rate in tokens/s; mfu as a fraction; left in seconds."""
+        if not self._live and step % self.every and step != self.steps:
+            return
+        text = (
+            f"step {step:>{len(str(self.steps))}}/{self.steps}  loss {loss:.4f}  {rate:,.0f} tokens/s"
+            f"  MFU {mfu:.1%}  {duration(left)} left"
+        )
+        self._stream.write(f"\r\x1b[K{text}" if self._live else f"{text}\n")
+        self._stream.flush()
+
+    def say(self, text: str) -> None:
+        """A line of its own, above the live line."""
+        self._stream.write(f"\r\x1b[K{text}\n" if self._live else f"{text}\n")
+        self._stream.flush()
+
+    def end(self) -> None:
+        if self._live:
+            self._stream.write("\n")
+            self._stream.flush()

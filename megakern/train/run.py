@@ -1,0 +1,114 @@
+"""A run's folder: made from settings that have all been checked, or opened again.
+
+    RUN/config.toml   every setting, resolved        RUN/metrics.jsonl   each step and evaluation
+    RUN/tokenizer.json                               RUN/curve.png, RUN/summary.json   at the end
+    RUN/ckpt/         checkpoints
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megakern.config import ConfigError, require
+from megakern.data.loader import Loader, check_vocabulary
+from megakern.data.manifest import PreparedData
+from megakern.data.tokenizer import Tokenizer
+from megakern.train import machine
+from megakern.train.config import RunConfig, dump_config, load_config
+from megakern.train.files import RunInUseError, RunLock, write_atomic
+
+
+@dataclass(frozen=True)
+class NewRun:
+    """A run that is checked and not yet made. `create` makes its folder."""
+
+    config: RunConfig
+    run: Path
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Nobody else writes to the folder within the block. Raises ConfigError when somebody does, or it can't be made."""
+        lock = RunLock(self.run)
+        try:
+            lock.__enter__()
+        except RunInUseError as error:
+            raise ConfigError(str(error)) from error
+        except OSError as error:
+            raise ConfigError(f"cannot make the run folder {self.run}: {error.strerror}") from error
+        try:
+            yield
+        finally:
+            lock.__exit__()
+
+    def create(self) -> None:
+        try:
+            (self.run / "ckpt").mkdir(parents=True, exist_ok=True)
+            PreparedData(self.config.data.path).tokenizer.save(self.run / "tokenizer.json")
+            # Last: a folder with config.toml is a complete run folder.
+            write_atomic(self.run / "config.toml", dump_config(self.config).encode())
+        except OSError as error:
+            raise ConfigError(f"cannot make the run folder {self.run}: {error.strerror}") from error
+
+
+def check_run(config: RunConfig, nproc: int) -> RunConfig:
+    """Everything that can be wrong is found here, before any worker starts; returns the resolved settings.
+
+    Raises ConfigError, or DataError for unusable data.
+    """
+    tp = nproc if config.parallel.tp is None else config.parallel.tp
+    require(tp == nproc, f"parallel.tp = {tp}, but {nproc} processes were asked for; make them equal")
+    config.model.check_tensor_parallel(tp)
+    require(bool(config.data.path), "data.path is not set; name a folder that `megakern prepare` made")
+    data = PreparedData(config.data.path)
+    vocabulary = data.tokenizer.vocab_size
+    require(
+        config.model.vocab_size >= vocabulary,
+        f"model.vocab_size = {config.model.vocab_size} is less than the vocabulary of {config.data.path}: {vocabulary}",
+    )
+    check_vocabulary(data.train, config.model.vocab_size)
+    Loader(data.train, config.model.sequence_length, config.train.seed)  # refuses data shorter than one sample
+    precision = config.train.precision
+    if precision == "auto":
+        precision, reason = machine.choose_precision(torch.device(machine.device_type()))
+        print(f"precision {precision}: {reason}", flush=True)
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, path=str(Path(config.data.path).resolve())),
+        parallel=dataclasses.replace(config.parallel, tp=tp),
+        train=dataclasses.replace(config.train, precision=precision),
+    )
+
+
+def new_run(config: RunConfig, run: Path, nproc: int) -> NewRun:
+    """Raises ConfigError when the settings are wrong or RUN is in use."""
+    if (run / "config.toml").exists():
+        raise ConfigError(f"{run} is a run already; go on with: megakern train --resume {run}, or name another --out")
+    return NewRun(check_run(config, nproc), run)
+
+
+def resumed_run(config: RunConfig, run: Path, nproc: int) -> NewRun:
+    """The run at `run` with `config`, which may differ from what it was started with. Raises ConfigError."""
+    new = NewRun(check_run(config, nproc), run)
+    wanted, found = Tokenizer.load(run / "tokenizer.json"), PreparedData(config.data.path).tokenizer
+    require(wanted.sha256 == found.sha256, other_tokenizer(config.data.path, found, run, wanted))
+    return new
+
+
+def other_tokenizer(data: str | Path, found: Tokenizer, run: Path, wanted: Tokenizer) -> str:
+    return (
+        f"{data} was made with another tokenizer ({found.sha256[:12]}) than {run} ({wanted.sha256[:12]}): the same token ids "
+        f"mean other text; prepare the data again with: --tokenizer {run / 'tokenizer.json'}"
+    )
+
+
+def open_run(run: Path, overrides: list[str] | None = None) -> RunConfig:
+    """The settings of a run, with overrides. Raises ConfigError when RUN is none."""
+    if not (run / "config.toml").exists():
+        raise ConfigError(f"{run} is not a run: it has no config.toml; make one with: megakern train CONFIG --out RUN")
+    return load_config(run / "config.toml", overrides)

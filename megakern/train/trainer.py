@@ -1,0 +1,280 @@
+"""The training loop, from a run's settings to its checkpoints, metrics and summary. Read `Trainer.fit` first."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megakern.data.loader import Loader, validation_batches
+from megakern.data.manifest import PreparedData
+from megakern.layers.dropout import DropoutKey
+from megakern.model.flops import flops_per_token
+from megakern.model.gpt import GPT
+from megakern.ops.adamw import AdamW
+from megakern.ops.grad_norm import clip_coefficient, gradient_norm
+from megakern.parallel.context import ParallelContext
+from megakern.train import checkpoint, machine
+from megakern.train.config import RunConfig, as_table
+from megakern.train.launch import StopRequest
+from megakern.train.metrics import MetricsFile, ProgressLine
+from megakern.train.scaler import LossScaler
+from megakern.train.schedule import learning_rate
+from megakern.train.summary import Summary
+
+
+class NonFiniteError(RuntimeError):
+    """Too many steps in a row had a non-finite gradient."""
+
+
+class Trainer:
+    """Trains the model of `config` on the data of `config`, in the folder `run`, as one of the ranks of `parallel`.
+
+    Starts from the newest valid checkpoint in RUN/ckpt, or from the initial weights when there is none. All random
+    choices are functions of (seed, step, sample), so a resumed run goes on bit for bit.
+    """
+
+    def __init__(self, config: RunConfig, run: Path, parallel: ParallelContext) -> None:
+        self.config, self.run, self.parallel = config, run, parallel
+        self.device = parallel.device() if parallel.mesh is not None else torch.device(machine.device_type())
+        self.data = PreparedData(config.data.path)
+        self.loader = Loader(self.data.train, config.model.sequence_length, config.train.seed)
+        precision = machine.DTYPES[config.train.precision]
+        self.model = GPT(
+            config.model,
+            parallel,
+            seed=config.train.seed,
+            device=self.device,
+            compute_dtype=precision,
+            recompute=config.train.recompute,
+        )
+        self.optimizer = _make_optimizer(self.model, config)
+        self.scaler = LossScaler() if precision == torch.float16 else None
+        self.step = 0
+        self.updates = 0  # steps that were not skipped
+        self.samples = 0  # sequences consumed: the position in the data, and all the state the loader has
+        self.skipped_in_a_row = 0
+        self._restore()
+        first = parallel.world_rank == 0
+        self.metrics = MetricsFile(run / "metrics.jsonl", self.step) if first else None
+        self.progress = ProgressLine(config.train.steps, config.train.log_every) if first else None
+        peak, self.peak_source = machine.peak_rate(precision, self.device)
+        self.peak = peak * parallel.world_size
+        self._busy, self._busy_tokens = 0.0, 0  # seconds and tokens of the steps of this process, for rates
+        self.saved: Path | None = None
+
+    # --- the loop ---
+
+    def fit(self, stop: StopRequest) -> int:
+        """Train to the last step; returns 0, or the number of the signal that stopped it (a checkpoint is saved)."""
+        settings = self.config.train
+        while self.step < settings.steps:
+            number = stop.agreed(self.parallel)
+            if number:
+                self.save()
+                self._say(
+                    f"stopped by signal {number} after step {self.step} of {settings.steps}; saved {self.saved}\n"
+                    f"resume with: megakern train --resume {self.run}"
+                )
+                return number
+            self._train_step()
+            if settings.save_every and self.step % settings.save_every == 0 and self.step < settings.steps:
+                self.save()
+            if settings.eval_every and self.step % settings.eval_every == 0 and self.step < settings.steps:
+                self._log_evaluation(self.evaluate(settings.eval_batches))
+        if self.progress:
+            self.progress.end()
+        if self.saved is None or self.saved.name != checkpoint.folder_name(self.step):
+            self.save()
+        self._finish()
+        return 0
+
+    def _train_step(self) -> None:
+        settings, optimizer = self.config.train, self.config.optimizer
+        started = time.perf_counter()
+        lr = learning_rate(self.step, settings.steps, optimizer)
+        loss = self._gradients()
+        norm = gradient_norm(self.model.parameters())
+        if self.scaler:
+            norm = norm / self.scaler.scale
+        norm_value = norm.item()
+        finite = math.isfinite(norm_value)
+        if finite:
+            scale = clip_coefficient(norm, optimizer.clip) if optimizer.clip else torch.ones_like(norm)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step(grad_scale=scale / self.scaler.scale if self.scaler else scale)
+            self.updates += 1
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.scaler:
+            self.scaler.update(finite)
+        self.step += 1
+        self.samples += settings.batch
+        self._log_step(loss, norm_value, lr, finite, time.perf_counter() - started)
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        if self.skipped_in_a_row >= settings.max_skipped:
+            raise NonFiniteError(
+                f"step {self.step}: the gradient was not finite for {self.skipped_in_a_row} steps in a row, and those "
+                f"steps were skipped; lower optimizer.lr, or resume from {self.run / 'ckpt'} with another setting"
+            )
+
+    def _gradients(self) -> float:
+        """Forward and backward over the micro-batches of one step; returns the mean loss in nats a token."""
+        settings = self.config.train
+        passes = settings.batch // settings.rows
+        total = torch.zeros((), device=self.device)
+        for index in range(passes):
+            first = index * settings.rows
+            tokens, targets = self.loader.batch(self.samples + first, settings.rows)
+            key = DropoutKey(seed=settings.seed, step=self.step, first_sample=first)
+            loss = self.model(tokens.to(self.device), targets.to(self.device), dropout_key=key) / passes
+            (loss * self.scaler.scale if self.scaler else loss).backward()
+            total += loss.detach()
+        return total.item()
+
+    # --- evaluation ---
+
+    @torch.no_grad()
+    def evaluate(self, batches: int | None = None) -> float:
+        """Mean loss in nats a token over the first `batches` batches of the held-out tokens; None: over all."""
+        return evaluate(self.model, self.data, self.config.train.rows, self.device, batches)
+
+    # --- checkpoints ---
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        tensors = {f"model.{name}": parameter for name, parameter in self.model.named_parameters()}
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        for parameter, state in self.optimizer.state.items():
+            for key, value in state.items():
+                if isinstance(value, torch.Tensor) and value.ndim == parameter.ndim and value.shape == parameter.shape:
+                    tensors[f"optimizer.{key}.{names[parameter]}"] = value
+        return tensors
+
+    def save(self) -> None:
+        """Write RUN/ckpt/step-XXXXXXXX; everything a resume needs is in it."""
+        state = {
+            "step": self.step,
+            "samples": self.samples,
+            "updates": self.updates,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "scaler": self.scaler.state() if self.scaler else None,
+            "config": as_table(self.config),
+            "tokenizer_sha256": self.data.tokenizer.sha256,
+        }
+        self.saved = checkpoint.save(
+            self.run / "ckpt", self.step, self._tensors(), state, self.parallel, keep=self.config.train.keep
+        )
+
+    def _restore(self) -> None:
+        try:
+            path = checkpoint.newest(self.run / "ckpt", self.parallel)
+        except checkpoint.NoCheckpointError:
+            return  # a new run
+        self.optimizer.start_state(0)
+        state = checkpoint.load(path, self._tensors(), self.parallel)
+        checkpoint.require_tokenizer(state, self.data.tokenizer.sha256, path)
+        self.optimizer.start_state(state["updates"])
+        self.step, self.samples, self.updates = state["step"], state["samples"], state["updates"]
+        self.skipped_in_a_row = state["skipped_in_a_row"]
+        if self.scaler:
+            self.scaler.restore(state["scaler"])
+        self.saved = path
+        if self.parallel.world_rank == 0:
+            print(f"resumed from {path} at step {self.step}", flush=True)
+
+    # --- what the user sees ---
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Over all steps of this process, without evaluation and saving; 0 when it made none."""
+        return self._busy_tokens / self._busy if self._busy else 0.0
+
+    def _say(self, text: str) -> None:
+        if self.progress:
+            self.progress.say(text)
+
+    def _log_step(self, loss: float, norm: float, lr: float, finite: bool, seconds: float) -> None:
+        if not self.metrics:
+            return
+        settings, model = self.config.train, self.config.model
+        tokens = settings.batch * model.sequence_length
+        rate = tokens / seconds
+        flops = {kind: flops_per_token(model, causal=kind == "causal") for kind in ("causal", "full")}
+        self.metrics.write(
+            kind="train",
+            step=self.step - 1,
+            loss=loss,
+            gradient_norm=norm if finite else None,
+            skipped=not finite,
+            lr=lr,
+            tokens=self.samples * model.sequence_length,
+            tokens_per_second=rate,
+            mfu_causal=rate * flops["causal"] / self.peak,
+            mfu_full=rate * flops["full"] / self.peak,
+            loss_scale=self.scaler.scale if self.scaler else None,
+            memory=machine.peak_memory(self.device),
+            seconds=seconds,
+        )
+        self._busy += seconds
+        self._busy_tokens += tokens
+        self.progress.update(
+            self.step,
+            loss=loss,
+            rate=rate,
+            mfu=rate * flops["causal"] / self.peak,
+            left=(settings.steps - self.step) * tokens / self.tokens_per_second,
+        )
+
+    def _log_evaluation(self, loss: float, **more: float) -> None:
+        if self.metrics:
+            tokens = self.samples * self.config.model.sequence_length
+            self.metrics.write(kind="eval", step=self.step - 1, loss=loss, tokens=tokens, **more)
+            self._say(f"step {self.step}: held-out loss {loss:.4f}")
+
+    def _finish(self) -> None:
+        """Evaluate on all held-out tokens, then write the curve and print the summary."""
+        self._say("evaluating on all held-out tokens")
+        loss = self.evaluate()
+        memory = torch.tensor([float(machine.peak_memory(self.device))], device=self.device)
+        if self.parallel.mesh is not None:
+            dist.all_reduce(memory, op=dist.ReduceOp.SUM)
+        if self.parallel.world_rank == 0:
+            summary = Summary.of(self, loss, int(memory.item()))
+            self._log_evaluation(loss, unigram=summary.held_out.unigram, bigram=summary.held_out.bigram)
+            self.metrics.close()
+            summary.write(self.run)
+
+
+def evaluate(model: GPT, data: PreparedData, rows: int, device: torch.device, batches: int | None = None) -> float:
+    """Mean loss of `model` in nats a token over `batches` batches of `rows` held-out windows; None: over all."""
+    model.eval()
+    total, count = 0.0, 0
+    for index, (tokens, targets) in enumerate(
+        validation_batches(data.validation, model.config.sequence_length, rows)
+    ):
+        if index == batches:
+            break
+        total += model(tokens.to(device), targets.to(device), reduction="sum").item()
+        count += int((targets != -100).sum())
+    model.train()
+    return total / count
+
+
+def _make_optimizer(model: GPT, config: RunConfig) -> AdamW:
+    """AdamW with weight decay on matrices and embeddings only."""
+    settings = config.optimizer
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return AdamW(
+        groups,
+        lr=settings.lr,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.eps,
+        state_dtype=getattr(torch, settings.state_dtype),
+    )

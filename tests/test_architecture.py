@@ -1,0 +1,120 @@
+"""The shape of the project holds: imports go one way, files stay short, each op has all its files, README tells the truth."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "megakern"
+
+# A package may import those to its right of the arrow, and itself. `config` and `parallel` are leaves.
+MAY_IMPORT = {
+    "config": set(),
+    "parallel": set(),
+    "kernels": set(),
+    "ops": {"kernels", "parallel"},
+    "layers": {"ops", "parallel", "config"},
+    "model": {"layers", "ops", "parallel", "config"},
+    "data": {"config"},
+    "train": {"model", "layers", "ops", "data", "parallel", "config", "__init__"},
+}
+HARD_LIMIT = 600
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def package_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(tree: ast.AST) -> set[str]:
+    """The sub-packages of megakern that a module imports, type-checking blocks included."""
+    found = set()
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "megakern" else [node.module]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        found |= {name.split(".")[1] for name in names if name.startswith("megakern.")}
+    return {"__init__" if name.startswith("__") else name for name in found}
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_one_way(path):
+    package = package_of(path)
+    if package not in MAY_IMPORT:  # cli, doctor ...: the top, may import everything
+        return
+    upward = imported(ast.parse(path.read_text())) - MAY_IMPORT[package] - {package}
+    assert not upward, f"{path.relative_to(ROOT)} imports megakern.{', megakern.'.join(sorted(upward))}: against the flow"
+
+
+def test_every_package_is_in_the_table():
+    top = {"__init__", "__main__", "cli", "doctor", "inference", "evaluate"}
+    assert {package_of(path) for path in modules()} == set(MAY_IMPORT) | top
+
+
+def sources() -> list[Path]:
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split("\n")
+    endings = (".py", ".cu", ".cuh", ".h", ".cpp")
+    return [ROOT / name for name in listed if name.endswith(endings) and (ROOT / name).exists()]
+
+
+def test_no_source_file_is_longer_than_the_limit():
+    long = {str(path.relative_to(ROOT)): n for path in sources() if (n := len(path.read_text().splitlines())) > HARD_LIMIT}
+    assert not long, f"split these by what they are about: {long}"
+
+
+# Stems of megakern/ops that hold an op. The others are shared: dispatch, checks.
+OPS = sorted(
+    path.stem for path in (PACKAGE / "ops").glob("*.py") if "from megakern.ops.dispatch import" in path.read_text()
+)
+
+
+@pytest.mark.parametrize("stem", OPS)
+def test_every_op_has_all_its_files(stem):
+    wanted = [f"megakern/kernels/torch/{stem}.py", f"tests/test_{stem}.py", f"benchmarks/bench_{stem}.py"]
+    missing = [name for name in wanted if not (ROOT / name).exists()]
+    assert not missing, f"op {stem} lacks {missing}"
+    text = "".join(path.read_text() for path in (PACKAGE / "ops").glob(f"{stem}*.py"))
+    assert re.search(r"^def \w+_reference\(", text, re.M), f"op {stem} has no *_reference"
+
+
+def test_environment_variables_are_in_the_readme():
+    readme = (ROOT / "README.md").read_text()
+    pattern = re.compile(r"""environ(?:\.get\(|\[)\s*["']([A-Z_0-9]+)["']|["'](MEGAKERN_[A-Z_]+)["']""")
+    used = {a or b for path in modules() for a, b in pattern.findall(path.read_text())}
+    missing = sorted(name for name in used if f"`{name}`" not in readme)
+    assert not missing, f"README's table of environment variables lacks {missing}"
+
+
+def test_import_needs_no_gpu_no_triton_and_no_time():
+    program = (
+        "import sys, megakern\n"
+        "assert 'torch' not in sys.modules, 'importing megakern loads torch before it is used'\n"
+        "sys.modules['triton'] = None  # any import of it fails from here on\n"
+        "for name in megakern.__all__: getattr(megakern, name)\n"
+    )
+    import sys
+
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
+
+
+def test_readme_file_tree_is_true():
+    """Every path in README's tree exists, and every package file is in it."""
+    readme = (ROOT / "README.md").read_text()
+    block = readme.split("<!-- tree -->")[1].split("```")[1]
+    listed = {line.split("  ")[0].strip() for line in block.strip().splitlines() if line.strip()}
+    absent = sorted(name for name in listed if not (ROOT / name).exists())
+    assert not absent, f"in README's tree and not in the project: {absent}"
+    wanted = {str(p.relative_to(ROOT)) for p in modules() if p.name not in ("__init__.py", "__main__.py")}
+    assert not wanted - listed, f"not in README's tree: {sorted(wanted - listed)}"

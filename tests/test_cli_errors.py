@@ -1,0 +1,181 @@
+"""Wrong input to the commands: one clear sentence, a non-zero exit code, before any worker starts. No device needed."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import struct
+
+import pytest
+
+from megakern.cli import main
+from megakern.train import launch
+
+CONFIG = """
+[model]
+preset = "tiny-gpt2"
+vocab_size = 257
+sequence_length = 32
+[data]
+path = "{data}"
+[train]
+steps = 4
+batch = 2
+precision = "fp32"
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_data, tmp_path_factory):
+    """A run of four steps, and its settings file."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "config.toml").write_text(CONFIG.format(data=tiny_data))
+    assert main(["train", str(folder / "config.toml"), "--out", str(folder / "run")]) == 0
+    return folder
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """Run a command that must be refused: returns the message; fails if a worker was started."""
+
+    def no_workers(*_):
+        raise AssertionError("a worker was started")
+
+    monkeypatch.setattr(launch, "start_workers", no_workers)
+
+    def run(*words: object, code: int = 2) -> str:
+        capsys.readouterr()
+        assert main([str(word) for word in words]) == code
+        message = capsys.readouterr().err.strip()
+        assert len(message.splitlines()) == 1, message
+        assert message.startswith("megakern: ")
+        return message
+
+    return run
+
+
+def train_words(trained, tmp_path, *more: object) -> list[object]:
+    return ["train", trained / "config.toml", "--out", tmp_path / "new", "--nproc", 2, *more]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--model.layrs", "3"], r"unknown key 'model.layrs'; did you mean 'model.layers'\?"),
+        (["--layers", "3"], r"did you mean --model.layers\?"),
+        (["--model.heads", "3", "--model.width", "48"], "kv_heads = 3 is not divisible by parallel.tp = 2"),
+        (["--parallel.tp", "4"], "parallel.tp = 4, but 2 processes were asked for"),
+        (["--data.path", "/nowhere"], "/nowhere"),
+        (["--model.vocab_size", "100"], "model.vocab_size = 100 is less than the vocabulary"),
+        (["--model.sequence_length", "10000000"], "10,000,001 tokens"),
+        (["--train.steps", "-1"], "train.steps must be 1 or more"),
+    ],
+)
+def test_settings(refused, trained, tmp_path, more, message):
+    assert re.search(message, refused(*train_words(trained, tmp_path, *more)))
+    assert not (tmp_path / "new").exists(), "nothing may be written before the settings are known to be right"
+
+
+def test_options_of_train(refused, trained, tmp_path):
+    assert "name either a CONFIG.toml and --out RUN, or --resume RUN" in refused("train")
+    assert "--out RUN" in refused("train", trained / "config.toml")
+    assert "is a run already; go on with: megakern train --resume" in refused(
+        "train", trained / "config.toml", "--out", trained / "run"
+    )
+    assert "is not a run" in refused("train", "--resume", tmp_path)
+    assert "there is no such configuration file" in refused("train", tmp_path / "no.toml", "--out", tmp_path / "x")
+    assert "--nproc must be 1 or more, got -1" in refused(*train_words(trained, tmp_path, "--nproc", -1))
+
+
+@pytest.fixture
+def data_copy(tiny_data, tmp_path):
+    shutil.copytree(tiny_data, tmp_path / "data")
+    return tmp_path / "data"
+
+
+def test_empty_bin(refused, trained, tmp_path, data_copy):
+    (data_copy / "train.bin").write_bytes(b"")
+    message = refused(*train_words(trained, tmp_path, "--data.path", data_copy))
+    assert "train.bin" in message
+    assert "empty" in message
+
+
+def test_truncated_bin(refused, trained, tmp_path, data_copy):
+    path = data_copy / "train.bin"
+    path.write_bytes(path.read_bytes()[:-10])
+    message = refused(*train_words(trained, tmp_path, "--data.path", data_copy))
+    assert "train.bin" in message
+    assert re.search("truncated|bytes", message)
+
+
+def test_idx_whose_counts_point_past_the_file(refused, trained, tmp_path, data_copy):
+    path = data_copy / "train.idx"
+    content = bytearray(path.read_bytes())
+    content[18:26] = struct.pack("<Q", 1 << 40)
+    path.write_bytes(content)
+    message = refused(*train_words(trained, tmp_path, "--data.path", data_copy))
+    assert "train.idx" in message
+
+
+def test_tokenizer_other_than_the_datas(refused, trained, tmp_path, data_copy):
+    path = data_copy / "tokenizer.json"
+    path.write_text(path.read_text().replace("endoftext", "endoftxt"))
+    assert "tokenizer" in refused(*train_words(trained, tmp_path, "--data.path", data_copy))
+
+
+@pytest.fixture
+def run_copy(trained, tmp_path):
+    shutil.copytree(trained / "run", tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_data_of_another_tokenizer_than_the_checkpoint(refused, trained, run_copy, tmp_path):
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for i in range(40):
+        (corpus / f"{i}.txt").write_text(f"a text number {i} " * 60)
+    words = ["prepare", corpus, "--out", tmp_path / "other", "--vocab-size", 257, "--validation", "0.2"]
+    assert main([str(word) for word in words]) == 0
+    assert "tokenizer" in refused("eval", run_copy, "--data", tmp_path / "other")
+    assert "tokenizer" in refused("train", "--resume", run_copy, "--data.path", tmp_path / "other", "--train.steps", 6)
+
+
+def test_flipped_bit_in_the_only_checkpoint(refused, run_copy):
+    shard = next((run_copy / "ckpt").glob("step-*/*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 4
+    shard.write_bytes(content)
+    assert shard.name in refused("generate", run_copy, "--prompt", "a", code=1)
+    assert main(["ckpt", "verify", str(run_copy)]) == 1
+
+
+def test_generation_options(refused, trained):
+    run = trained / "run"
+    assert "--temperature must be 0 (greedy) or more" in refused("generate", run, "--prompt", "a", "--temperature", -1)
+    assert "--top-k must be 1 or more" in refused("generate", run, "--prompt", "a", "--top-k", 0)
+    assert "--top-p must be in (0, 1]" in refused("generate", run, "--prompt", "a", "--top-p", 1.5)
+    assert "this model reads 32 in all" in refused("generate", run, "--prompt", "a" * 40)
+    assert "a stop string must not be empty" in refused("generate", run, "--prompt", "a", "--stop", "")
+
+
+def test_unknown_command_and_option_end_with_2(capsys):
+    for words, text in ((["trian"], "invalid choice: 'trian'"), (["doctor", "--fast"], "unknown option '--fast' for doctor")):
+        with pytest.raises(SystemExit) as error:
+            main(words)
+        assert error.value.code == 2
+        assert text in capsys.readouterr().err
+
+
+def test_commands_on_a_sound_run(trained, capsys, tmp_path):
+    run = str(trained / "run")
+    for words, text in (
+        (["ckpt", "ls", run], "step-00000004"),
+        (["ckpt", "show", run], "model.embedding.weight"),
+        (["ckpt", "verify", run], "sound"),
+        (["eval", run, "--batches", "2"], "bits a byte"),
+        (["generate", run, "--prompt", "def", "--max-tokens", "5", "--temperature", "1", "--top-k", "5"], "def"),
+        (["plot", run, "--out", str(tmp_path / "x.svg")], "x.svg"),
+        (["doctor"], "backends"),
+    ):
+        assert main(words) == 0, words
+        assert text in capsys.readouterr().out, words

@@ -1,0 +1,175 @@
+"""rope: against complex numbers, against the published models' own code, gradients. No device needed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import megakern as mk
+from megakern.ops.rope import rope_reference
+from tests.closeness import assert_close_to_ref, assert_gradients_close
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def tables(Tmax, d, dtype=torch.float32):
+    angles = torch.arange(Tmax, dtype=torch.float64)[:, None] * 10000.0 ** (-torch.arange(d, dtype=torch.float64) / d)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def make(B, T, H, Hkv, D, dtype, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return {
+        "q": torch.randn(B, T, H, D, generator=g).to(dtype),
+        "k": torch.randn(B, T, Hkv, D, generator=g).to(dtype),
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("interleaved", [False, True])
+# Smallest, one row, primes, partial rotary with an even and an odd tail, empty batch, no token.
+@pytest.mark.parametrize(
+    "shape, d",
+    [
+        ((1, 1, 1, 1, 2), 1),
+        ((1, 1, 3, 1, 64), 32),
+        ((2, 7, 5, 5, 22), 11),
+        ((2, 5, 4, 2, 16), 3),
+        ((2, 5, 3, 1, 17), 8),
+        ((0, 3, 2, 1, 8), 4),
+        ((2, 0, 2, 1, 8), 4),
+    ],
+)
+def test_values_and_gradients(shape, d, interleaved, dtype):
+    cos, sin = tables(shape[1] + 3, d)
+    for positions in (None, torch.arange(shape[1]) + 2):
+        more = {"positions": positions, "interleaved": interleaved}
+        assert_gradients_close(
+            lambda q, k, more=more: mk.rope(q, k, cos, sin, **more),
+            lambda q, k, more=more: rope_reference(q, k, cos, sin, **more),
+            make(*shape, dtype),
+        )
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_it_is_a_complex_rotation_by_position_times_frequency(interleaved):
+    v = make(2, 6, 3, 2, 10, torch.float64)
+    positions = torch.tensor([[0, 5, 1, 9, 9, 2], [3, 1, 4, 1, 5, 9]], dtype=torch.int32)
+    frequency = 10000.0 ** (-torch.arange(5, dtype=torch.float64) / 5)
+    turn = torch.polar(torch.ones(2, 6, 1, 5, dtype=torch.float64), positions[..., None, None] * frequency)
+    got = mk.rope(
+        **v,
+        **dict(zip(("cos", "sin"), tables(10, 5, torch.float64), strict=True)),
+        positions=positions,
+        interleaved=interleaved,
+    )
+    for x, y in zip(v.values(), got, strict=True):
+        if interleaved:
+            expected = torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (5, 2))) * turn).flatten(-2)
+        else:
+            z = torch.complex(x[..., :5], x[..., 5:]) * turn
+            expected = torch.cat([z.real, z.imag], -1)
+        torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_matches_the_code_of_llama_and_gptj_in_transformers():
+    from transformers.models.gptj.modeling_gptj import apply_rotary_pos_emb as gptj
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as llama
+
+    v = make(2, 9, 4, 2, 16, torch.float32)
+    cos, sin = tables(9, 8)
+    by_head = [x.transpose(1, 2) for x in v.values()]
+    theirs = llama(*by_head, torch.cat([cos, cos], -1)[None], torch.cat([sin, sin], -1)[None])
+    for ours, their in zip(mk.rope(**v, cos=cos, sin=sin), theirs, strict=True):
+        torch.testing.assert_close(ours, their.transpose(1, 2), rtol=1e-5, atol=1e-6)
+    for ours, x in zip(mk.rope(**v, cos=cos, sin=sin, interleaved=True), v.values(), strict=True):
+        torch.testing.assert_close(ours, gptj(x, sin[None], cos[None]), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("offset", [0, 1])
+def test_views_of_a_fused_qkv(interleaved, offset):
+    """Strides that are not those of a contiguous tensor; with offset 1 not even aligned for complex numbers."""
+    qkv = torch.randn(3, 5, 6 * 8 + 1).as_strided((3, 5, 6, 8), (5 * 49, 49, 8, 1), offset)
+    inputs = {"q": qkv[:, :, :4], "k": qkv[:, :, 4:5]}
+    cos, sin = tables(5, 4)
+    wide = rope_reference(*(x.double() for x in inputs.values()), cos, sin, interleaved=interleaved)
+    same = rope_reference(*inputs.values(), cos, sin, interleaved=interleaved)
+    for y, ref, base in zip(mk.rope(**inputs, cos=cos, sin=sin, interleaved=interleaved), wide, same, strict=True):
+        assert_close_to_ref(y, ref, base)
+        assert y.is_contiguous()
+
+
+def test_reference_passes_gradcheck():
+    v = {name: x.requires_grad_() for name, x in make(1, 3, 2, 1, 7, torch.float64).items()}
+    cos, sin = tables(3, 2, torch.float64)
+    for interleaved in (False, True):
+        torch.autograd.gradcheck(
+            lambda q, k, i=interleaved: rope_reference(q, k, cos, sin, interleaved=i), tuple(v.values())
+        )
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("positions", [None, torch.tensor([[2, 0, 1], [1, 1, 1]])])
+def test_opcheck(interleaved, positions):
+    v = make(2, 3, 2, 1, 6, torch.float32)
+    arguments = (
+        v["q"].requires_grad_(),
+        v["k"].requires_grad_(),
+        *tables(3, 2),
+        positions,
+        interleaved,
+        False,
+        "torch",
+    )
+    torch.library.opcheck(torch.ops.megakern.rope.default, arguments)
+
+
+def test_compiles_in_one_graph():
+    cos, sin = tables(8, 4)
+
+    def both(q, k):
+        q, k = mk.rope(q, k, cos, sin, positions=torch.arange(3, 8))
+        return mk.rope(q, k, cos, sin, interleaved=True)
+
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    assert_gradients_close(compiled, both, make(2, 5, 2, 1, 8, torch.float32))
+
+
+def test_repeats_are_bit_identical():
+    v = make(3, 33, 4, 2, 64, torch.bfloat16)
+    first, second = (mk.rope(**v, **dict(zip(("cos", "sin"), tables(33, 32), strict=True))) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"q": torch.ones(3, 2, 8)}, ValueError, r"q must have shape \(B, T, H, D\) with D > 0, got \(3, 2, 8\)"),
+        ({"q": torch.ones(2, 3, 4, 8).int()}, TypeError, "q must be float16, bfloat16, float32 or float64"),
+        ({"k": torch.ones(2, 3, 2, 8).half()}, TypeError, "k must have the dtype of q"),
+        ({"k": torch.ones(2, 4, 2, 8)}, ValueError, r"k must have shape \(B, T, Hkv, D\) = \(2, 3, 2, 8\), got \(2, 4"),
+        ({"cos": torch.ones(3, 5)}, ValueError, r"cos must have shape \(Tmax, d\) with 0 < 2 d <= D = 8, got \(3, 5\)"),
+        ({"sin": torch.ones(3)}, ValueError, r"sin must have shape \(Tmax, d\)"),
+        ({"sin": torch.ones(4, 4)}, ValueError, r"sin must have shape of cos = \(3, 4\), got \(4, 4\)"),
+        ({"cos": torch.ones(3, 4).half()}, TypeError, "cos must be float32 or float64, got torch.float16"),
+        ({"cos": torch.ones(3, 4, requires_grad=True)}, ValueError, "cos must not require a gradient"),
+        ({"sin": torch.ones(3, 4, device="meta")}, ValueError, "sin must be on the device of q"),
+        ({"cos": torch.ones(2, 4), "sin": torch.ones(2, 4)}, ValueError, "have 2 positions, too few for T = 3"),
+        ({"positions": torch.ones(3)}, TypeError, "positions must be int32 or int64, got torch.float32"),
+        ({"positions": torch.zeros(4, dtype=torch.int64)}, ValueError, r"positions must have shape \(3,\) or \(2, 3\)"),
+        ({"positions": torch.tensor([0, 3, 1])}, ValueError, r"positions must lie in 0 .. 2, .* got 0 .. 3"),
+        ({"positions": torch.tensor([0, -1, 1])}, ValueError, r"positions must lie in 0 .. 2, .* got -1 .. 1"),
+        (
+            {"positions": torch.zeros(3, dtype=torch.int64, device="meta")},
+            ValueError,
+            "positions must be on the device",
+        ),
+        ({"backend": "cuda"}, ValueError, "backend 'cuda' was asked for, but"),
+    ],
+)
+def test_wrong_input_is_named(change, error, message):
+    v = make(2, 3, 4, 2, 8, torch.float32)
+    arguments = {**v, **dict(zip(("cos", "sin"), tables(3, 4), strict=True)), **change}
+    with pytest.raises(error, match=message):
+        mk.rope(**arguments)

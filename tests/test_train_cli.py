@@ -1,0 +1,187 @@
+"""`megakern train` as users run it: whole processes, kills, signals, resumes, two gloo ranks. No GPU needed."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megakern.train.checkpoint import newest
+from megakern.train.metrics import read_metrics
+
+ROOT = Path(__file__).resolve().parent.parent
+
+CONFIG = """
+[model]
+preset = "tiny-llama"
+dropout = 0.1
+vocab_size = 257
+sequence_length = 32
+[data]
+path = "{data}"
+[optimizer]
+lr = 3e-3
+warmup_steps = 2
+[train]
+steps = 12
+batch = 4
+micro_batch = 2
+precision = "fp32"
+save_every = 4
+eval_every = 6
+eval_batches = 2
+log_every = 1
+"""
+
+
+@pytest.fixture(scope="module")
+def config(tiny_data, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("config") / "run.toml"
+    path.write_text(CONFIG.format(data=tiny_data))
+    return path
+
+
+def start(*words: object) -> subprocess.Popen:
+    command = [sys.executable, "-m", "megakern", *map(str, words)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    )
+
+
+def finish(process: subprocess.Popen, code: int = 0, timeout: float = 120) -> str:
+    output, _ = process.communicate(timeout=timeout)
+    assert process.returncode == code, f"exit code {process.returncode}, wanted {code}:\n{output}"
+    return output
+
+
+def losses(run: Path, kind: str = "train") -> dict[int, float]:
+    return {r["step"]: r["loss"] for r in read_metrics(run / "metrics.jsonl") if r["kind"] == kind}
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
+    end = time.monotonic() + 90
+    while time.monotonic() < end and process.poll() is None:
+        if max(losses(run), default=-1) >= step:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"step {step} was not reached:\n{process.communicate()[0]}")
+
+
+@pytest.fixture(scope="module")
+def unbroken(config, tmp_path_factory) -> Path:
+    """A run of two ranks from start to end."""
+    run = tmp_path_factory.mktemp("unbroken") / "run"
+    output = finish(start("train", config, "--out", run, "--nproc", 2))
+    assert "held-out loss" in output
+    assert "tokens/s" in output
+    return run
+
+
+def test_files_of_a_run(unbroken):
+    names = {path.name for path in unbroken.iterdir()}
+    assert {"config.toml", "tokenizer.json", "metrics.jsonl", "summary.json", "curve.png", "ckpt"} <= names
+    assert newest(unbroken / "ckpt").name == "step-00000012"
+    assert sorted(losses(unbroken)) == list(range(12))
+    assert sorted(losses(unbroken, "eval")) == [5, 11]
+
+
+def test_two_ranks_give_the_losses_of_one(unbroken, config, tmp_path):
+    finish(start("train", config, "--out", tmp_path / "run", "--nproc", 1))
+    assert losses(tmp_path / "run") == pytest.approx(losses(unbroken), rel=1e-5)
+    assert losses(tmp_path / "run", "eval") == pytest.approx(losses(unbroken, "eval"), rel=1e-5)
+
+
+def test_kill_9_and_resume_continue_bit_for_bit(unbroken, config, tmp_path):
+    run, chance = tmp_path / "run", random.Random(5)
+    process = start("train", config, "--out", run, "--nproc", 2)
+    wait_for_step(run, chance.randrange(4, 11), process)
+    workers = children(process.pid)
+    process.kill()
+    process.communicate()
+    wait_gone(workers)
+    output = finish(start("train", "--resume", run, "--nproc", 2))
+    assert "resumed from" in output
+    assert losses(run) == losses(unbroken)
+    assert losses(run, "eval") == losses(unbroken, "eval")
+    assert weights_hash(run) == weights_hash(unbroken)
+
+
+def test_killed_worker_ends_the_run_with_a_message(config, tmp_path):
+    run = tmp_path / "run"
+    process = start("train", config, "--out", run, "--nproc", 2, "--train.steps", 2000)
+    wait_for_step(run, 1, process)
+    workers = children(process.pid)
+    os.kill(workers[1], signal.SIGKILL)
+    output, _ = process.communicate(timeout=20)
+    assert process.returncode != 0
+    assert "worker" in output
+    assert "SIGKILL" in output or "failed" in output
+    wait_gone(workers)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_saves_at_the_next_step_and_resume_goes_on(unbroken, config, tmp_path, number, code):
+    run = tmp_path / "run"
+    process = start("train", config, "--out", run, "--nproc", 2)
+    wait_for_step(run, 1, process)
+    process.send_signal(number)
+    output = finish(process, code)
+    assert f"resume with: megakern train --resume {run}" in output
+    done = len(losses(run))
+    assert newest(run / "ckpt").name == f"step-{done:08d}"
+    finish(start("train", "--resume", run, "--nproc", 2))
+    assert losses(run) == losses(unbroken)
+
+
+def test_resume_under_another_number_of_processes(unbroken, config, tmp_path):
+    run = tmp_path / "run"
+    process = start("train", config, "--out", run, "--nproc", 2)
+    wait_for_step(run, 5, process)
+    process.send_signal(signal.SIGTERM)
+    finish(process, 143)
+    finish(start("train", "--resume", run, "--nproc", 1, "--parallel.tp", 1))
+    assert losses(run) == pytest.approx(losses(unbroken), rel=1e-5)
+
+
+def test_torchrun_joins_instead_of_starting_workers(unbroken, config, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "megakern"]
+    words = ["train", str(config), "--out", str(tmp_path / "run")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert losses(tmp_path / "run") == losses(unbroken)
+
+
+def children(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def wait_gone(pids: list[int]) -> None:
+    end = time.monotonic() + 10
+    while any(alive(pid) for pid in pids):
+        assert time.monotonic() < end, "workers outlive their launcher"
+        time.sleep(0.05)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def weights_hash(run: Path) -> list[tuple[str, str]]:
+    """The hash of each shard of the newest checkpoint."""
+    import hashlib
+
+    folder = newest(run / "ckpt")
+    return [(p.name, hashlib.sha256(p.read_bytes()).hexdigest()) for p in sorted(folder.glob("*.safetensors"))]
