@@ -93,9 +93,9 @@ def plain_weights() -> dict:
 
 def our_step(name: str):
     import torch
-    from megakern.ops.grad_norm import clip_coefficient, gradient_norm
 
     import megakern as mk
+    from megakern.ops.grad_norm import clip_coefficient, gradient_norm
     from megakern.train import machine
 
     machine.keep_freed_memory()
@@ -113,7 +113,7 @@ def our_step(name: str):
         loss = model(tokens, targets)
         loss.backward()
         norm = gradient_norm(parameters)
-        optimizer.step(grad_scale=clip_coefficient(norm, 1.0))
+        optimizer.step(grad_scale=clip_coefficient(norm, 1.0) if norm.item() > 1.0 else None)
         optimizer.zero_grad(set_to_none=True)
         return loss.item()
 

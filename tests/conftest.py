@@ -31,6 +31,8 @@ def tiny_data(tmp_path_factory):
     corpus = folder / "corpus"
     corpus.mkdir()
     for i in range(60):
-        (corpus / f"{i:02d}.py").write_text("".join(f"def f{j}(x):\n    return x * {j} + {i}\n" for j in range(5 + i % 7)))
+        (corpus / f"{i:02d}.py").write_text(
+            "".join(f"def f{j}(x):\n    return x * {j} + {i}\n" for j in range(5 + i % 7))
+        )
     prepare([corpus], folder / "data", tokenizer="bytes", validation_fraction=0.1, progress=False)
     return folder / "data"

@@ -300,6 +300,9 @@ def test_report(tmp_path):
     text, sound = checkpoint.report("verify", tmp_path)
     assert not sound and text.startswith("step-00000002:\n  rank-00000-part-000.safetensors: its SHA-256")
     assert text.endswith("step-00000001: sound")
+    os.truncate(shard, 100)
+    problem = checkpoint.listing(tmp_path / "ckpt")[0].problem
+    assert problem.startswith("rank-00000-part-000.safetensors: 100 bytes, the manifest says ")
     (path / "manifest.json").unlink()
     text, sound = checkpoint.report("ls", tmp_path)
     assert not sound and "manifest.json is missing: not a checkpoint, or one that was never finished" in text

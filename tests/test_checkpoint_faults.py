@@ -183,6 +183,15 @@ def test_trouble_after_saving_is_a_warning(tmp_path, caplog):
     assert sorted(os.listdir(tmp_path)) == ["latest", "step-00000003", "step-00000004"]
 
 
+def test_what_a_killed_replacement_left_is_put_back(tmp_path):
+    save_sample(tmp_path, 2, seed=2)
+    (tmp_path / "step-00000002").rename(tmp_path / "step-00000002.old-0123abcd")
+    assert loaded_seed(checkpoint.newest(tmp_path)) == 2
+    save_sample(tmp_path, 3, seed=3)
+    assert sorted(os.listdir(tmp_path)) == ["latest", "step-00000002", "step-00000003"]
+    assert loaded_seed(tmp_path / "step-00000002") == 2
+
+
 def test_only_our_own_leftovers_are_removed(tmp_path):
     ours = ["step-00000009.tmp-0123abcd", "latest.tmp-0123abcd"]
     theirs = ["step-00000009.tmp-backup", "notes.tmp-0123abcd", "step-9.tmp-0123abcd", "step-00000009.tmp-0123abcd.zip"]

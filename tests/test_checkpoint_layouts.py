@@ -80,6 +80,7 @@ def test_tensor_parallel_1_2_4_1(ranks, tmp_path):
         assert found.layout == {"pp": 1, "dp": 1, "cp": 1, "tp": size}
         pieces = {name: len(entry.pieces) for name, entry in found.tensors.items()}
         assert pieces["model.column"] == size and pieces["model.norm"] == pieces["plain"] == 1
+        assert found.tensors["plain"].pieces[0].file.startswith("rank-00000-"), "not the first rank that has it"
         assert pieces["model.uneven"] == {1: 1, 2: 2, 4: 3}[size] and pieces["model.empty"] == 0
         source = target
     into = zeroed(sharded(None))

@@ -159,7 +159,10 @@ def test_generation_options(refused, trained):
 
 
 def test_unknown_command_and_option_end_with_2(capsys):
-    for words, text in ((["trian"], "invalid choice: 'trian'"), (["doctor", "--fast"], "unknown option '--fast' for doctor")):
+    for words, text in (
+        (["trian"], "invalid choice: 'trian'"),
+        (["doctor", "--fast"], "unknown option '--fast' for doctor"),
+    ):
         with pytest.raises(SystemExit) as error:
             main(words)
         assert error.value.code == 2

@@ -254,6 +254,8 @@ def test_sizes_that_do_not_split_are_refused(ranks):
 def test_wrong_use_is_named():
     with pytest.raises(ValueError, match="heads = 8 is not divisible by kv_heads = 3"):
         mk.ParallelAttention(C, 8, kv_heads=3)
+    with pytest.raises(ValueError, match="width = 32 is not divisible by heads = 5; pass head_dim"):
+        mk.ParallelAttention(C, 5)
     with pytest.raises(ValueError, match=r"tokens must be in \[0, 50\), got 51"):
         make("embedding", None)(torch.tensor([0, 51]))
     with pytest.raises(ValueError, match=r"tokens must be in \[0, 50\), got -1"):

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 import megakern as mk
 from megakern.layers.dropout import DropoutKey
+from tests.closeness import assert_close_to_ref
 
 STEPS, B, T = 20, 4, 16
 SMALL = {"width": 32, "heads": 4, "layers": 2, "vocab_size": 60, "vocab_multiple": 32, "sequence_length": T}
@@ -35,7 +36,7 @@ def batch(step: int) -> torch.Tensor:
     return torch.where(noise, torch.randint(0, 60, (B, T + 1), generator=g), text % 60)
 
 
-def train(name: str, tp: int, recompute: str = "none") -> tuple[dict, list, dict]:
+def train(name: str, tp: int, recompute: str = "none") -> tuple[dict, list[float], dict]:
     """-> (weights at the start, losses, weights at the end), weights in full."""
     context = mk.ParallelContext.create(tp=tp) if tp > 1 else None
     model = mk.GPT(CONFIGS[name], context, seed=11, recompute=recompute)
@@ -65,6 +66,40 @@ def test_ranks_train_alike(ranks, name):
                 assert loss == pytest.approx(expected, rel=1e-5), f"tp={tp} rank {rank}: loss of step {step}"
             for key, value in end.items():
                 torch.testing.assert_close(rank_end[key], value, rtol=1e-2, atol=2e-4, msg=lambda m, k=key: f"{k}: {m}")
+
+
+def test_recompute_gives_the_same_bits_on_two_ranks(ranks):
+    kept, again = (ranks.run(train, 2, "llama", 2, recompute)[0] for recompute in ("none", "full"))
+    assert kept[1] == again[1]
+    assert all(torch.equal(kept[2][key], again[2][key]) for key in kept[2])
+
+
+def one_step(vocab_size: int, tp: int, compute_dtype: torch.dtype) -> tuple[float, torch.Tensor, torch.Tensor]:
+    """-> loss, logits, gradient of the embedding in full."""
+    context = mk.ParallelContext.create(tp=tp) if tp > 1 else None
+    config = dataclasses.replace(CONFIGS["gpt2"], vocab_size=vocab_size, dropout=0.0)
+    model = mk.GPT(config, context, seed=11, compute_dtype=compute_dtype)
+    text = batch(0) % vocab_size
+    loss = model(text[:, :-1], text[:, 1:])
+    loss.backward()
+    return loss.item(), model(text[:, :-1]).detach().float(), full(model.embedding.weight.grad)
+
+
+@pytest.mark.parametrize("vocab_size", [5, 32, 33])
+def test_ranks_that_own_nothing_but_padding(ranks, vocab_size):
+    """Of 5 tokens padded to 32, and of 33 padded to 64, four ranks leave some with no token at all."""
+    expected = one_step(vocab_size, 1, torch.float32)
+    assert expected[1].shape == (B, T, vocab_size)
+    for result in ranks.run(one_step, 4, vocab_size, 4, torch.float32):
+        torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_two_ranks_in_bf16(ranks):
+    expected, narrow = one_step(60, 1, torch.float32), one_step(60, 1, torch.bfloat16)
+    for result in ranks.run(one_step, 2, 60, 2, torch.bfloat16):
+        for ours, wide, alone in zip(result[1:], expected[1:], narrow[1:], strict=True):
+            assert_close_to_ref(ours.bfloat16(), wide.double(), alone.bfloat16())
+        assert result[0] == pytest.approx(expected[0], rel=2e-3)
 
 
 def replicas(name: str) -> dict:

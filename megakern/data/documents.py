@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from megakern.config import require
 from megakern.data.files import DataError
 
 LONGEST = 1 << 30
@@ -43,8 +44,10 @@ class Documents:
         (`*.py`). exclude: leave out files and folders that match. leave_out: a folder never entered. strict: raise
         where else something is skipped, except for empty documents.
 
-        Raises DataError: an input does not exist, nothing to read.
+        Raises DataError: an input does not exist, nothing to read. ConfigError: a pattern that is not in a list.
         """
+        for name, patterns in (("include", include), ("exclude", exclude)):
+            require(not isinstance(patterns, str), f"{name} must be a list of patterns, got the text {patterns!r}")
         self.text_key, self.strict = text_key, strict
         self._include, self._exclude = include, exclude
         self._unreadable: list[str] = []

@@ -245,9 +245,7 @@ class StreamDecoder:
     def finish(self) -> str:
         """The rest: an incomplete character as U+FFFD, else "". The decoder can then be used again."""
         if self._exact:
-            rest = self._utf8.decode(b"", final=True)
-            self._utf8.reset()
-            return rest
+            return self._utf8.decode(b"", final=True)
         rest = self._shown(self._pending_text())
         self._context = []
         return rest

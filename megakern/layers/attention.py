@@ -86,6 +86,8 @@ class ParallelAttention(nn.Module):
         super().__init__()
         parallel = parallel or ParallelContext()
         kv_heads = heads if kv_heads is None else kv_heads
+        if head_dim is None and width % heads:
+            raise ValueError(f"attention: width = {width} is not divisible by heads = {heads}; pass head_dim")
         self.head_dim = width // heads if head_dim is None else head_dim
         if heads % kv_heads:
             raise ValueError(f"attention: heads = {heads} is not divisible by kv_heads = {kv_heads}")

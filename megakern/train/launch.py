@@ -1,11 +1,11 @@
 """How processes start and end: our own workers through torch's launcher, or joining those of torchrun or Slurm.
 
-    exit code   meaning
-    0           the run is complete
-    1           an error; the message says what and where
-    2           wrong settings, data or options; nothing was started
-    3           too many steps in a row with a non-finite gradient
-    128 + n     stopped by signal n after saving a checkpoint (130: Ctrl-C, 143: SIGTERM)
+exit code   meaning
+0           the run is complete
+1           an error; the message says what and where
+2           wrong settings, data or options; nothing was started
+3           too many steps in a row with a non-finite gradient
+128 + n     stopped by signal n after saving a checkpoint (130: Ctrl-C, 143: SIGTERM)
 """
 
 from __future__ import annotations

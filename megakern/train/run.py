@@ -1,8 +1,8 @@
 """A run's folder: made from settings that have all been checked, or opened again.
 
-    RUN/config.toml   every setting, resolved        RUN/metrics.jsonl   each step and evaluation
-    RUN/tokenizer.json                               RUN/curve.png, RUN/summary.json   at the end
-    RUN/ckpt/         checkpoints
+RUN/config.toml   every setting, resolved        RUN/metrics.jsonl   each step and evaluation
+RUN/tokenizer.json                               RUN/curve.png, RUN/summary.json   at the end
+RUN/ckpt/         checkpoints
 """
 
 from __future__ import annotations

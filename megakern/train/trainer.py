@@ -103,10 +103,9 @@ class Trainer:
         norm_value = norm.item()
         finite = math.isfinite(norm_value)
         if finite:
-            scale = clip_coefficient(norm, optimizer.clip) if optimizer.clip else torch.ones_like(norm)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
-            self.optimizer.step(grad_scale=scale / self.scaler.scale if self.scaler else scale)
+            self.optimizer.step(grad_scale=self._gradient_scale(norm, norm_value))
             self.updates += 1
         self.optimizer.zero_grad(set_to_none=True)
         if self.scaler:
@@ -120,6 +119,15 @@ class Trainer:
                 f"step {self.step}: the gradient was not finite for {self.skipped_in_a_row} steps in a row, and those "
                 f"steps were skipped; lower optimizer.lr, or resume from {self.run / 'ckpt'} with another setting"
             )
+
+    def _gradient_scale(self, norm: torch.Tensor, norm_value: float) -> torch.Tensor | None:
+        """The factor on the gradients for clipping and unscaling; None for 1, which saves the update a pass."""
+        clip = self.config.optimizer.clip
+        clips = clip > 0 and norm_value > clip
+        if not clips and not self.scaler:
+            return None
+        scale = clip_coefficient(norm, clip) if clips else torch.ones_like(norm)
+        return scale / self.scaler.scale if self.scaler else scale
 
     def _gradients(self) -> float:
         """Forward and backward over the micro-batches of one step; returns the mean loss in nats a token."""
@@ -252,9 +260,7 @@ def evaluate(model: GPT, data: PreparedData, rows: int, device: torch.device, ba
     """Mean loss of `model` in nats a token over `batches` batches of `rows` held-out windows; None: over all."""
     model.eval()
     total, count = 0.0, 0
-    for index, (tokens, targets) in enumerate(
-        validation_batches(data.validation, model.config.sequence_length, rows)
-    ):
+    for index, (tokens, targets) in enumerate(validation_batches(data.validation, model.config.sequence_length, rows)):
         if index == batches:
             break
         total += model(tokens.to(device), targets.to(device), reduction="sum").item()

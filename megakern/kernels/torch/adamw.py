@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-# Elements of a block on a CPU thread: of 2^15 to 2^18 the fastest for 11 million parameters on a Xeon core (2 MB of L2).
+# Elements of a block on a CPU thread: of 2^15 to 2^18 the fastest for 11 million parameters (Xeon core, 2 MB of L2).
 BLOCK = 1 << 17
 
 
