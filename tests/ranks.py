@@ -31,7 +31,7 @@ def _serve(rank: int, connection) -> None:
                 connection.send(("ok", getattr(importlib.import_module(module), name)(*arguments)))
             finally:
                 dist.destroy_process_group()
-        except BaseException:
+        except BaseException:  # noqa: BLE001 - whatever it is, the test process must hear of it
             connection.send(("error", traceback.format_exc()))
 
 
@@ -71,6 +71,6 @@ class RankPool:
 
     def close(self) -> None:
         for process, connection in self._workers:
-            connection.close()
             process.kill()
+            connection.close()
         self._workers = []

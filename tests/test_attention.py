@@ -34,6 +34,7 @@ def check(inputs, **options):
     def finite(function):
         def call(**v):
             out, lse = function(**v, **options, return_lse=True)
+            assert lse.dtype == torch.promote_types(out.dtype, torch.float32)
             return out, lse.masked_fill(lse == -torch.inf, -9.0)
 
         return call
@@ -237,16 +238,14 @@ def test_which_processors_multiply_in_bf16(monkeypatch, tmp_path, amx, avx512_bf
 # --- the custom op ---
 
 
-def op_arguments(v, offsets=(None, None), dropout_p=0.0):
+def op_arguments(v, offsets=(None, None), *, window=(4, 0), softcap=2.0, dropout_p=0.0):
     tensors = [x.requires_grad_() for x in v.values()]
-    return (*tensors, *offsets, [4, 0], 0.3, 2.0, dropout_p, [SEED, 1, 2], True, "torch")
+    return (*tensors, *offsets, list(window), 0.3, softcap, dropout_p, [SEED, 1, 2], True, "torch")
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
-def test_opcheck(dropout_p):
-    torch.library.opcheck(
-        torch.ops.megakern.attention.default, op_arguments(make(2, 5, 7, 4, 2, 4), dropout_p=dropout_p)
-    )
+@pytest.mark.parametrize("options", [{}, {"dropout_p": 0.5}, {"window": (-1, -1), "softcap": 0.0}])
+def test_opcheck(options):
+    torch.library.opcheck(torch.ops.megakern.attention.default, op_arguments(make(2, 5, 7, 4, 2, 4), **options))
 
 
 def test_opcheck_packed():

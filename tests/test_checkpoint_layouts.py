@@ -167,6 +167,18 @@ def test_blocks_hold_what_torch_put_there(ranks):
     ranks.run(blocks_against_torch, 4)
 
 
+def neighbours() -> list:
+    """Four chunks of one row, each cut in two: the first rank has all of them, and they touch."""
+    mesh = mk.ParallelContext.create(tp=2).mesh["tp"]
+    local = torch.zeros(0 if dist.get_rank() else 4, 2)
+    placement = _StridedShard(0, split_factor=4)
+    return blocks_of("w", DTensor.from_local(local, mesh, [placement], shape=(4, 2), stride=(2, 1), run_check=False))
+
+
+def test_blocks_that_touch_are_one(ranks):
+    assert ranks.run(neighbours, 2) == [[((0, 0), (4, 2), (0, 0))], []]
+
+
 def strided_alone(folder: str) -> None:
     """Each rank has two blocks that do not touch."""
     parallel = mk.ParallelContext.create(tp=2)

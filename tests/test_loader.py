@@ -1,4 +1,4 @@
-"""The order of samples against a literal copy of Megatron's rules, and the bookkeeping of targets. No device needed."""
+"""The order of samples against Megatron's rules walked token by token, and the targets. No device needed."""
 
 from __future__ import annotations
 
@@ -184,3 +184,17 @@ def test_wrong_arguments_are_named(tmp_path):
         validation_batches(data, 4, 1, shard=(2, 2))
     with pytest.raises(DataError, match="validation needs 2 tokens or more, there are 1"):
         validation_batches(dataset(tmp_path, [1]), 4, 1)
+
+
+def test_a_token_outside_the_vocabulary_is_found_when_its_batch_is_read(tmp_path):
+    with IndexedWriter(tmp_path / "wide", np.int32) as writer:
+        writer.add_document(np.arange(10))
+        writer.add_document(np.array([50, 3, 3, 3, 3]))
+    dataset = IndexedDataset(tmp_path / "wide")
+    check_vocabulary(dataset, 40, limit=10)
+    with pytest.raises(DataError, match=r"token 10 is 50, and the model has a vocabulary of 40"):
+        check_vocabulary(dataset, 40)
+    loader = Loader(dataset, 4, 0, vocab_size=40)
+    with pytest.raises(DataError, match=r"samples from 0: token \d+ is 50"):
+        loader.batch(0, loader.order.samples_per_epoch)
+    assert Loader(dataset, 4, 0, vocab_size=51).batch(0, 3)[0].shape == (3, 4)

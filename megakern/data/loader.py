@@ -81,17 +81,21 @@ class SampleOrder:
 class Loader:
     """Training batches. `batch(first, count)` depends on nothing but its arguments: there is no state to save."""
 
-    def __init__(self, dataset: IndexedDataset, sequence_length: int, seed: int) -> None:
-        """Raises like SampleOrder."""
-        self.order = SampleOrder(dataset, sequence_length, seed)
+    def __init__(
+        self, dataset: IndexedDataset, sequence_length: int, seed: int, *, vocab_size: int | None = None
+    ) -> None:
+        """vocab_size: no batch may have a token at or above it. Raises like SampleOrder."""
+        self.order, self.vocab_size = SampleOrder(dataset, sequence_length, seed), vocab_size
 
     def batch(self, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(tokens, targets) of samples first .. first + count - 1, each (count, T) int64; targets are one token ahead.
 
-        Raises ConfigError: a negative index, a count below 1.
+        Raises ConfigError: a negative index, a count below 1. DataError: a token outside the vocabulary.
         """
         require(count >= 1, f"a batch must have 1 sample or more, got {count}")
         rows = torch.from_numpy(np.stack([self.order.tokens(index) for index in range(first, first + count)]))
+        if self.vocab_size is not None:
+            _refuse_tokens(rows.numpy(), self.vocab_size, f"{self.order.dataset.bin_path}: samples from {first:,}")
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 
@@ -126,14 +130,17 @@ def _windows(stream, sequence_length, batch, rank, ranks):
         yield tokens, targets
 
 
-def check_vocabulary(dataset: IndexedDataset, vocab_size: int) -> None:
-    """Read all tokens. Raises DataError for the first that is negative or not below `vocab_size`."""
-    for start in range(0, dataset.token_count, _CHUNK):
-        block = dataset.tokens[start : start + _CHUNK]
-        wrong = np.flatnonzero((block < 0) | (block >= vocab_size))
-        if len(wrong):
-            place = start + int(wrong[0])
-            raise DataError(
-                f"{dataset.bin_path}: token {place:,} is {block[wrong[0]]}, and the model has a vocabulary of "
-                f"{vocab_size:,}; use the tokenizer of this data, or prepare the data with the model's"
-            )
+def check_vocabulary(dataset: IndexedDataset, vocab_size: int, limit: int | None = None) -> None:
+    """Read the first `limit` tokens; None: all. Raises DataError when one is negative or not below `vocab_size`."""
+    stop = dataset.token_count if limit is None else min(limit, dataset.token_count)
+    for start in range(0, stop, _CHUNK):
+        _refuse_tokens(dataset.tokens[start : min(stop, start + _CHUNK)], vocab_size, str(dataset.bin_path), start)
+
+
+def _refuse_tokens(block: np.ndarray, vocab_size: int, where: str, start: int = 0) -> None:
+    wrong = np.flatnonzero((block < 0) | (block >= vocab_size))
+    if len(wrong):
+        raise DataError(
+            f"{where}: token {start + int(wrong[0]):,} is {block.flat[wrong[0]]}, and the model has a vocabulary of "
+            f"{vocab_size:,}; use the tokenizer of this data, or prepare the data with the model's"
+        )

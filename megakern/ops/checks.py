@@ -38,7 +38,8 @@ def same_or_fp32(op: str, first_name: str, first: torch.Tensor, **tensors: torch
 def same_device(op: str, first_name: str, first: torch.Tensor, name: str, tensor: torch.Tensor) -> None:
     if tensor.device != first.device:
         raise ValueError(
-            f"{op}: {name} must be on the device of {first_name}, {first.device}, got {tensor.device}; move it with .to()"
+            f"{op}: {name} must be on the device of {first_name}, {first.device}, got {tensor.device}; "
+            f"move it with .to()"
         )
 
 

@@ -1,7 +1,7 @@
 """Which backend computes an op: the table of ops, the choice, its explanation, and the registration of custom ops.
 
-Choice: explicit `backend=` > `with use_backend(...)` > automatic (first supported one in `PREFERENCE`). Backends live in
-`megakern/kernels/<backend>/`; each offers
+Choice: explicit `backend=` > `with use_backend(...)` > automatic (first supported one in `PREFERENCE`). Backends live
+in `megakern/kernels/<backend>/`; each offers
 
     unavailable() -> None | str          why this machine cannot use it at all
     supports(problem) -> None | str      why it cannot compute this problem

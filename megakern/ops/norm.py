@@ -92,8 +92,8 @@ def _backward_fake(dy, dh, h, weight, mean, rstd, with_bias, centre, backend):
 
 _norm_backward = register(
     "norm_backward",
-    "(Tensor dy, Tensor? dh, Tensor h, Tensor weight, Tensor mean, Tensor rstd, bool with_bias, bool centre, str backend)"
-    " -> (Tensor, Tensor, Tensor)",
+    "(Tensor dy, Tensor? dh, Tensor h, Tensor weight, Tensor mean, Tensor rstd, bool with_bias, bool centre, "
+    "str backend) -> (Tensor, Tensor, Tensor)",
     forward=_backward,
     fake=_backward_fake,
 )
@@ -133,7 +133,8 @@ def layer_norm(x, weight, bias=None, eps=1e-5, *, residual=None, backend=None):
     """LayerNorm over the last dim, of x or of x + residual.
 
     x (..., C), weight (C,), bias (C,) or None, residual like x or None; weight and bias of x's dtype or fp32.
-    Returns y like x; with residual `(y, x + residual)`. Raises ValueError or TypeError on other shapes, dtypes, devices.
+    Returns y like x; with residual `(y, x + residual)`. Raises ValueError or TypeError on other shapes, dtypes or
+    devices.
     """
     _check("layer_norm", x, weight, bias, residual)
     chosen = resolve(_layer_norm_problem(x, weight, residual=residual), backend)
@@ -145,7 +146,8 @@ def rms_norm(x, weight, eps=1e-6, *, residual=None, backend=None):
     """RMSNorm over the last dim, of x or of x + residual.
 
     x (..., C), weight (C,) of x's dtype or fp32, residual like x or None.
-    Returns y like x; with residual `(y, x + residual)`. Raises ValueError or TypeError on other shapes, dtypes, devices.
+    Returns y like x; with residual `(y, x + residual)`. Raises ValueError or TypeError on other shapes, dtypes or
+    devices.
     """
     _check("rms_norm", x, weight, None, residual)
     chosen = resolve(_rms_norm_problem(x, weight, residual=residual), backend)

@@ -274,11 +274,12 @@ def _field_docs(cls: type) -> dict[str, str]:
     """The docstring under each field, read from the source."""
     import ast
     import inspect
+    import itertools
     import textwrap
 
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
     docs = {}
-    for first, second in zip(body, body[1:], strict=False):
+    for first, second in itertools.pairwise(body):
         if isinstance(first, ast.AnnAssign) and isinstance(second, ast.Expr) and isinstance(second.value, ast.Constant):
             docs[first.target.id] = str(second.value.value)
     return docs

@@ -33,7 +33,7 @@ class NewRun:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Nobody else writes to the folder within the block. Raises ConfigError when somebody does, or it can't be made."""
+        """Nobody else writes to the folder within the block. Raises ConfigError: somebody does, or it cannot be made."""
         lock = RunLock(self.run)
         try:
             lock.__enter__()
@@ -71,7 +71,8 @@ def check_run(config: RunConfig, nproc: int) -> RunConfig:
         config.model.vocab_size >= vocabulary,
         f"model.vocab_size = {config.model.vocab_size} is less than the vocabulary of {config.data.path}: {vocabulary}",
     )
-    check_vocabulary(data.train, config.model.vocab_size)
+    # Seconds at most: later tokens are checked as they are read.
+    check_vocabulary(data.train, config.model.vocab_size, limit=100_000_000)
     Loader(data.train, config.model.sequence_length, config.train.seed)  # refuses data shorter than one sample
     precision = config.train.precision
     if precision == "auto":
@@ -102,7 +103,7 @@ def resumed_run(config: RunConfig, run: Path, nproc: int) -> NewRun:
 
 def other_tokenizer(data: str | Path, found: Tokenizer, run: Path, wanted: Tokenizer) -> str:
     return (
-        f"{data} was made with another tokenizer ({found.sha256[:12]}) than {run} ({wanted.sha256[:12]}): the same token ids "
+        f"{data} was made with another tokenizer ({found.sha256[:12]}) than {run} ({wanted.sha256[:12]}): the same ids "
         f"mean other text; prepare the data again with: --tokenizer {run / 'tokenizer.json'}"
     )
 

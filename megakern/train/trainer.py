@@ -41,7 +41,8 @@ class Trainer:
         self.config, self.run, self.parallel = config, run, parallel
         self.device = parallel.device() if parallel.mesh is not None else torch.device(machine.device_type())
         self.data = PreparedData(config.data.path)
-        self.loader = Loader(self.data.train, config.model.sequence_length, config.train.seed)
+        model, seed = config.model, config.train.seed
+        self.loader = Loader(self.data.train, model.sequence_length, seed, vocab_size=model.vocab_size)
         precision = machine.DTYPES[config.train.precision]
         self.model = GPT(
             config.model,
@@ -169,7 +170,7 @@ class Trainer:
             "updates": self.updates,
             "skipped_in_a_row": self.skipped_in_a_row,
             "scaler": self.scaler.state() if self.scaler else None,
-            "config": as_table(self.config),
+            "config": {name: part for name, part in as_table(self.config).items() if name != "data"},  # no local paths
             "tokenizer_sha256": self.data.tokenizer.sha256,
         }
         self.saved = checkpoint.save(

@@ -54,6 +54,10 @@ class Rules:
         high = S if self.right is None else min(S, last + offset + self.right)
         return low, high
 
+    def widest(self, rows: int, S: int) -> int:
+        """The most keys that `rows` neighbouring rows can see."""
+        return S if self.left is None or self.right is None else min(S, rows + self.left + self.right)
+
 
 def forward(q, k, v, rules, sample, dtype):
     """-> out (B, T, H, D), lse (B, H, T) in fp32 or fp64; matmuls and scores in `dtype`."""
@@ -68,12 +72,12 @@ def forward(q, k, v, rules, sample, dtype):
     tables = _mask_tables(rules, dtype, q.device)
     # lse = largest score - log of its probability: cheaper than the sum of exponentials, which softmax does not give.
     largest_score, largest_p = (q.new_empty(B, Hkv, T * G, dtype=dtype) for _ in range(2))
-    for samples, heads, chunk in _tiles(B, T - blind, S, Hkv, G):
+    for samples, heads, chunk, width in _tiles(B, T - blind, S, Hkv, G, rules):
         query_heads = _query_heads(heads, G)
         rows = _rows(q[samples, :, query_heads], heads, dtype)
         keys, values = (_rows(x[samples, :, heads], heads, dtype) for x in (k, v))
         n = rows.shape[0]
-        score_buffer, part_buffer = (q.new_empty(n * chunk * G * width, dtype=dtype) for width in (S, D))
+        score_buffer, part_buffer = (q.new_empty(n * chunk * G * columns, dtype=dtype) for columns in (width, D))
         for first in range(blind, T, chunk):
             last = min(T, first + chunk)
             low, high = rules.visible(first, last, S - T, S)
@@ -105,13 +109,13 @@ def backward(dout, q, k, v, rules, sample, dtype):
     if B == 0 or H == 0 or blind == T:
         return dq, dk.zero_(), dv.zero_()
     tables = _mask_tables(rules, dtype, q.device)
-    for samples, heads, chunk in _tiles(B, T - blind, S, Hkv, G):
+    for samples, heads, chunk, width in _tiles(B, T - blind, S, Hkv, G, rules):
         query_heads = _query_heads(heads, G)
         rows, drows = (_rows(x[samples, :, query_heads], heads, dtype) for x in (q, dout))
         keys, values = (_rows(x[samples, :, heads], heads, dtype) for x in (k, v))
         n = rows.shape[0]
-        score_buffers = [q.new_empty(n * chunk * G * S, dtype=dtype) for _ in range(3 if rules.softcap else 2)]
-        part_buffer = q.new_empty(n * max(chunk * G, S) * D, dtype=dtype)
+        score_buffers = [q.new_empty(n * chunk * G * width, dtype=dtype) for _ in range(3 if rules.softcap else 2)]
+        part_buffer = q.new_empty(n * max(chunk * G, width) * D, dtype=dtype)
         dkeys, dvalues = _Sum(n, S, D, dtype, q.device), _Sum(n, S, D, dtype, q.device)
         # From the end: with a causal mask the last chunk sees all keys, and its products are where the sums start.
         for first in reversed(range(blind, T, chunk)):
@@ -163,17 +167,18 @@ class _Sum:
         self.started = True
 
 
-def _tiles(B, T, S, heads, G):
-    """(slice of samples, slice of key-value heads, rows of a chunk): as much as fits in TILE scores, at least one."""
+def _tiles(B, T, S, heads, G, rules):
+    """(samples, key-value heads: slices; rows of a chunk, its widest scores): what fits in TILE scores, at least one."""
     if min(B, T, heads) <= 0:
         return
     chunk = min(CHUNK, T)
-    per_head = chunk * G * S
+    width = rules.widest(chunk, S)
+    per_head = chunk * G * width
     head_step = min(heads, max(1, TILE // per_head))
     sample_step = max(1, TILE // (per_head * heads)) if head_step == heads else 1
     for sample in range(0, B, sample_step):
         for head in range(0, heads, head_step):
-            yield slice(sample, min(B, sample + sample_step)), slice(head, min(heads, head + head_step)), chunk
+            yield slice(sample, min(B, sample + sample_step)), slice(head, min(heads, head + head_step)), chunk, width
 
 
 def _query_heads(heads: slice, G: int) -> slice:

@@ -1,0 +1,194 @@
+"""The training loop in one process: precisions, accumulation, recompute, non-finite gradients, full disk. No device needed."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megakern.config import GPTConfig
+from megakern.parallel.context import ParallelContext
+from megakern.train.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
+from megakern.train.launch import StopRequest
+from megakern.train.metrics import read_metrics
+from megakern.train.run import new_run
+from megakern.train.trainer import NonFiniteError, Trainer
+
+MODEL = GPTConfig(layers=2, width=32, heads=2, vocab_size=257, sequence_length=32, dropout=0.1)
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def make(tiny_data, tmp_path):
+    """`make(name, **train settings)` -> a trainer of a new run."""
+
+    def trainer(name: str = "run", optimizer: OptimizerConfig | None = None, **settings) -> Trainer:
+        train = TrainConfig(**{"steps": 6, "batch": 4, "precision": "fp32", **settings})
+        config = RunConfig(
+            model=MODEL,
+            data=DataConfig(path=str(tiny_data)),
+            optimizer=optimizer or OptimizerConfig(lr=3e-3),
+            train=train,
+        )
+        new = new_run(config, tmp_path / name, 1)
+        new.create()
+        return Trainer(new.config, new.run, ParallelContext())
+
+    return trainer
+
+
+def losses(trainer: Trainer) -> list[float]:
+    trainer.fit(StopRequest())
+    return [r["loss"] for r in read_metrics(trainer.run / "metrics.jsonl") if r["kind"] == "train"]
+
+
+def test_loss_falls_and_matches_an_ordinary_loop(make):
+    """The same run written out with torch's own optimizer, schedule and clipping."""
+    from megakern.data.loader import Loader
+    from megakern.layers.dropout import DropoutKey
+    from megakern.model.gpt import GPT
+
+    trainer = make(steps=12)
+    got = losses(trainer)
+    settings = trainer.config
+    model = GPT(MODEL, seed=settings.train.seed)
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=3e-3, betas=(0.9, 0.95), eps=1e-8)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=12, eta_min=3e-4)
+    loader = Loader(trainer.data.train, 32, settings.train.seed)
+    expected = []
+    for step in range(12):
+        tokens, targets = loader.batch(step * 4, 4)
+        key = DropoutKey(seed=settings.train.seed, step=step, first_sample=0)
+        loss = model(tokens, targets, dropout_key=key)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        expected.append(loss.item())
+    assert got == pytest.approx(expected, rel=1e-5)
+    assert got[-1] < got[0] - 0.5
+
+
+def test_accumulation_gives_the_gradient_of_the_whole_batch(make):
+    assert losses(make("a", micro_batch=1)) == pytest.approx(losses(make("b")), rel=1e-5)
+
+
+def test_recompute_is_bit_identical(make):
+    assert losses(make("a", recompute="full")) == losses(make("b"))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_lower_precisions_follow_fp32(make, precision):
+    low = losses(make("low", precision=precision, steps=12))
+    assert low == pytest.approx(losses(make("fp32", steps=12)), abs=0.03)
+
+
+def test_bf16_moments_follow_fp32(make):
+    lean = OptimizerConfig(lr=3e-3, state_dtype="bfloat16")
+    assert losses(make("lean", lean)) == pytest.approx(losses(make("fp32")), abs=0.02)
+
+
+def test_intervals_of_logs_evaluations_and_saves_change_nothing(make):
+    plain = losses(make("plain"))
+    assert losses(make("busy", log_every=1, eval_every=2, save_every=1, eval_batches=1)) == plain
+
+
+def poison(trainer: Trainer, steps: set[int]) -> None:
+    """One gradient gets a NaN in each of these steps."""
+    original = trainer._gradients
+
+    def poisoned() -> float:
+        loss = original()
+        if trainer.step in steps:
+            next(iter(trainer.model.parameters())).grad.view(-1)[3] = float("nan")
+        return loss
+
+    trainer._gradients = poisoned
+
+
+def test_non_finite_gradient_skips_the_step_and_changes_nothing_else(make):
+    trainer = make(steps=5)
+    poison(trainer, {2})
+    before, after = {}, {}
+    original = trainer._train_step
+
+    def watched() -> None:
+        if trainer.step == 2:
+            before.update({n: p.detach().clone() for n, p in trainer.model.named_parameters()})
+        original()
+        if trainer.step == 3:
+            after.update({n: p.detach().clone() for n, p in trainer.model.named_parameters()})
+
+    trainer._train_step = watched
+    trainer.fit(StopRequest())
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert before
+    records = [r for r in read_metrics(trainer.run / "metrics.jsonl") if r["kind"] == "train"]
+    assert [r["skipped"] for r in records] == [False, False, True, False, False]
+    assert trainer.updates == 4
+
+
+def test_too_many_skipped_steps_end_the_run(make):
+    trainer = make(steps=9, max_skipped=3)
+    poison(trainer, {4, 5, 6, 7, 8})
+    with pytest.raises(NonFiniteError, match="not finite for 3 steps in a row"):
+        trainer.fit(StopRequest())
+    assert trainer.step == 7
+
+
+def test_fp16_overflow_lowers_the_scale_and_training_goes_on(make):
+    trainer = make(precision="fp16", steps=8)
+    trainer.scaler.scale = 2.0**40
+    scales = []
+    original = trainer._train_step
+
+    def watched() -> None:
+        original()
+        scales.append(trainer.scaler.scale)
+
+    trainer._train_step = watched
+    trainer.fit(StopRequest())
+    assert scales[0] == 2.0**40
+    assert scales[-1] < 2.0**40
+    assert trainer.skipped_in_a_row > 0
+
+
+def test_longer_runs_can_be_asked_for_later(make):
+    """A finished run that is resumed with more steps goes on from its end."""
+    trainer = make(steps=4, save_every=2)
+    first = losses(trainer)
+    longer = dataclasses.replace(trainer.config, train=dataclasses.replace(trainer.config.train, steps=8))
+    again = Trainer(longer, trainer.run, ParallelContext())
+    assert again.step == 4
+    assert losses(again)[:4] == first
+    assert again.step == 8
+
+
+def test_full_disk_ends_with_a_clear_message_and_keeps_the_older_checkpoint(make):
+    trainer = make(steps=2)
+    trainer.fit(StopRequest())
+    limit = 50_000  # bytes a file may have: room for the metrics, not for a checkpoint
+
+    def small_disk() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    command = [sys.executable, "-m", "megakern", "train", "--resume", str(trainer.run), "--train.steps", "4"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, preexec_fn=small_disk, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "File too large" in done.stderr
+    assert "ckpt" in done.stderr
+    names = sorted(path.name for path in (trainer.run / "ckpt").iterdir() if path.is_dir())
+    assert names == ["step-00000002"]
