@@ -18,8 +18,8 @@ def ones_kept(shape, p, seed, row_offset=0) -> torch.Tensor:
     return dropout(torch.ones(shape), p, seed, row_offset=row_offset) > 0
 
 
-def python_mask(p, seed, rows, columns):
-    """Written apart from the op: an unsigned comparison, with the sign bit turned."""
+def python_bits(seed, row, column):
+    """The 32 bits of an element, with the sign bit turned: unsigned order is then the definition's signed order."""
     wide, narrow, golden = 2**64, 2**32, 0x9E3779B97F4A7C15
 
     def splitmix(z):
@@ -29,15 +29,14 @@ def python_mask(p, seed, rows, columns):
         z = z * 0x94D049BB133111EB % wide
         return z ^ z >> 31
 
-    mask = []
-    for row in rows:
-        key = splitmix((splitmix(seed) + (row + 1) * golden) % wide)
-        for column in columns:
-            x = (column * (golden >> 32) + key) % narrow
-            x = (x ^ x >> 16) * 0x7FEB352D % narrow ^ key // narrow
-            x = (x ^ x >> 15) * 0x846CA68B % narrow
-            mask.append((x + 2**31) % narrow >= int(p * narrow))
-    return torch.tensor(mask).view(len(rows), len(columns))
+    key = splitmix((splitmix(seed) + (row + 1) * golden) % wide)
+    x = (column * (golden >> 32) + key) % narrow
+    x = (x ^ x >> 16) * 0x7FEB352D % narrow ^ key // narrow
+    return ((x ^ x >> 15) * 0x846CA68B + 2**31) % narrow
+
+
+def python_mask(p, seed, rows, columns):
+    return torch.tensor([[python_bits(seed, row, column) >= int(p * 2**32) for column in columns] for row in rows])
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9, 1e-3])
@@ -46,6 +45,12 @@ def test_mask_is_the_definition_bit_for_bit(p, seed):
     for row_offset in (0, 5, (1 << 33) + 7):
         expected = python_mask(p, seed, range(row_offset, row_offset + 11), range(37))
         assert torch.equal(ones_kept((11, 37), p, seed, row_offset), expected)
+
+
+def test_an_element_at_the_threshold_is_kept():
+    bits = python_bits(SEED, 2, 3)
+    for step, kept in ((-1, True), (0, True), (1, False)):
+        assert ones_kept((4, 4), (bits + step) / 2**32, SEED)[2, 3] == kept
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

@@ -10,9 +10,9 @@ The choice, by ms of forward | backward on one AVX-512 core without AMX (Xeon, t
           fused     2.1 | 62      4.4 | 39      7.4 | 49      13  | 48      50 | 152      71 | 194
           as fp32   3.1 | 9.4     5.3 | 12      7.5 | 16      11  | 23      36 | 82       48 | 117
 
-Without a mask the fused kernel is 1.4 to 2 times faster than tiles at each T; with grouped heads the picture is the one
-above; with D = 128 its backward pass is slower (T = 512, 8 heads: 58 against 47). Processors with fast bf16 matmuls take
-bf16 tiles (a Zen 5, forward + backward of 12 x 256 x 6 x 64, two cores: tiles 14 ms, fused 29).
+Without a mask the fused kernel is 1.4 to 2 times faster than tiles at each T. Grouped heads change little. With D = 128
+its backward pass is slower (T = 512, 8 heads: 58 against 47). Processors with fast bf16 matmuls take bf16 tiles: on a
+Zen 5, forward + backward of (12, 256, 6, 64), two cores: tiles 14 ms, fused 29.
 """
 
 from __future__ import annotations

@@ -168,7 +168,7 @@ class _Sum:
 
 
 def _tiles(B, T, S, heads, G, rules):
-    """(samples, key-value heads: slices; rows of a chunk, its widest scores): what fits in TILE scores, at least one."""
+    """(samples, key-value heads: slices; rows of a chunk, width of its scores): as many as fit in TILE, or one."""
     if min(B, T, heads) <= 0:
         return
     chunk = min(CHUNK, T)
