@@ -16,7 +16,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 DEMO = HERE.parent / "demo"
 DATA, RUN = DEMO / "data", DEMO / "run"
-HEADS = 6  # of the demo's model: what tensor parallelism can be divided into
+HEADS = 8  # of the demo's model: what tensor parallelism can be divided into
 
 
 def processes() -> int:
@@ -43,7 +43,7 @@ def main() -> None:
     if not (DATA / "manifest.json").exists():
         library = sysconfig.get_paths()["stdlib"]
         which = ("--include", "*.py", "--exclude", "site-packages", "test")
-        megakern("prepare", library, *which, "--out", DATA, "--vocab-size", 4096)
+        megakern("prepare", library, *which, "--out", DATA, "--vocab-size", 4096, "--validation", 0.04)
     if (RUN / "config.toml").exists():
         megakern("train", "--resume", RUN, "--nproc", processes())
     else:

@@ -77,13 +77,9 @@ def _parser() -> argparse.ArgumentParser:
     prepare = add("prepare", _prepare, "turn text files, folders, .jsonl and .jsonl.gz into token files")
     prepare.add_argument("inputs", nargs="+", type=Path, metavar="INPUT")
     prepare.add_argument("--out", type=Path, required=True, help="folder to make")
-    prepare.add_argument(
-        "--tokenizer", default="train", help="train (a BPE on the input), bytes, or a tokenizer.json"
-    )
+    prepare.add_argument("--tokenizer", default="train", help="train (a BPE on the input), bytes, or a tokenizer.json")
     prepare.add_argument("--vocab-size", type=int, default=4096, help="size of a trained vocabulary")
-    prepare.add_argument(
-        "--validation", type=float, default=0.05, metavar="PART", help="held-out part of documents"
-    )
+    prepare.add_argument("--validation", type=float, default=0.05, metavar="PART", help="held-out part of documents")
     prepare.add_argument("--text-key", default="text", help="key of the text in .jsonl lines")
     prepare.add_argument("--include", nargs="+", metavar="PATTERN", help="only files like these in folders, as '*.py'")
     prepare.add_argument("--exclude", nargs="+", metavar="PATTERN", help="no files or folders named like these")

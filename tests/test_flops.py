@@ -34,7 +34,7 @@ def test_llama_3_8b_matches_both_published_counts():
 def test_a_shorter_sequence_costs_less_attention_only():
     config = mk.presets["demo"]
     long, short = (flops_per_token(config, s, causal=True) for s in (256, 128))
-    assert long - short == 6 * 5 * 384 * 128
+    assert long - short == 6 * 2 * 512 * 128
 
 
 def test_window_counts_the_keys_that_are_seen():

@@ -47,7 +47,7 @@ def test_padding_rows_count_only_when_asked():
 
 
 def test_small_presets():
-    assert parameter_count(mk.presets["demo"]) == 10_544_256
+    assert parameter_count(mk.presets["demo"]) == 10_488_576
     assert parameter_count(mk.presets["tiny-gpt2"]) < 150_000
     assert parameter_count(mk.presets["tiny-llama"]) < 150_000
 

@@ -185,7 +185,14 @@ def test_full_disk_ends_with_a_clear_message_and_keeps_the_older_checkpoint(make
     command = [sys.executable, "-m", "megakern", "train", "--resume", str(trainer.run), "--train.steps", "4"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        command, cwd=ROOT, env=environment, preexec_fn=small_disk, capture_output=True, text=True, timeout=100, check=False
+        command,
+        cwd=ROOT,
+        env=environment,
+        preexec_fn=small_disk,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
     )
     assert done.returncode == 1, done.stdout + done.stderr
     assert "File too large" in done.stderr

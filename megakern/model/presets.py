@@ -46,7 +46,22 @@ presets = Presets(
     {
         "tiny-gpt2": _gpt2(2, 64, 4, vocab_size=250, sequence_length=64),
         "tiny-llama": _llama(2, 64, 4, 2, 128, vocab_size=250, sequence_length=64, tied_embeddings=False),
-        "demo": _gpt2(5, 384, 6, vocab_size=4096, sequence_length=256),
+        # Wide and shallow: of the shapes tried at this size it loses least time to collectives and learns as much a
+        # token. init_std is about 1 / sqrt(width), which such a small width wants.
+        "demo": GPTConfig(
+            layers=2,
+            width=512,
+            heads=8,
+            vocab_size=4096,
+            sequence_length=256,
+            norm="rmsnorm",
+            activation="relu_squared",
+            positions="rope",
+            bias=False,
+            qk_norm=True,
+            tied_embeddings=False,
+            init_std=0.05,
+        ),
         "gpt2-124m": _gpt2(12, 768, 12),
         "gpt2-355m": _gpt2(24, 1024, 16),
         "gpt2-774m": _gpt2(36, 1280, 20),

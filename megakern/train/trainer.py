@@ -105,7 +105,7 @@ class Trainer:
         finite = math.isfinite(norm_value)
         if finite:
             for group in self.optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["lr_scale"]
             self.optimizer.step(grad_scale=self._gradient_scale(norm, norm_value))
             self.updates += 1
         self.optimizer.zero_grad(set_to_none=True)
@@ -271,12 +271,15 @@ def evaluate(model: GPT, data: PreparedData, rows: int, device: torch.device, ba
 
 
 def _make_optimizer(model: GPT, config: RunConfig) -> AdamW:
-    """AdamW with weight decay on matrices and embeddings only."""
+    """AdamW with weight decay on matrices and embeddings only, and the token embedding's own learning rate."""
     settings = config.optimizer
-    parameters = list(model.parameters())
+    embedding = model.embedding.weight
+    rest = [p for p in model.parameters() if p is not embedding]
+    decay = {"weight_decay": settings.weight_decay}
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [embedding], "lr_scale": settings.embedding_lr_scale, **decay},
+        {"params": [p for p in rest if p.ndim >= 2], "lr_scale": 1.0, **decay},
+        {"params": [p for p in rest if p.ndim < 2], "lr_scale": 1.0, "weight_decay": 0.0},
     ]
     return AdamW(
         groups,
