@@ -56,10 +56,10 @@ def test_first_host_of_a_node_list(nodes, first):
 
 
 def test_tp_must_be_the_number_of_processes(environment):
-    with pytest.raises(ConfigError, match="parallel.tp = 2 needs 2 processes; start them with --nproc 2"):
+    with pytest.raises(ConfigError, match=r"parallel\.tp = 2 needs 2 processes; start them with --nproc 2"):
         launch.join(60, tp=2)
     environment(RANK="0", WORLD_SIZE="2")
-    with pytest.raises(ConfigError, match="parallel.tp = 4, but 2 processes were started"):
+    with pytest.raises(ConfigError, match=r"parallel\.tp = 4, but 2 processes were started"):
         launch.join(60, tp=4)
 
 

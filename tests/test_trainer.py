@@ -1,4 +1,4 @@
-"""The training loop in one process: precisions, accumulation, recompute, non-finite gradients, full disk. No device needed."""
+"""The training loop in one process: precisions, accumulation, recompute, bad gradients, full disk. No device needed."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ class NewRun:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Nobody else writes to the folder within the block. Raises ConfigError: somebody does, or it cannot be made."""
+        """Nobody else writes to the folder within the block. Raises ConfigError: in use, or it cannot be made."""
         lock = RunLock(self.run)
         try:
             lock.__enter__()
