@@ -49,8 +49,7 @@ def main() -> None:
     else:
         megakern("train", HERE / "demo.toml", "--out", RUN, "--nproc", processes())
     megakern("ckpt", "ls", RUN)
-    prompt = "class Stack:\n    def __init__(self"
-    megakern("generate", RUN, "--prompt", prompt, "--max-tokens", 120, "--temperature", 0.7)
+    megakern("generate", RUN, "--prompt", "import os", "--max-tokens", 150, "--temperature", 0.7)
     print(f"\ndemo done in {time.monotonic() - started:.0f} s; look at {RUN.relative_to(HERE.parent) / 'curve.png'}")
 
 

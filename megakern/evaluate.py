@@ -27,5 +27,7 @@ def evaluate_run(run: Path, *, data: Path | None = None, batches: int | None = N
     )
     check_vocabulary(prepared.validation, loaded.config.model.vocab_size)
     loss = evaluate(loaded.model, prepared, loaded.config.train.rows, loaded.device, batches)
-    rows = [("checkpoint", str(loaded.checkpoint)), *HeldOut.of(loss, prepared).lines()]
+    window = loaded.config.train.rows * loaded.config.model.sequence_length
+    tokens = None if batches is None else batches * window + 1
+    rows = [("checkpoint", str(loaded.checkpoint)), *HeldOut.of(loss, prepared, tokens).lines()]
     return "\n".join(f"  {name:<16} {value}" for name, value in rows)

@@ -207,7 +207,7 @@ def load(
     if parallel.world_rank == 0:
         if extra := extra_files(path, manifest):
             log.warning("%s holds files that the manifest does not know, not read: %s", path, ", ".join(extra))
-        if manifest.threads != torch.get_num_threads():
+        if only is None and manifest.threads != torch.get_num_threads():  # matters to a run that goes on
             log.warning(
                 "%s was saved with %d threads, this process has %d: the run goes on, but not with the same last bits",
                 path,

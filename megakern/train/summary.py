@@ -39,8 +39,9 @@ class HeldOut:
     for it has seen the answers, and far too low when there are few tokens to a pair."""
 
     @classmethod
-    def of(cls, loss: float, data: PreparedData) -> HeldOut:
-        held_out, vocabulary = data.validation.tokens, data.tokenizer.vocab_size
+    def of(cls, loss: float, data: PreparedData, tokens: int | None = None) -> HeldOut:
+        """`loss` is that of the first `tokens` held-out tokens; None: of all."""
+        held_out, vocabulary = data.validation.tokens[:tokens], data.tokenizer.vocab_size
         return cls(
             loss=loss,
             bits_per_byte=loss / math.log(2) / data.bytes_per_token("validation"),
