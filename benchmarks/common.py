@@ -59,6 +59,8 @@ def options_for(op: str, shapes: list[str]) -> argparse.Namespace:
     options = parser.parse_args()
     options.torch_dtype = machine.DTYPES[options.dtype]
     options.device = torch.device(machine.device_type())
+    options.rows = []
+    machine.keep_freed_memory()  # for all contestants alike: else page faults are timed
     return options
 
 
@@ -79,7 +81,7 @@ def run(op: str, options: argparse.Namespace, cases: Iterable[Case]) -> None:
     print(f"limits: copy {quantity(limits['B'], 'B/s')}, {options.dtype} matmul {quantity(limits['FLOP'], 'FLOP/s')}")
     print(f"{op}, {options.dtype}, {'backward' if options.backward else 'forward'}\n")
     print(f"{'shape':<22}{'contestant':<14}{'us':>10}{'rate':>14}{'% of limit':>12}{'x megakern':>12}")
-    rows = []
+    rows = options.rows
     for case in cases:
         calls = {name: _call(function, case.inputs, options) for name, function in case.contestants.items()}
         _compare(case, calls, options)
@@ -124,9 +126,11 @@ def _call(function: Callable[..., Any], inputs: tuple[torch.Tensor, ...], option
 
 
 def _compare(case: Case, calls: dict[str, Callable[[], Any]], options) -> None:
-    ours = _tensors(calls["megakern"]())
-    for name, call in calls.items():
-        for mine, theirs in zip(ours, _tensors(call()), strict=True):
+    results = {
+        name: _tensors(call()) for name, call in calls.items()
+    }  # once each: an optimizer's step changes its state
+    for name, result in results.items():
+        for mine, theirs in zip(results["megakern"], result, strict=True):
             if mine.shape != theirs.shape:
                 sys.exit(f"{case.shape}: {name} gives {tuple(theirs.shape)}, megakern {tuple(mine.shape)}")
             if not case.comparable:
