@@ -126,9 +126,8 @@ def _call(function: Callable[..., Any], inputs: tuple[torch.Tensor, ...], option
 
 
 def _compare(case: Case, calls: dict[str, Callable[[], Any]], options) -> None:
-    results = {
-        name: _tensors(call()) for name, call in calls.items()
-    }  # once each: an optimizer's step changes its state
+    # Once each: an optimizer's step changes its state.
+    results = {name: _tensors(call()) for name, call in calls.items()}
     for name, result in results.items():
         for mine, theirs in zip(results["megakern"], result, strict=True):
             if mine.shape != theirs.shape:
