@@ -1,5 +1,5 @@
-# make demo    train a small GPT on Python's own source, from nothing to a sample (about 6 minutes on two cores)
-# make test    all tests (about 6 minutes on two cores)
+# make demo    train a small GPT on Python's own source, from nothing to a sample (7 to 8 minutes on two cores)
+# make test    all tests but the long ones (about 6 minutes on two cores)
 # Both make .venv first, with the pinned packages of requirements*.txt. Choose the interpreter with PYTHON=python3.12.
 
 PYTHON ?= python3

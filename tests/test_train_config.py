@@ -21,7 +21,7 @@ def toml(tmp_path):
 def test_file_preset_and_overrides_in_that_order(toml):
     path = toml('[model]\npreset = "demo"\nlayers = 3\n[train]\nsteps = 7\n[optimizer]\nlr = 1\n')
     config = load_config(path, ["--model.layers", "2", "--model.norm=rmsnorm", "--optimizer.beta2", "0.99"])
-    assert (config.model.layers, config.model.width, config.model.norm) == (2, 384, "rmsnorm")
+    assert (config.model.layers, config.model.width, config.model.norm) == (2, 512, "rmsnorm")
     assert (config.train.steps, config.optimizer.lr, config.optimizer.beta2) == (7, 1.0, 0.99)
 
 
