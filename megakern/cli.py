@@ -161,7 +161,9 @@ def _train(options: argparse.Namespace) -> int:
     if (options.config is None) == (options.resume is None):
         raise ConfigError("train: name either a CONFIG.toml and --out RUN, or --resume RUN")
     if options.resume is not None:
-        config, folder = run.open_run(options.resume, options.overrides), options.resume
+        # A checkpoint loads into any layout: --nproc alone is enough to go on with another number of processes.
+        layout = [] if options.nproc is None else [f"--parallel.tp={options.nproc}"]
+        config, folder = run.open_run(options.resume, [*layout, *options.overrides]), options.resume
     else:
         require(options.out is not None, "train: name the folder of the new run with --out RUN")
         config, folder = load_config(options.config, options.overrides), options.out

@@ -146,7 +146,7 @@ def test_resume_under_another_number_of_processes(unbroken, config, tmp_path):
     wait_for_step(run, 5, process)
     process.send_signal(signal.SIGTERM)
     finish(process, 143)
-    finish(start("train", "--resume", run, "--nproc", 1, "--parallel.tp", 1))
+    finish(start("train", "--resume", run, "--nproc", 1))
     assert losses(run) == pytest.approx(losses(unbroken), rel=1e-5)
 
 
