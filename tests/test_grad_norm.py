@@ -185,3 +185,15 @@ def refuse_partial() -> None:
 
 def test_partial_gradients_are_refused(ranks):
     ranks.run(refuse_partial, 2)
+
+
+def test_the_op_compiles_in_one_graph():
+    gradients = [torch.arange(6.0).reshape(2, 3), torch.full((4,), -2.0)]
+
+    def norm(tensors):
+        return torch.ops.megakern.sum_of_squares(tensors, "torch").sqrt()
+
+    compiled = torch.compile(norm, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(
+        compiled(gradients).double(), torch.tensor(71.0, dtype=torch.float64).sqrt(), rtol=1e-6, atol=0
+    )

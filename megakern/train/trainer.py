@@ -58,6 +58,7 @@ class Trainer:
         self.updates = 0  # steps that were not skipped
         self.samples = 0  # sequences consumed: the position in the data, and all the state the loader has
         self.skipped_in_a_row = 0
+        self.saved: Path | None = None  # the checkpoint of this step or of an earlier one
         self._restore()
         first = parallel.world_rank == 0
         self.metrics = MetricsFile(run / "metrics.jsonl", self.step) if first else None
@@ -65,7 +66,6 @@ class Trainer:
         peak, self.peak_source = machine.peak_rate(precision, self.device)
         self.peak = peak * parallel.world_size
         self._busy, self._busy_tokens = 0.0, 0  # seconds and tokens of the steps of this process, for rates
-        self.saved: Path | None = None
 
     # --- the loop ---
 
@@ -82,10 +82,11 @@ class Trainer:
                 )
                 return number
             self._train_step()
-            if settings.save_every and self.step % settings.save_every == 0 and self.step < settings.steps:
-                self.save()
+            # Evaluation first: killed between the two, a resumed run makes both again, and no record is missing.
             if settings.eval_every and self.step % settings.eval_every == 0 and self.step < settings.steps:
                 self._log_evaluation(self.evaluate(settings.eval_batches))
+            if settings.save_every and self.step % settings.save_every == 0 and self.step < settings.steps:
+                self.save()
         if self.progress:
             self.progress.end()
         if self.saved is None or self.saved.name != checkpoint.folder_name(self.step):
