@@ -199,3 +199,18 @@ def test_full_disk_ends_with_a_clear_message_and_keeps_the_older_checkpoint(make
     assert "ckpt" in done.stderr
     names = sorted(path.name for path in (trainer.run / "ckpt").iterdir() if path.is_dir())
     assert names == ["step-00000002"]
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.1])
+def test_fp16_gradients_reach_the_optimizer_unscaled_and_clipped(make, clip):
+    """Adam hides a factor on the gradient; its first moment shows it."""
+    moments = {}
+    for precision in ("fp16", "fp32"):
+        trainer = make(f"{precision}-{clip}", OptimizerConfig(lr=3e-3, clip=clip), precision=precision, steps=1)
+        trainer._train_step()
+        moments[precision] = torch.cat([s["exp_avg"].flatten() for s in trainer.optimizer.state.values()])
+    torch.testing.assert_close(moments["fp16"].norm(), moments["fp32"].norm(), rtol=0.01, atol=0)
+    if clip:
+        assert moments["fp32"].norm().item() == pytest.approx(
+            0.1 * clip, rel=1e-3
+        )  # (1 - beta1) x the clipped gradient
