@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from megakern.parallel.blocks import blocks_of, local_of
 from megakern.parallel.context import ParallelContext
 from megakern.parallel.random import fill_normal, fold
 
@@ -73,7 +73,7 @@ def local(parameter: torch.Tensor | None) -> torch.Tensor | None:
 def initialize(module: nn.Module, seed: int) -> None:
     """Fill every parameter below `module` that has an initializer; parameters on the meta device stay as they are.
 
-    Works on any placement that leaves each rank one block: tensor parallelism, FSDP2's `fully_shard`, and both.
+    Works on any placement: tensor parallelism, FSDP2's `fully_shard`, and both.
     """
     for path, child in module.named_modules():
         for name, initializer in getattr(child, "initializers", {}).items():
@@ -93,13 +93,11 @@ def initialize_standalone(module: nn.Module) -> None:
 
 @torch.no_grad()
 def _fill(parameter: torch.Tensor, initializer: Constant | Normal, key: int) -> None:
-    values, full_shape, offsets = parameter, tuple(parameter.shape), (0,) * parameter.ndim
-    if isinstance(parameter, DTensor):
-        values = parameter.to_local()
-        _, offsets = compute_local_shape_and_global_offset(full_shape, parameter.device_mesh, parameter.placements)
     if isinstance(initializer, Constant):
-        values.fill_(initializer.value)
+        local_of(parameter).fill_(initializer.value)
         return
-    fill_normal(values, key, initializer.std, full_shape=full_shape, offsets=tuple(offsets))
-    if initializer.rows is not None:
-        values[max(0, initializer.rows - offsets[0]) :].zero_()
+    for block in blocks_of("parameter", parameter):
+        values = block.of(local_of(parameter))
+        fill_normal(values, key, initializer.std, full_shape=tuple(parameter.shape), offsets=block.offsets)
+        if initializer.rows is not None:
+            values[max(0, initializer.rows - block.offsets[0]) :].zero_()

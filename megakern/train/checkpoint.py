@@ -35,6 +35,7 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 
 import megakern
+from megakern.parallel.blocks import Block, blocks_of, local_of
 from megakern.parallel.context import DIMS, ParallelContext
 from megakern.train.checkpoint_load import (
     LATEST,
@@ -46,7 +47,7 @@ from megakern.train.checkpoint_load import (
     require_tokenizer,
     verify,
 )
-from megakern.train.checkpoint_ranks import Block, Phase, blocks_of, local_of
+from megakern.train.checkpoint_ranks import Phase
 from megakern.train.checkpoint_report import Listed, listing, report, show
 from megakern.train.files import REAL, Files, temporary_suffix
 from megakern.train.manifest import (

@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from megakern.parallel.blocks import Block, blocks_of, local_of
 from megakern.parallel.context import ParallelContext
-from megakern.train.checkpoint_ranks import Block, Phase, blocks_of, local_of
+from megakern.train.checkpoint_ranks import Phase
 from megakern.train.manifest import (
     CHECKPOINT_NAME,
     DTYPES,
