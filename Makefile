@@ -16,9 +16,10 @@ setup: .venv/runtime
 	  { echo "megakern needs Python 3.10 or newer; got $$($(PYTHON) --version). Name one: make PYTHON=python3.12 ..." >&2; exit 2; }
 	$(PYTHON) -m venv .venv
 
-.venv/runtime: .venv/bin/python requirements.txt pyproject.toml setup.py
+.venv/runtime: .venv/bin/python requirements.txt pyproject.toml setup.py $(wildcard csrc/cpu/*)
 	$(PIP) -r requirements.txt
 	$(PIP) --no-deps --no-build-isolation --editable .
+	@$(BIN)/python -m megakern.kernels.torch.native
 	@touch $@
 
 .venv/dev: .venv/runtime requirements-dev.txt
@@ -44,4 +45,4 @@ bench: .venv/dev
 	$(BIN)/python -m benchmarks.bench_train
 
 clean:
-	rm -rf .venv build dist *.egg-info demo
+	rm -rf .venv build dist *.egg-info demo megakern/*.so

@@ -9,6 +9,7 @@ import platform
 import torch
 
 from megakern import __version__
+from megakern.kernels.torch import native
 from megakern.ops.dispatch import UNAVAILABLE
 from megakern.train import machine
 from megakern.train.metrics import quantity
@@ -24,6 +25,7 @@ def report() -> str:
     lines += ["", "devices", *(f"  {line}" for line in _devices())]
     lines += ["", "backends"]
     lines += [f"  {name:<14}{'usable' if reason is None else 'no: ' + reason}" for name, reason in UNAVAILABLE.items()]
+    lines.append(f"  {'torch on CPUs':<14}{native.describe()}")
     lines += ["", "other"]
     distributed = "gloo" + (", nccl" if torch.distributed.is_nccl_available() else "")
     lines.append(f"  {'collectives':<14}{distributed}")

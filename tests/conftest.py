@@ -36,3 +36,17 @@ def tiny_data(tmp_path_factory):
         )
     prepare([corpus], folder / "data", tokenizer="bytes", validation_fraction=0.1, progress=False)
     return folder / "data"
+
+
+@pytest.fixture(params=["C++ kernels", "composites"])
+def with_and_without_cpu_kernels(request):
+    """Runs a test twice: with the C++ kernels where this machine has them, and without."""
+    from megakern.kernels.torch import native
+
+    if request.param == "composites":
+        with native.composites_only():
+            yield
+    else:
+        if native.unavailable() is not None:
+            pytest.skip(native.unavailable())
+        yield

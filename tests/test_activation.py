@@ -15,6 +15,8 @@ from tests.closeness import assert_gradients_close
 SHAPES = [(1,), (1, 768), (7, 13), (3, 5, 127), (0, 16), ()]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
+pytestmark = pytest.mark.usefixtures("with_and_without_cpu_kernels")
+
 
 def draw(*shape, dtype=torch.float32, seed=0):
     return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 3).to(dtype)

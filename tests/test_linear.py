@@ -14,6 +14,8 @@ from tests.closeness import assert_close_to_ref, assert_gradients_close
 SHAPES = [((1,), 1, 1), ((1,), 64, 3), ((7,), 13, 5), ((2, 3), 17, 31), ((129,), 33, 65), ((0,), 8, 4), ((), 6, 7)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
+pytestmark = pytest.mark.usefixtures("with_and_without_cpu_kernels")
+
 
 def make(lead, K, N, dtype, *, bias=True, residual=True, bias_dtype=None):
     g = torch.Generator().manual_seed(0)

@@ -1,0 +1,109 @@
+// AVX-512 building blocks: 16 fp32 lanes, loads and stores of fp32 and bf16, exp.
+//
+// Include it last: from here to the end of the file all code is compiled for AVX-512 (F, BW, DQ, VL), so no function of
+// such a file may run before features() was asked. Arithmetic is fp32; bf16 is rounded to nearest even on the way out.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma")
+#endif
+
+#define MEGAKERN_INLINE inline __attribute__((always_inline))
+
+namespace megakern {
+
+struct bf16 {
+  std::uint16_t bits;
+};
+
+namespace {
+
+using Vec = __m512;
+using Mask = __mmask16;
+
+constexpr int kLanes = 16;
+
+MEGAKERN_INLINE Mask first_lanes(std::int64_t count) {
+  return count >= kLanes ? Mask(0xFFFF) : Mask((1u << count) - 1);
+}
+
+MEGAKERN_INLINE Vec widen(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
+
+// The upper halves of the lanes hold the rounded values. NaN stays NaN, and becomes quiet.
+MEGAKERN_INLINE __m512i rounded_bits(Vec x) {
+  const __m512i bits = _mm512_castps_si512(x);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+  const Mask nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  return _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x00400000));
+}
+
+MEGAKERN_INLINE __m256i narrow(Vec x) { return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded_bits(x), 16)); }
+
+MEGAKERN_INLINE Vec load(const float* p, Mask m) { return _mm512_maskz_loadu_ps(m, p); }
+MEGAKERN_INLINE Vec load(const bf16* p, Mask m) { return widen(_mm256_maskz_loadu_epi16(m, p)); }
+MEGAKERN_INLINE Vec load(const float* p) { return _mm512_loadu_ps(p); }
+MEGAKERN_INLINE Vec load(const bf16* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+
+MEGAKERN_INLINE void store(float* p, Vec x, Mask m) { _mm512_mask_storeu_ps(p, m, x); }
+MEGAKERN_INLINE void store(bf16* p, Vec x, Mask m) { _mm256_mask_storeu_epi16(p, m, narrow(x)); }
+MEGAKERN_INLINE void store(float* p, Vec x) { _mm512_storeu_ps(p, x); }
+MEGAKERN_INLINE void store(bf16* p, Vec x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(x)); }
+
+MEGAKERN_INLINE Vec set1(float x) { return _mm512_set1_ps(x); }
+MEGAKERN_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+
+// What the functions below must reach: rounding errors of fp32, or 1e-4, well below those of bf16.
+enum Accuracy { kExact, kFast };
+template <typename T>
+constexpr Accuracy kAccuracyOf = sizeof(T) == sizeof(float) ? kExact : kFast;
+
+// 2^x; 0 for x < -150, also for -inf; NaN for NaN. The polynomials are least in relative error on [-1/2, 1/2]:
+// degree 6 2e-9, degree 4 3e-6.
+template <Accuracy accuracy>
+MEGAKERN_INLINE Vec exp2(Vec x) {
+  x = _mm512_max_ps(set1(-300.0f), x);  // the second operand where one is NaN
+  const Vec n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const Vec f = _mm512_sub_ps(x, n);
+  Vec p;
+  if constexpr (accuracy == kExact) {
+    p = fma(set1(1.535336178e-04f), f, set1(1.339887446e-03f));
+    p = fma(p, f, set1(9.618437358e-03f));
+    p = fma(p, f, set1(5.550332471e-02f));
+    p = fma(p, f, set1(2.402264791e-01f));
+    p = fma(p, f, set1(6.931472029e-01f));
+  } else {
+    p = fma(set1(9.582852812e-03f), f, set1(5.590642500e-02f));
+    p = fma(p, f, set1(2.402409862e-01f));
+    p = fma(p, f, set1(6.931241933e-01f));
+  }
+  p = fma(p, f, set1(1.0f));
+  return _mm512_scalef_ps(p, n);
+}
+
+// e^x for x below 88, 0 for -inf, NaN for NaN and above 88 maybe inf.
+template <Accuracy accuracy>
+MEGAKERN_INLINE Vec exp(Vec x) {
+  const Vec high = _mm512_mul_ps(x, set1(1.44269502f));  // log2(e)
+  const Vec y = exp2<accuracy>(high);
+  if constexpr (accuracy == kFast) return y;
+  // What the product lost, so that the error does not grow with x.
+  const Vec low = fma(x, set1(1.92596299e-8f), _mm512_fmsub_ps(x, set1(1.44269502f), high));
+  const Mask small = _mm512_cmp_ps_mask(_mm512_abs_ps(x), set1(88.0f), _CMP_LT_OQ);  // no inf - inf
+  return _mm512_mask3_fmadd_ps(y, _mm512_mul_ps(low, set1(6.93147181e-1f)), y, small);
+}
+
+template <Accuracy accuracy>
+MEGAKERN_INLINE Vec reciprocal(Vec x) {
+  if constexpr (accuracy == kFast) return _mm512_rcp14_ps(x);
+  return _mm512_div_ps(set1(1.0f), x);
+}
+
+}  // namespace
+}  // namespace megakern

@@ -1,0 +1,122 @@
+"""The C++ kernels of the `torch` backend: is `megakern._cpu` there, what can this processor run, and one call a kernel.
+
+`csrc/cpu/` holds the sources. The module is optional: without it, without AVX-512, and for what a kernel does not take
+(other dtypes and devices), the launchers use their PyTorch composites. A call passes addresses, so tensors must be
+contiguous here; C++ checks addresses, alignment and sizes again. Results do not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch  # first, so that the extension shares its OpenMP library
+
+try:
+    from megakern import _cpu
+except ImportError as error:
+    _cpu, _import_error = None, str(error)
+else:
+    _import_error = ""
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+ACTIVATIONS = {"": 0, "gelu": 1, "gelu_tanh": 2, "relu_squared": 3, "silu": 4}
+
+_switched_off = False
+
+
+@functools.cache
+def features() -> tuple[str, ...]:
+    """Instruction sets of this processor that kernels use; empty without the module."""
+    return tuple(_cpu.features()) if _cpu is not None else ()
+
+
+def unavailable() -> str | None:
+    """Why no C++ kernel can run on this machine, or None."""
+    if _cpu is None:
+        return (
+            f"megakern._cpu does not load ({_import_error}); install g++ and the Python headers, then install megakern "
+            f"again (pip install -v shows why a build fails)"
+        )
+    return None if "avx512" in features() else "this processor lacks AVX-512 (F, BW, DQ, VL)"
+
+
+@contextmanager
+def composites_only() -> Iterator[None]:
+    """Within the block all launchers use their PyTorch composites. For tests and comparisons."""
+    global _switched_off
+    before, _switched_off = _switched_off, True
+    try:
+        yield
+    finally:
+        _switched_off = before
+
+
+def takes(*tensors: torch.Tensor | None) -> bool:
+    """May elementwise kernels read and write these (None is left out): CPU tensors, not empty, all fp32 or all bf16."""
+    if _switched_off or unavailable() is not None:
+        return False
+    present = [t for t in tensors if t is not None]
+    first = present[0]
+    return first.dtype in DTYPES and all(
+        t.dtype == first.dtype and t.device.type == "cpu" and t.numel() > 0 and not t.is_neg() for t in present
+    )
+
+
+def _address(tensor: torch.Tensor | None) -> int:
+    if tensor is None:
+        return 0
+    assert tensor.is_contiguous(), "C++ kernels take contiguous tensors here"
+    return tensor.data_ptr()
+
+
+def linear_epilogue(z, bias, residual, activation: str, y, pre=None):
+    """y = act(z + bias) + residual; with `pre`, also pre = z + bias. z, residual, pre, y: (M, N); bias (N,) or None."""
+    M, N = z.shape
+    bias = None if bias is None else bias.float().contiguous()
+    residual = None if residual is None else residual.contiguous()
+    _cpu.linear_epilogue(
+        *(_address(t) for t in (z, bias, residual, pre, y)),
+        DTYPES[z.dtype],
+        ACTIVATIONS[activation],
+        M,
+        N,
+        torch.get_num_threads(),
+    )
+    return y
+
+
+def column_sum(x) -> torch.Tensor:
+    """x (M, N), any stride between rows -> fp32 (N,)."""
+    if x.stride(1) != 1 or x.stride(0) < x.shape[1]:
+        x = x.contiguous()
+    out = torch.empty(x.shape[1], dtype=torch.float32)
+    M, N = x.shape
+    stride = N if M == 1 else x.stride(0)
+    _cpu.column_sum(x.data_ptr(), _address(out), DTYPES[x.dtype], M, N, stride, torch.get_num_threads())
+    return out
+
+
+def activation_forward(x, activation: str, y):
+    """y = act(x), any shape; y may be x."""
+    x = x.contiguous()
+    return linear_epilogue(x.view(1, -1), None, None, activation, y.view(1, -1)).view(y.shape)
+
+
+def activation_backward(dy, x, activation: str, dx):
+    """dx = dy act'(x), any shape."""
+    dy, x = dy.contiguous(), x.contiguous()
+    addresses = (_address(t) for t in (dy, x, dx))
+    _cpu.activation_backward(*addresses, DTYPES[x.dtype], ACTIVATIONS[activation], x.numel(), torch.get_num_threads())
+    return dx
+
+
+def describe() -> str:
+    """One line for `megakern doctor` and the end of `make setup`."""
+    reason = unavailable()
+    return f"C++ kernels, for {', '.join(features())}" if reason is None else f"no C++ kernels: {reason}"
+
+
+if __name__ == "__main__":
+    print(f"megakern on CPUs: {describe()}")

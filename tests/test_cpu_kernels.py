@@ -1,0 +1,224 @@
+"""The C++ kernels: against float64 and the composites on awkward sizes, bit for bit over threads, and their refusals.
+
+The tests of each op also run with and without these kernels (fixture `with_and_without_cpu_kernels`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+
+import megakern as mk
+from megakern import doctor
+from megakern.kernels.torch import activation, linear, native
+from megakern.ops.activation import KINDS, activation_reference
+from megakern.ops.linear import linear_reference
+from tests.closeness import assert_close_to_ref
+
+needs_kernels = pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
+
+DTYPES = [torch.float32, torch.bfloat16]
+# (M, N): smallest, one row, one lane more and less than a vector, primes, more rows than a chunk of a column sum.
+SHAPES = [(1, 1), (1, 257), (3, 15), (5, 16), (7, 17), (131, 61), (523, 40)]
+
+
+def draw(*shape, dtype=torch.float32, seed=0, scale=3.0):
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
+
+
+@contextlib.contextmanager
+def threads(count):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def same_bits_with_three_threads(function):
+    """`function()` -> tensors; it runs with 1 thread, 1 again, and 3."""
+    results = []
+    for count in (1, 1, 3):
+        with threads(count):
+            results.append(function())
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+    return results[0]
+
+
+# --- linear ---
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", ["", *KINDS])
+@pytest.mark.parametrize("residual", [False, True])
+def test_linear_epilogue(shape, dtype, kind, residual):
+    z, bias = draw(*shape, dtype=dtype), draw(shape[1], seed=1)
+    added = draw(*shape, dtype=dtype, seed=2) if residual else None
+
+    def formula(wide):
+        pre = z.to(wide) + bias.to(wide)
+        y = activation_reference(pre, kind) if kind else pre
+        return y if added is None else y + added.to(wide), pre
+
+    def ours():
+        pre, y = torch.empty_like(z), torch.empty_like(z)
+        return native.linear_epilogue(z, bias, added, kind, y, pre), pre
+
+    y, pre = same_bits_with_three_threads(ours)
+    for name, out, reference, same in zip(["y", "pre"], (y, pre), formula(torch.float64), formula(dtype), strict=True):
+        assert_close_to_ref(out, reference, same, name=name)
+    in_place = z.clone()
+    native.linear_epilogue(in_place, bias, added, kind, in_place)
+    assert torch.equal(in_place, y), "the result depends on whether z is overwritten or the pre-activation kept"
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 3000)])
+def test_column_sum(shape, dtype):
+    wide = draw(shape[0], shape[1] + 3, dtype=dtype)
+    for x in (wide[:, : shape[1]], draw(shape[1], shape[0], dtype=dtype).t()):
+        (out,) = same_bits_with_three_threads(lambda x=x: (native.column_sum(x),))
+        assert_close_to_ref(out, x.double().sum(0), x.sum(0, dtype=torch.float32))
+
+
+@needs_kernels
+def test_linear_runs_on_the_kernels(monkeypatch):
+    """Not only that they are right: that `mk.linear` calls them, and does not inside `composites_only`."""
+    called = []
+    for name in ("linear_epilogue", "column_sum", "activation_backward"):
+        kernel = getattr(native, name)
+        monkeypatch.setattr(
+            native, name, lambda *a, kernel=kernel, name=name, **k: called.append(name) or kernel(*a, **k)
+        )
+    x, weight, bias = draw(5, 8), draw(6, 8, seed=1), draw(6, seed=2).requires_grad_()
+
+    def run():
+        mk.linear(x, weight, bias, activation="silu").sum().backward()
+
+    run()
+    assert called == ["linear_epilogue", "activation_backward", "column_sum"]
+    with native.composites_only():
+        run()
+    assert len(called) == 3
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_launcher_against_its_composite(dtype):
+    x, weight, residual = draw(3, 11, 24, dtype=dtype), draw(40, 24, dtype=dtype, seed=1), draw(3, 11, 40, dtype=dtype)
+    bias = draw(40, seed=2)
+    wide = linear_reference(*(t.double() for t in (x, weight, bias)), activation="gelu", residual=residual.double())
+    ours, _ = linear.linear_forward(x, weight, bias, residual, "gelu", False)
+    with native.composites_only():
+        composite, _ = linear.linear_forward(x, weight, bias, residual, "gelu", False)
+    assert_close_to_ref(ours, wide, composite)
+
+
+# --- activation ---
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [*SHAPES, (3, 4099)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_activation_backward(shape, dtype, kind):
+    x, dy = draw(*shape, dtype=dtype), draw(*shape, dtype=dtype, seed=1)
+    (dx,) = same_bits_with_three_threads(lambda: (activation.activation_backward(dy, x, kind),))
+    with native.composites_only():
+        reference = activation.activation_backward(dy.double(), x.double(), kind)
+        composite = activation.activation_backward(dy, x, kind)
+    assert_close_to_ref(dx, reference, composite)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_activations_at_the_ends_of_the_range(dtype, kind):
+    """Large values overflow in no intermediate result; NaN and infinity are not hidden."""
+    x = torch.tensor([-1e4, -100.0, -20.0, -1e-30, 0.0, 1e-30, 20.0, 100.0, 1e4], dtype=dtype)
+    y = activation.activation_forward(x, kind)
+    with native.composites_only():
+        wide = activation.activation_forward(x.double(), kind)
+        assert_close_to_ref(y, wide, activation.activation_forward(x, kind))
+    slopes = activation.activation_backward(torch.ones_like(x), x, kind)
+    wide_slopes = activation.activation_backward(torch.ones_like(x).double(), x.double(), kind)
+    assert_close_to_ref(slopes, wide_slopes, wide_slopes.to(dtype))
+    strange = torch.tensor([torch.nan, torch.inf], dtype=dtype)
+    assert activation.activation_forward(strange, kind).tolist()[1] == torch.inf
+    for out in (activation.activation_forward(strange, kind), activation.activation_backward(strange, strange, kind)):
+        assert out[0].isnan()
+
+
+@needs_kernels
+def test_rounding_to_bf16_is_that_of_torch():
+    """Every 16-bit pattern of the lower half around a tie, denormals, overflow to infinity, NaN."""
+    high = torch.tensor([0x3F80, 0x3F81, 0x0001, 0x7F7F, 0x7F80, 0xFF7F, 0x8000], dtype=torch.int64)
+    low = torch.tensor([0x0000, 0x0001, 0x7FFF, 0x8000, 0x8001, 0xFFFF], dtype=torch.int64)
+    bits = (high[:, None] << 16 | low).flatten()
+    bias = bits.to(torch.uint32).view(torch.float32)
+    z = torch.zeros(1, len(bias), dtype=torch.bfloat16)
+    native.linear_epilogue(z, bias, None, "", z)
+    torch.testing.assert_close(z[0], bias.to(torch.bfloat16) + 0.0, rtol=0, atol=0, equal_nan=True)
+
+
+# --- what they refuse ---
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"dtype": 7}, r"dtype code must be 0 \(fp32\) or 1 \(bf16\), got 7"),
+        ({"z": 0}, "the address of z is null"),
+        ({"z": 2}, "the address of z must be a multiple of 4, got 2"),
+        ({"y": 1 << 20}, "z and y overlap in part"),
+        ({"M": 0}, "M must be positive, got 0"),
+        ({"N": -3}, "N must be positive, got -3"),
+        ({"M": 1 << 40, "N": 1 << 40}, "are more than an address can reach"),
+        ({"activation": 9}, "activation code must be 0 to 4, got 9"),
+        ({"threads": 0}, "threads must be positive, got 0"),
+    ],
+)
+def test_the_binding_refuses(change, message):
+    """Nothing is read or written: the addresses are none of ours."""
+    from megakern import _cpu
+
+    names = ("z", "bias", "residual", "pre", "y", "dtype", "activation", "M", "N", "threads")
+    arguments = dict(zip(names, ((1 << 20) + 8, 0, 0, 0, 1 << 30, 0, 0, 4, 4, 1), strict=True)) | change
+    with pytest.raises(ValueError, match=message):
+        _cpu.linear_epilogue(*arguments.values())
+
+
+def test_what_they_do_not_take():
+    assert not native.takes(torch.zeros(2, dtype=torch.float64))
+    assert not native.takes(torch.zeros(2, dtype=torch.float16))
+    assert not native.takes(torch.zeros(0))
+    assert not native.takes(torch.zeros(2, device="meta"))
+    assert not native.takes(torch.zeros(2), torch.zeros(2, dtype=torch.bfloat16))
+    assert native.takes(torch.zeros(2), None) == (native.unavailable() is None)
+
+
+# --- what the user is told ---
+
+
+def test_doctor_says_what_is_there():
+    (line,) = [line for line in doctor.report().splitlines() if line.strip().startswith("torch on CPUs")]
+    wanted = native.unavailable() or ", ".join(native.features())
+    assert wanted in line
+
+
+def test_a_missing_module_and_a_lesser_processor_are_named(monkeypatch):
+    monkeypatch.setattr(native, "features", lambda: ())
+    monkeypatch.setattr(native, "_cpu", object())
+    assert native.describe() == "no C++ kernels: this processor lacks AVX-512 (F, BW, DQ, VL)"
+    monkeypatch.setattr(native, "_cpu", None)
+    assert "install g++ and the Python headers, then install megakern again" in native.describe()
+    assert not native.takes(torch.zeros(2))
