@@ -31,6 +31,7 @@ _WHERE = {
     "GPTConfig": "config",
     "presets": "model.presets",
     "ParallelContext": "parallel.context",
+    "finish_gradients": "parallel.collectives",
     "layer_norm": "ops.norm",
     "rms_norm": "ops.norm",
     "use_backend": "ops.dispatch",

@@ -64,6 +64,10 @@ def train_words(trained, tmp_path, *more: object) -> list[object]:
         (["--model.layrs", "3"], r"unknown key 'model.layrs'; did you mean 'model.layers'\?"),
         (["--layers", "3"], r"did you mean --model.layers\?"),
         (["--model.heads", "3", "--model.width", "48"], "kv_heads = 3 is not divisible by parallel.tp = 2"),
+        (
+            ["--parallel.sequence_parallel", "true", "--model.sequence_length", "31"],
+            "model.sequence_length = 31 is not divisible by parallel.tp = 2, which parallel.sequence_parallel needs",
+        ),
         (["--parallel.tp", "4"], "parallel.tp = 4, but 2 processes were asked for"),
         (["--data.path", "/nowhere"], "/nowhere"),
         (["--model.vocab_size", "100"], "model.vocab_size = 100 is less than the vocabulary"),

@@ -45,6 +45,9 @@ def test_mask_is_the_definition_bit_for_bit(p, seed):
     for row_offset in (0, 5, (1 << 33) + 7):
         expected = python_mask(p, seed, range(row_offset, row_offset + 11), range(37))
         assert torch.equal(ones_kept((11, 37), p, seed, row_offset), expected)
+        blocks = [row_offset + i for first in (0, 20, 40) for i in range(first, first + 4)][:11]
+        out = dropout(torch.ones(11, 37), p, seed, row_offset=row_offset, row_blocks=(4, 20)) > 0
+        assert torch.equal(out, python_mask(p, seed, blocks, range(37)))
 
 
 def test_an_element_at_the_threshold_is_kept():
@@ -61,7 +64,7 @@ def test_values_and_gradients(dtype, shape, with_residual):
     inputs = {"x": torch.randn(shape, generator=g).to(dtype)}
     if with_residual:
         inputs["residual"] = torch.randn(shape, generator=g).to(dtype)
-    constants = {"p": 0.3, "seed": SEED, "row_offset": 3}
+    constants = {"p": 0.3, "seed": SEED, "row_offset": 3, "row_blocks": (2, 7)}
     assert_gradients_close(
         lambda **v: dropout(**v, **constants), lambda **v: dropout_reference(**v, **constants), inputs
     )
@@ -114,7 +117,7 @@ def test_mask_statistics(p):
 def test_opcheck():
     x, residual = torch.randn(3, 5, requires_grad=True), torch.randn(3, 5, requires_grad=True)
     for r in (None, residual):
-        torch.library.opcheck(torch.ops.megakern.dropout.default, (x, r, 0.5, SEED, 2, "torch"))
+        torch.library.opcheck(torch.ops.megakern.dropout.default, (x, r, 0.5, SEED, [2, 2, 5], "torch"))
 
 
 def test_compiles_once_for_all_seeds():
@@ -147,6 +150,8 @@ def test_explains_itself():
         ({"seed": -1}, ValueError, r"seed must be at least 0 and less than 2\*\*63, got -1"),
         ({"seed": 1 << 63}, ValueError, r"seed must be at least 0 and less than 2\*\*63"),
         ({"row_offset": -1}, ValueError, "row_offset must be at least 0, got -1"),
+        ({"row_blocks": (3, 2)}, ValueError, r"row_blocks must be \(length, stride\) .* got \(3, 2\)"),
+        ({"row_blocks": (0, 2)}, ValueError, r"row_blocks must be \(length, stride\)"),
         ({"residual": torch.ones(4)}, ValueError, r"residual must have shape of x = \(3, 4\), got \(4,\)"),
         ({"residual": torch.ones(3, 4).half()}, TypeError, "residual must have the dtype of x"),
         ({"backend": "cuda"}, ValueError, "backend 'cuda' was asked for, but"),

@@ -152,7 +152,7 @@ def test_repeats_are_bit_identical():
         ({"x": torch.ones(())}, ValueError, r"x must have shape \(\.\.\., K\)"),
         ({"weight": torch.ones(4)}, ValueError, r"weight must have shape \(N, K\) with N, K > 0, got \(4,\)"),
         ({"weight": torch.ones(0, 4)}, ValueError, r"weight must have shape \(N, K\) with N, K > 0"),
-        ({"weight": torch.ones(2, 4).half()}, TypeError, "weight must have the dtype of x"),
+        ({"weight": torch.ones(2, 4).half()}, TypeError, "weight must be float32 or have the dtype of x"),
         ({"weight": torch.ones(2, 4, device="meta")}, ValueError, "weight must be on the device of x"),
         ({"bias": torch.ones(3)}, ValueError, r"bias must have shape \(N,\) = \(2,\), got \(3,\)"),
         ({"bias": torch.ones(2).half()}, TypeError, "bias must be float32 or have the dtype of x"),

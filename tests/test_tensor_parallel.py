@@ -47,6 +47,7 @@ def train(name: str, tp: int, recompute: str = "none") -> tuple[dict, list[float
         text = batch(step)
         loss = model(text[:, :-1], text[:, 1:], dropout_key=DropoutKey(seed=11, step=step))
         loss.backward()
+        mk.finish_gradients(model.parameters())
         mk.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -110,6 +111,7 @@ def replicas(name: str) -> dict:
     for step in range(3):
         text = batch(step)
         model(text[:, :-1], text[:, 1:], dropout_key=DropoutKey(seed=11, step=step)).backward()
+        mk.finish_gradients(model.parameters())
         optimizer.step()
         optimizer.zero_grad()
     copies = {k: p.to_local().detach() for k, p in model.named_parameters() if p.placements[0].is_replicate()}

@@ -92,8 +92,11 @@ def test_files_of_a_run(unbroken):
     assert sorted(losses(unbroken, "eval")) == [5, 11]
 
 
-def test_two_ranks_give_the_losses_of_one(unbroken, config, tmp_path):
-    finish(start("train", config, "--out", tmp_path / "run", "--nproc", 1))
+@pytest.mark.parametrize(
+    "layout", [("--nproc", 1), ("--nproc", 2, "--parallel.sequence_parallel", "true")], ids=["one", "sequence"]
+)
+def test_other_layouts_give_the_losses_of_two_ranks(unbroken, config, tmp_path, layout):
+    finish(start("train", config, "--out", tmp_path / "run", *layout))
     assert losses(tmp_path / "run") == pytest.approx(losses(unbroken), rel=1e-5)
     assert losses(tmp_path / "run", "eval") == pytest.approx(losses(unbroken, "eval"), rel=1e-5)
 

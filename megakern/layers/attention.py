@@ -7,9 +7,11 @@ Letters: B batch, T new tokens, S keys, C channels, H query heads, G key-value h
     o      (B, T, H/R, D) = attention(rope(q), rope(k), v)
     y      (B, T, C) = g(o proj^T) + b               weight (C, H D / R)
 
-    forward: one all-reduce (B, T, C) in g. dgrad: one all-reduce (B, T, C) in f. wgrad: no traffic; with qk_norm one
-    all-reduce (2, D), since each rank's heads give a partial gradient of the shared weights.
-    Saved: x, q, k, v after rope, o and the log-sum-exp (B, H/R, T).
+    forward: one all-reduce (B, T, C) in g. dgrad: one all-reduce (B, T, C) in f. wgrad: no traffic; each rank's heads
+    give a partial gradient of the qk_norm weights, which finish_gradients sums once a step.
+    Under sequence parallelism x and y are (B, T/R, C); forward: an all-gather in f, a reduce-scatter in g; backward: an
+    all-gather of dy, another of x, a reduce-scatter of dx.
+    Saved: x (its shard), q, k, v after rope (with qk_norm: q, k before it too), o and the log-sum-exp (B, H/R, T).
 """
 
 from __future__ import annotations
@@ -24,7 +26,6 @@ from megakern.layers.parameter import local
 from megakern.ops.attention import attention
 from megakern.ops.norm import rms_norm
 from megakern.ops.rope import rope as apply_rope
-from megakern.parallel.collectives import copy_to_tensor_parallel
 from megakern.parallel.context import ParallelContext
 
 
@@ -58,7 +59,8 @@ class LayerCache:
 class ParallelAttention(nn.Module):
     """Causal self-attention with fused qkv; H and G are whole-model numbers, each rank has H/R and G/R.
 
-    `forward(x, *, residual, rope, positions, cache, dropout_key)`: x (B, T, C) -> (B, T, C), plus residual when given;
+    `forward(x, *, residual, rope, positions, cache, dropout_key)`: x (B, T, C) -> (B, T, C), plus residual when given
+    (all three (B, T/R, C) under sequence parallelism; positions are of all T tokens always);
     rope (cos, sin) of mk.rope, positions (T,) or (B, T); with a cache the keys are its past and x's own.
     `window`: a token sees itself and this many before it. `dropout` is that of the probabilities.
     Raises ValueError when tp does not divide `kv_heads`, and for dropout in training without a key.
@@ -91,7 +93,8 @@ class ParallelAttention(nn.Module):
         self.head_dim = width // heads if head_dim is None else head_dim
         if heads % kv_heads:
             raise ValueError(f"attention: heads = {heads} is not divisible by kv_heads = {kv_heads}")
-        self.group, self.dropout, self.window = parallel.tp_group, dropout, None if window is None else (window, 0)
+        self.region, self.dropout = parallel.tensor_region, dropout
+        self.window = None if window is None else (window, 0)
         self.kv_heads = parallel.shard(kv_heads, "kv_heads")
         self.heads = self.kv_heads * (heads // kv_heads)
         self.first_head = parallel.tp_rank * self.heads
@@ -124,14 +127,14 @@ class ParallelAttention(nn.Module):
         dropout_key: DropoutKey | None = None,
     ) -> torch.Tensor:
         key = checked_key(dropout_key, self.dropout, self.training)
-        B, T, _ = x.shape
         n = self.heads // self.kv_heads
-        qkv = self.qkv(x).view(B, T, self.kv_heads, n + 2, self.head_dim)
+        qkv = self.qkv(x)
+        B, T, _ = qkv.shape
+        qkv = qkv.view(B, T, self.kv_heads, n + 2, self.head_dim)
         q, k, v = qkv.split((n, 1, 1), dim=3)  # one concatenation in the backward
         q, k, v = q.reshape(B, T, self.heads, self.head_dim), k.squeeze(3), v.squeeze(3)
         if self.q_norm is not None:
-            weights = torch.stack([local(self.q_norm.weight), local(self.k_norm.weight)])
-            q_weight, k_weight = copy_to_tensor_parallel(weights, self.group).unbind()
+            q_weight, k_weight = local(self.q_norm.weight, partial=True), local(self.k_norm.weight, partial=True)
             q, k = rms_norm(q, q_weight, self.q_norm.eps), rms_norm(k, k_weight, self.k_norm.eps)
         if rope is not None:
             q, k = apply_rope(q, k, *rope, positions=positions)

@@ -3,7 +3,9 @@
     sequential   h = h + drop(attention(norm1(h)));  h = h + drop(mlp(norm2(h)))
     parallel     h = h + drop(attention(norm1(h))) + drop(mlp(norm1(h)))        (GPT-J; there is no norm2)
 
-Each half has one all-reduce forward and one backward under tensor parallelism. Where nothing is dropped the residual is
+Each half has one all-reduce forward and one backward under tensor parallelism. Under sequence parallelism h is
+(B, T/R, C): a half has an all-gather and a reduce-scatter forward, two and one backward; norms and dropout work on a
+rank's own tokens, dropout with the masks of the whole. Where nothing is dropped the residual is
 added by the half's last linear layer.
 """
 
@@ -33,8 +35,9 @@ def make_norm(config: GPTConfig, parallel: ParallelContext, *, device=None, dtyp
 class TransformerBlock(nn.Module):
     """Block `index` of the model that `config` describes.
 
-    `forward(hidden, *, rope, positions, cache, dropout_key)`: hidden (B, T, C) -> (B, T, C); the keywords are those of
-    `ParallelAttention`. Raises ConfigError when the model cannot be split over tp.
+    `forward(hidden, *, rope, positions, cache, dropout_key)`: hidden (B, T, C) -> (B, T, C), both (B, T/R, C)
+    under sequence parallelism; the keywords are those of `ParallelAttention`.
+    Raises ConfigError when the model cannot be split over tp.
     """
 
     def __init__(
@@ -49,7 +52,7 @@ class TransformerBlock(nn.Module):
         super().__init__()
         parallel = parallel or ParallelContext()
         config.check_tensor_parallel(parallel.tp_size)
-        self.index, self.dropout = index, config.dropout
+        self.index, self.dropout, self.region = index, config.dropout, parallel.tensor_region
         how = {"device": device, "dtype": dtype}
         shared = {
             "bias": config.bias,
@@ -89,7 +92,7 @@ class TransformerBlock(nn.Module):
         def half(branch: nn.Module, x: torch.Tensor, residual: torch.Tensor, site: str, **arguments) -> torch.Tensor:
             if key is None:
                 return branch(x, residual=residual, **arguments)
-            return drop_branch(branch(x, **arguments), self.dropout, key, site, residual=residual)
+            return drop_branch(branch(x, **arguments), self.dropout, key, site, self.region, residual=residual)
 
         how = {"rope": rope, "positions": positions, "cache": cache, "dropout_key": key}
         normed = self.norm1(hidden)

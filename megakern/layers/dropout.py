@@ -14,6 +14,7 @@ import torch
 
 from megakern.ops.dropout import dropout
 from megakern.parallel.random import fold
+from megakern.parallel.region import TensorRegion
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,21 @@ def checked_key(key: DropoutKey | None, p: float, training: bool) -> DropoutKey 
 
 
 def drop_branch(
-    x: torch.Tensor, p: float, key: DropoutKey, site: str, *, residual: torch.Tensor | None = None
+    x: torch.Tensor,
+    p: float,
+    key: DropoutKey,
+    site: str,
+    region: TensorRegion,
+    *,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """residual + dropout(x), x (B, T, C): the mask of row (b, t) is that of row (first_sample + b) * T + t."""
-    return dropout(x, p, key.seed_of(site), row_offset=key.first_sample * x.shape[1], residual=residual)
+    """residual + dropout(x), x (B, T, C), or (B, T/R, C) where `region` shards the sequence.
+
+    The mask of token t of sample b is that of logical row (first_sample + b) T + t under every layout.
+    """
+    tokens = x.shape[1]
+    if not region.shards_sequence:
+        return dropout(x, p, key.seed_of(site), row_offset=key.first_sample * tokens, residual=residual)
+    T = tokens * region.size
+    offset = key.first_sample * T + region.rank * tokens
+    return dropout(x, p, key.seed_of(site), row_offset=offset, row_blocks=(tokens, T), residual=residual)

@@ -1,17 +1,20 @@
 """Token and position embeddings, and the output head with its loss, with the vocabulary split over tp.
 
 Letters: V vocabulary, P = V rounded up to `vocab_multiple`, the same under every layout; R ranks; rank r owns rows
-[r P/R, (r + 1) P/R). f is copy_to_tensor_parallel, g is reduce_from_tensor_parallel.
+[r P/R, (r + 1) P/R). f is what enters a tensor-parallel region, g what leaves it (region.py).
 
     VocabParallelEmbedding, weight (P/R, C)
     forward   y (B, T, C) = g(weight[token - r P/R], zero where the token is another rank's)    all-reduce (B, T, C)
-    wgrad     rows of dy added up by token                                                       no traffic
+    wgrad     rows of g'(dy) added up by token                                                   no traffic
     saved     tokens
 
     vocab_parallel_loss, weight (P/R, C)
     forward   loss of f(x) weight^T against targets           all-reduces of (B T) in linear_cross_entropy
     dgrad     dx (B, T, C) = f'(dlogits weight)               all-reduce (B, T, C)
     wgrad     dweight (P/R, C) = dlogits^T x                  no traffic
+
+Under sequence parallelism y and x are a rank's own tokens, (B, T/R, C); tokens and targets are all of them, on every
+rank. The embedding reduce-scatters and its backward all-gathers; the loss all-gathers x and its dgrad reduce-scatters.
 """
 
 from __future__ import annotations
@@ -20,21 +23,18 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from megakern.layers.parallel_linear import column_parallel_linear
 from megakern.layers.parameter import Normal, add_parameter, initialize_standalone, local
-from megakern.ops.linear import linear
 from megakern.ops.linear_cross_entropy import linear_cross_entropy
-from megakern.parallel.collectives import (
-    copy_to_tensor_parallel,
-    gather_from_tensor_parallel,
-    reduce_from_tensor_parallel,
-)
+from megakern.parallel.collectives import gather_from_tensor_parallel
 from megakern.parallel.context import ParallelContext
 
 
 class VocabParallelEmbedding(nn.Module):
     """Token embedding: weight (P, C) as Shard(0), P = vocab_size rounded up to `vocab_multiple`; padding rows are zero.
 
-    `forward(tokens)`: tokens (...) int64, the same on every rank -> (..., C) on every rank, in the weight's dtype.
+    `forward(tokens)`: tokens (...) int64, the same on every rank -> (..., C) on every rank, or that of the rank's
+    own tokens under sequence parallelism, in the weight's dtype.
     Raises ValueError when tp does not divide P, and (on a CPU) for a token outside [0, vocab_size).
     """
 
@@ -51,7 +51,7 @@ class VocabParallelEmbedding(nn.Module):
     ):
         super().__init__()
         parallel = parallel or ParallelContext()
-        self.group, self.vocab_size = parallel.tp_group, vocab_size
+        self.region, self.vocab_size = parallel.tensor_region, vocab_size
         padded = -(-vocab_size // vocab_multiple) * vocab_multiple
         self.first_row = parallel.tp_rank * parallel.shard(padded, "padded vocab_size")
         initializer = Normal(init_std, rows=vocab_size)
@@ -61,12 +61,12 @@ class VocabParallelEmbedding(nn.Module):
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         self._check(tokens)
         weight = local(self.weight)
-        if self.group is None:
+        if self.region.group is None:
             return F.embedding(tokens, weight)
         row = tokens - self.first_row
         others = (row < 0) | (row >= weight.shape[0])
         rows = F.embedding(row.masked_fill(others, 0), weight)
-        return reduce_from_tensor_parallel(rows.masked_fill(others.unsqueeze(-1), 0.0), self.group)
+        return self.region.leave(rows.masked_fill(others.unsqueeze(-1), 0.0))
 
     def _check(self, tokens: torch.Tensor) -> None:
         # A split vocabulary would turn a wrong token into a row of zeros in silence. Elsewhere than on a CPU, looking
@@ -82,7 +82,10 @@ class VocabParallelEmbedding(nn.Module):
 
 
 class PositionEmbedding(nn.Module):
-    """Learned positions: weight (T, C), replicated. `forward(positions)`: (T,) or (B, T) int64 -> (..., C)."""
+    """Learned positions: weight (T, C), replicated.
+
+    `forward(positions)`: (T,) or (B, T) int64 of all tokens -> (..., C), or that of the rank's own tokens.
+    """
 
     def __init__(
         self,
@@ -96,20 +99,22 @@ class PositionEmbedding(nn.Module):
     ):
         super().__init__()
         parallel = parallel or ParallelContext()
+        self.region = parallel.tensor_region
         add_parameter(self, "weight", (length, width), Normal(init_std), parallel, device=device, dtype=dtype)
         initialize_standalone(self)
 
     def forward(self, positions: torch.Tensor) -> torch.Tensor:
-        return F.embedding(positions, local(self.weight))
+        own = self.region.own_tokens(positions, -1)
+        return F.embedding(own, local(self.weight, partial=self.region.shards_sequence))
 
 
 def vocab_parallel_logits(
     x: torch.Tensor, weight: torch.Tensor, *, vocab_size: int, parallel: ParallelContext
 ) -> torch.Tensor:
     """x (..., C), weight (P, C) as Shard(0) -> logits (..., V) on every rank, padding cut off, in x's dtype."""
-    group = parallel.tp_group
-    logits = linear(copy_to_tensor_parallel(x, group), local(weight).to(x.dtype))
-    return gather_from_tensor_parallel(logits, group)[..., :vocab_size]
+    region = parallel.tensor_region
+    (logits,) = column_parallel_linear(x, [(local(weight), None)], region)
+    return gather_from_tensor_parallel(logits, region.group)[..., :vocab_size]
 
 
 def vocab_parallel_loss(
@@ -125,12 +130,12 @@ def vocab_parallel_loss(
 
     The logits are never held as a whole.
     """
-    group = parallel.tp_group
+    region = parallel.tensor_region
     return linear_cross_entropy(
-        copy_to_tensor_parallel(x, group),
+        region.enter(x),
         local(weight).to(x.dtype),
         targets,
         reduction=reduction,
-        group=group,
+        group=region.group,
         vocab_size=vocab_size,
     )

@@ -1,23 +1,26 @@
 """Linear layers whose weight is split over the tensor-parallel ranks (arXiv 1909.08053, section 3).
 
-Letters: K in, N out, R ranks. x (..., K). f is copy_to_tensor_parallel, g is reduce_from_tensor_parallel.
+Letters: K in, N out, R ranks. x (..., K). f is what enters a tensor-parallel region, g what leaves it (region.py): f is
+the identity and g an all-reduce, or under sequence parallelism an all-gather and a reduce-scatter over T, the last dim
+but one. parallel_linear.py has the order in which collectives and products run.
 
     column-parallel: weight (N/R, K), bias (N/R,)
     forward   y (..., N/R) = act(f(x) W^T + b)        no traffic
-    dgrad     dx (..., K) = f'(dz W)                  all-reduce (..., K)
-    wgrad     dW (N/R, K) = dz^T x                    no traffic
+    dgrad     dx (..., K) = f'(dz W)                  all-reduce (..., K); sequence: reduce-scatter
+    wgrad     dW (N/R, K) = dz^T f(x)                 no traffic; sequence: all-gather x again
     dbias     (N/R,) = sum of dz                      no traffic
-    saved     x, W, and z if there is an activation
+    saved     x (its shard), W, and z if there is an activation
 
     row-parallel: weight (N, K/R), bias (N,) replicated
-    forward   y (..., N) = g(x W^T) + b               all-reduce (..., N)
-    dgrad     dx (..., K/R) = dy W                    no traffic
-    wgrad     dW (N, K/R) = dy^T x                    no traffic
-    dbias     (N,) = sum of dy                        no traffic, equal on every rank
+    forward   y (..., N) = g(x W^T) + b               all-reduce (..., N); sequence: reduce-scatter
+    dgrad     dx (..., K/R) = g'(dy) W                no traffic; sequence: all-gather dy
+    wgrad     dW (N, K/R) = g'(dy)^T x                no traffic
+    dbias     (N,) = sum of dy                        no traffic; sequence: partial, summed by finish_gradients
     saved     x, W
 
 The row-parallel bias is added once, after the reduce. On one rank f and g are the identity, and bias, activation and
-residual are part of the matmul's op. Weights are cast to x's dtype; gradients arrive in the weight's own dtype.
+residual are part of the matmul's op. Weights are cast to x's dtype where they are read; gradients arrive in the
+weight's own dtype.
 """
 
 from __future__ import annotations
@@ -25,22 +28,18 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from megakern.layers.parallel_linear import column_parallel_linear, row_parallel_linear
 from megakern.layers.parameter import Constant, Normal, add_parameter, initialize_standalone, local
 from megakern.ops.linear import linear
-from megakern.parallel.collectives import (
-    copy_to_tensor_parallel,
-    gather_from_tensor_parallel,
-    reduce_from_tensor_parallel,
-    scatter_to_tensor_parallel,
-)
+from megakern.parallel.collectives import gather_from_tensor_parallel, scatter_to_tensor_parallel
 from megakern.parallel.context import ParallelContext
 
 
 class ColumnParallelLinear(nn.Module):
     """y = activation(x W^T + b) with the output features split: weight (N, K) as Shard(0), bias (N,) as Shard(0).
 
-    `forward(x)`: x (..., K), the same on every rank -> (..., N/R), or (..., N) on every rank with `gather_output`.
-    `project(x)` is the same without f and the gather, for several layers that read one copy of x.
+    `forward(x)`: x (..., K) in the residual stream's layout, the same on every rank or a rank's tokens -> (..., N/R) of
+    all tokens, or (..., N) on every rank with `gather_output`.
     activation: None, "gelu", "gelu_tanh", "relu_squared" or "silu". Raises ValueError when tp does not divide N.
     """
 
@@ -59,7 +58,7 @@ class ColumnParallelLinear(nn.Module):
     ):
         super().__init__()
         parallel = parallel or ParallelContext()
-        self.group, self.gather_output, self.activation = parallel.tp_group, gather_output, activation
+        self.region, self.gather_output, self.activation = parallel.tensor_region, gather_output, activation
         how = {"shard": 0, "device": device, "dtype": dtype}
         add_parameter(self, "weight", (out_features, in_features), Normal(init_std), parallel, **how)
         if bias:
@@ -68,20 +67,18 @@ class ColumnParallelLinear(nn.Module):
             self.register_parameter("bias", None)
         initialize_standalone(self)
 
-    def project(self, x: torch.Tensor) -> torch.Tensor:
-        """x (..., K) that went through f already -> (..., N/R)."""
-        return linear(x, local(self.weight).to(x.dtype), local(self.bias), activation=self.activation)
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.project(copy_to_tensor_parallel(x, self.group))
-        return gather_from_tensor_parallel(y, self.group) if self.gather_output else y
+        pairs = [(local(self.weight), local(self.bias))]
+        (y,) = column_parallel_linear(x, pairs, self.region, activation=self.activation)
+        return gather_from_tensor_parallel(y, self.region.group) if self.gather_output else y
 
 
 class RowParallelLinear(nn.Module):
     """y = x W^T + b (+ residual) with the input features split: weight (N, K) as Shard(1), bias (N,) as Replicate().
 
-    `forward(x, residual=None)`: x (..., K/R), this rank's slice, or (..., K) with `input_is_parallel=False`;
-    residual (..., N), the same on every rank -> (..., N) on every rank. Raises ValueError when tp does not divide K.
+    `forward(x, residual=None)`: x (..., K/R), this rank's slice of all tokens, or (..., K) with
+    `input_is_parallel=False`; residual and result (..., N) in the residual stream's layout.
+    Raises ValueError when tp does not divide K.
     """
 
     def __init__(
@@ -98,7 +95,7 @@ class RowParallelLinear(nn.Module):
     ):
         super().__init__()
         parallel = parallel or ParallelContext()
-        self.group, self.input_is_parallel = parallel.tp_group, input_is_parallel
+        self.region, self.input_is_parallel = parallel.tensor_region, input_is_parallel
         how = {"device": device, "dtype": dtype}
         add_parameter(self, "weight", (out_features, in_features), Normal(init_std), parallel, shard=1, **how)
         if bias:
@@ -109,10 +106,10 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         if not self.input_is_parallel:
-            x = scatter_to_tensor_parallel(x, self.group)
-        weight, bias = local(self.weight).to(x.dtype), local(self.bias)
-        if self.group is None:
+            x = scatter_to_tensor_parallel(x, self.region.group)
+        weight, bias = local(self.weight), local(self.bias, partial=self.region.shards_sequence)
+        if self.region.group is None:
             return linear(x, weight, bias, residual=residual)
-        y = reduce_from_tensor_parallel(linear(x, weight), self.group)
+        y = row_parallel_linear(x, weight, self.region)
         y = y if bias is None else y + bias.to(y.dtype)
         return y if residual is None else y + residual

@@ -4,8 +4,9 @@ plain    h (B, T, F/R) = act(f(x) fc1^T + b1)                             fc1 (F
 swiglu   h (B, T, F/R) = silu(f(x) gate^T + bg) * (f(x) up^T + bu)        gate, up (F/R, C), one f for both
 both     y (B, T, C)   = g(h fc2^T) + b2                                  fc2 (C, F/R)
 
-forward: one all-reduce (B, T, C) in g. dgrad: one all-reduce (B, T, C) in f. wgrad: no traffic.
-Saved: x, h, and the pre-activation (plain) or gate and up (swiglu).
+forward: one all-reduce (B, T, C) in g. dgrad: one all-reduce (B, T, C) in f. wgrad: no traffic. Under sequence
+parallelism x and y are (B, T/R, C); forward: an all-gather in f, a reduce-scatter in g; backward: an all-gather of dy,
+another of x, a reduce-scatter of dx. Saved: x (its shard), h, and the pre-activation (plain) or gate and up (swiglu).
 """
 
 from __future__ import annotations
@@ -14,15 +15,17 @@ import torch
 from torch import nn
 
 from megakern.layers.linear import ColumnParallelLinear, RowParallelLinear
+from megakern.layers.parallel_linear import column_parallel_linear
+from megakern.layers.parameter import local
 from megakern.ops.activation import swiglu
-from megakern.parallel.collectives import copy_to_tensor_parallel
 from megakern.parallel.context import ParallelContext
 
 
 class ParallelMLP(nn.Module):
     """fc2(activation(fc1(x))), or the gated fc2(silu(gate(x)) * up(x)) for activation "swiglu" (arXiv 2002.05202).
 
-    `forward(x, residual=None)`: x (B, T, C) -> (B, T, C), plus residual (B, T, C) when given.
+    `forward(x, residual=None)`: x (B, T, C) -> (B, T, C), plus residual (B, T, C) when given; all are
+    (B, T/R, C) under sequence parallelism.
     `output_init_std` is that of fc2; None: `init_std`. Raises ValueError when tp does not divide `ffn_size`.
     """
 
@@ -42,7 +45,7 @@ class ParallelMLP(nn.Module):
         super().__init__()
         parallel = parallel or ParallelContext()
         parallel.shard(ffn_size, "ffn_size")
-        self.group, self.gated = parallel.tp_group, activation == "swiglu"
+        self.region, self.gated = parallel.tensor_region, activation == "swiglu"
         how = {"bias": bias, "parallel": parallel, "device": device, "dtype": dtype}
         if self.gated:
             self.gate = ColumnParallelLinear(width, ffn_size, init_std=init_std, **how)
@@ -54,8 +57,8 @@ class ParallelMLP(nn.Module):
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         if self.gated:
-            x = copy_to_tensor_parallel(x, self.group)
-            inner = swiglu(self.gate.project(x), self.up.project(x))
+            pairs = [(local(layer.weight), local(layer.bias)) for layer in (self.gate, self.up)]
+            inner = swiglu(*column_parallel_linear(x, pairs, self.region))
         else:
             inner = self.fc1(x)
         return self.fc2(inner, residual)

@@ -3,7 +3,8 @@
     LayerNorm   weight (C,), bias (C,)   replicated over tp
     RMSNorm     weight (C,)              replicated over tp
 
-Replicated input gives every rank the same gradients, so nothing crosses ranks.
+Replicated input gives every rank the same gradients. Under sequence parallelism the input is a rank's own tokens, and
+the gradients of weight and bias are parts of a sum, which `finish_gradients` makes.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class LayerNorm(nn.Module):
     ):
         super().__init__()
         parallel = parallel or ParallelContext()
-        self.eps = eps
+        self.eps, self.region = eps, parallel.tensor_region
         add_parameter(self, "weight", (width,), Constant(1.0), parallel, device=device, dtype=dtype)
         if bias:
             add_parameter(self, "bias", (width,), Constant(0.0), parallel, device=device, dtype=dtype)
@@ -43,7 +44,9 @@ class LayerNorm(nn.Module):
         initialize_standalone(self)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None):
-        return layer_norm(x, local(self.weight), local(self.bias), self.eps, residual=residual)
+        partial = self.region.shards_sequence
+        weight, bias = local(self.weight, partial=partial), local(self.bias, partial=partial)
+        return layer_norm(x, weight, bias, self.eps, residual=residual)
 
 
 class RMSNorm(nn.Module):
@@ -62,11 +65,11 @@ class RMSNorm(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        self.eps = eps
-        add_parameter(
-            self, "weight", (width,), Constant(1.0), parallel or ParallelContext(), device=device, dtype=dtype
-        )
+        parallel = parallel or ParallelContext()
+        self.eps, self.region = eps, parallel.tensor_region
+        add_parameter(self, "weight", (width,), Constant(1.0), parallel, device=device, dtype=dtype)
         initialize_standalone(self)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None):
-        return rms_norm(x, local(self.weight), self.eps, residual=residual)
+        weight = local(self.weight, partial=self.region.shards_sequence)
+        return rms_norm(x, weight, self.eps, residual=residual)

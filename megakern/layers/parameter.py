@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from megakern.parallel.blocks import blocks_of, local_of
 from megakern.parallel.context import ParallelContext
@@ -65,9 +65,15 @@ def add_parameter(
     module.initializers[name] = initializer
 
 
-def local(parameter: torch.Tensor | None) -> torch.Tensor | None:
-    """This rank's slice of a parameter, inside the graph: the gradient goes back as the parameter is placed."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+def local(parameter: torch.Tensor | None, *, partial: bool = False) -> torch.Tensor | None:
+    """This rank's slice of a parameter, inside the graph: the gradient goes back as the parameter is placed.
+
+    partial: each rank uses a replicated parameter on data of its own, so the gradient is this rank's part of a sum. It
+    goes back as `Partial()`; `finish_gradients` adds the parts up once a step (FSDP2 does it before its own reduction).
+    """
+    if not isinstance(parameter, DTensor):
+        return parameter
+    return parameter.to_local(grad_placements=[Partial()] if partial else None)
 
 
 def initialize(module: nn.Module, seed: int) -> None:

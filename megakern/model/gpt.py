@@ -1,6 +1,7 @@
 """The decoder-only transformer: embedding, blocks, final norm, vocabulary-parallel head and loss.
 
-    hidden (B, T, C) = drop(embedding(tokens) + positions)        in the compute dtype, the same on every tp rank
+    hidden (B, T, C) = drop(embedding(tokens) + positions)        in the compute dtype, the same on every tp rank; or
+                                                                  (B, T/R, C) under sequence parallelism
     hidden = block(hidden), L times
     loss = mean over (B, T) of cross entropy(norm(hidden) head^T, targets)      in fp32
 
@@ -81,6 +82,7 @@ class GPT(nn.Module):
         parallel = parallel or ParallelContext()
         config.check_tensor_parallel(parallel.tp_size)
         self.config, self.parallel, self.recompute = config, parallel, recompute
+        self.region = parallel.tensor_region
         self.compute_dtype = compute_dtype or dtype
         how = {"parallel": parallel, "device": "meta", "dtype": dtype}
         vocabulary = {"vocab_multiple": config.vocab_multiple, "init_std": config.init_std, **how}
@@ -125,7 +127,9 @@ class GPT(nn.Module):
 
         positions (T,) or (B, T) int; None: 0 .. T-1, after what the cache holds. dropout_key is required where dropout
         is on. reduction: "mean" over targets that count, "sum" or "none". last_only: logits (B, 1, V) of the last.
-        Raises ValueError for sequences longer than the model's, other shapes, or a cache while gradients are recorded.
+        After the last backward of a step call `mk.finish_gradients(model.parameters())` (a no-op on one rank).
+        Raises ValueError for sequences longer than the model's, other shapes, a cache while gradients are recorded, or
+        (sequence parallelism, while gradients are recorded) a T that tp does not divide.
         """
         self._check(tokens, targets, positions, cache, last_only)
         key = checked_key(dropout_key, self.config.dropout, self.training)
@@ -157,7 +161,7 @@ class GPT(nn.Module):
         if self.positions is not None:
             hidden = hidden + self.positions(self._positions(tokens, cache) if positions is None else positions)
         hidden = hidden.to(self.compute_dtype)
-        return hidden if key is None else drop_branch(hidden, self.config.dropout, key, "embedding")
+        return hidden if key is None else drop_branch(hidden, self.config.dropout, key, "embedding", self.region)
 
     def _check(self, tokens, targets, positions, cache, last_only: bool) -> None:
         if tokens.ndim != 2 or tokens.dtype != torch.int64:
@@ -176,6 +180,8 @@ class GPT(nn.Module):
             )
         if targets is not None and last_only:
             raise ValueError("GPT: last_only is for logits; leave it out when targets are given")
+        if last_only and self.region.shards_sequence:
+            raise ValueError("GPT: last_only is for generation; with sequence_parallel, call it under torch.no_grad()")
         if positions is not None and tuple(positions.shape) not in ((T,), (B, T)):
             raise ValueError(
                 f"GPT: positions must be (T,) = ({T},) or (B, T) = ({B}, {T}), got {tuple(positions.shape)}"

@@ -205,6 +205,7 @@ def _matching_gradient(param: torch.Tensor) -> torch.Tensor:
     ):
         raise ValueError(
             f"AdamW: a gradient must be sharded as its parameter, {getattr(param, 'placements', 'not sharded')}, "
-            f"got {getattr(grad, 'placements', 'not sharded')}; redistribute it first"
+            f"got {getattr(grad, 'placements', 'not sharded')}; "
+            f"redistribute it first (partial ones: finish_gradients(model.parameters()))"
         )
     return grad

@@ -69,7 +69,7 @@ def _sharding_groups(gradient: torch.Tensor) -> dict[str, dist.ProcessGroup]:
         if placement.is_partial():
             raise ValueError(
                 f"gradient_norm: a gradient has placements {gradient.placements}: its sum over the ranks of mesh dim "
-                f"{dim} is not made yet; redistribute it to Replicate() or Shard() first"
+                f"{dim} is not made yet; call finish_gradients(model.parameters()) after the last backward"
             )
         if not placement.is_replicate() and gradient.device_mesh.size(dim) > 1:
             group = gradient.device_mesh.get_group(dim)

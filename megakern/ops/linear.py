@@ -9,7 +9,8 @@ Backward, with dz = dy act'(x W^T + bias):
 
 dx and dweight are separate ops, so that a collective on dx can run beside the product of dweight. Sums over M are
 made in fp32. Saved for backward: weight if x needs a gradient, x if weight does, the pre-activation if there is an
-activation. Nothing crosses ranks.
+activation. A weight in fp32 for narrower x is saved as it is and cast again in backward, so that no cast copy of every
+weight of a model lives from forward to backward. Nothing crosses ranks.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from megakern.ops.dispatch import Problem, describes, launcher, register, resolv
 
 
 def linear_reference(x, weight, bias=None, *, activation=None, residual=None):
-    y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     if activation is not None:
         y = activation_reference(y, activation)
     return y if residual is None else y + residual
@@ -46,9 +47,9 @@ def _check(x, weight, bias, activation, residual) -> None:
         )
     if activation is not None and activation not in KINDS:
         raise ValueError(f"linear: activation must be None or one of {', '.join(KINDS)}, got {activation!r}")
-    checks.floating("linear", x=x, weight=weight, residual=residual)
+    checks.floating("linear", x=x, residual=residual)
+    checks.same_or_fp32("linear", "x", x, weight=weight, bias=bias)
     if bias is not None:
-        checks.same_or_fp32("linear", "x", x, bias=bias)
         checks.shape("linear", "bias", bias, (weight.shape[0],), "(N,)", "pass one bias for each row of weight")
     if residual is not None:
         checks.shape("linear", "residual", residual, (*x.shape[:-1], weight.shape[0]), "(..., N) of the output")
@@ -58,7 +59,7 @@ def _check(x, weight, bias, activation, residual) -> None:
 
 
 def _forward(x, weight, bias, residual, activation, keep, backend):
-    return launcher(backend, "linear", "linear_forward")(x, weight, bias, residual, activation, keep)
+    return launcher(backend, "linear", "linear_forward")(x, weight.to(x.dtype), bias, residual, activation, keep)
 
 
 def _fake(x, weight, bias, residual, activation, keep, backend):
@@ -95,10 +96,28 @@ weight_gradient = register(
 )
 
 
+def parameter_gradients(
+    dz: torch.Tensor,
+    x: torch.Tensor,
+    weight_dtype: torch.dtype | None,
+    bias_dtype: torch.dtype | None,
+    backend: str,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """dweight (N, K) and dbias (N,) of z = x W^T + b in the given dtypes, None for a dtype of None.
+
+    Every linear layer's gradients of parameters are made here. x is read only where dweight is wanted.
+    """
+    if weight_dtype is None and bias_dtype is None:
+        return None, None
+    with_weight = weight_dtype is not None
+    dweight, dbias = weight_gradient(dz, x if with_weight else dz, bias_dtype, with_weight, backend)
+    return dweight.to(weight_dtype) if with_weight else None, dbias if bias_dtype is not None else None
+
+
 def _setup_context(ctx, inputs, output):
     x, weight, bias, _, ctx.activation, _, ctx.backend = inputs
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-    ctx.bias_dtype = bias.dtype if needs_bias else None
+    ctx.weight_dtype, ctx.bias_dtype = weight.dtype if needs_weight else None, bias.dtype if needs_bias else None
     ctx.save_for_backward(
         x if needs_weight else None, weight if needs_x else None, output[1] if ctx.activation else None
     )
@@ -115,18 +134,9 @@ def _autograd_backward(ctx, dy, _dpre):
     if needs_x or needs_weight or needs_bias:
         dz = activation_backward(dy, pre, ctx.activation, ctx.backend) if ctx.activation else dy
         if needs_x:
-            dx = input_gradient(dz, weight, ctx.backend)
-        if needs_weight or needs_bias:
-            dweight, dbias = weight_gradient(dz, x if needs_weight else dz, ctx.bias_dtype, needs_weight, ctx.backend)
-    return (
-        dx,
-        dweight if needs_weight else None,
-        dbias if needs_bias else None,
-        dy if needs_residual else None,
-        None,
-        None,
-        None,
-    )
+            dx = input_gradient(dz, weight.to(dz.dtype), ctx.backend)
+        dweight, dbias = parameter_gradients(dz, x, ctx.weight_dtype, ctx.bias_dtype, ctx.backend)
+    return dx, dweight, dbias, dy if needs_residual else None, None, None, None
 
 
 _linear = register(
@@ -152,7 +162,8 @@ def linear(
     """act(x W^T + bias) + residual.
 
     x (..., K), weight (N, K), bias (N,) or None, residual (..., N) or None -> (..., N); activation None, "gelu",
-    "gelu_tanh", "relu_squared" or "silu". x, weight, residual of one floating dtype; bias of that dtype or fp32.
+    "gelu_tanh", "relu_squared" or "silu". x and residual of one floating dtype; weight and bias of that dtype or fp32
+    (cast to x's for the product, with fp32 gradients).
     Raises ValueError or TypeError on other shapes, dtypes, devices, names.
     """
     _check(x, weight, bias, activation, residual)
@@ -161,3 +172,17 @@ def linear(
     keep = activation is not None and needs and torch.is_grad_enabled()
     y, _ = _linear(x, weight, bias, residual, activation or "", keep, chosen)
     return y
+
+
+def forward_pieces(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None, *, keep: bool
+) -> tuple[torch.Tensor, torch.Tensor, str]:
+    """y, the pre-activation (empty unless `keep`) and the backend's name: for autograd functions built around `linear`.
+
+    Their backward calls `activation_backward`, `input_gradient` and `parameter_gradients` with that backend. Shapes,
+    dtypes and errors are those of `linear`. To be called where no gradients are recorded.
+    """
+    _check(x, weight, bias, activation, None)
+    chosen = resolve(_problem(x, weight, bias, activation=activation))
+    y, pre = _linear(x, weight, bias, None, activation or "", keep, chosen)
+    return y, pre, chosen

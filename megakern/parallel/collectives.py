@@ -11,8 +11,11 @@ All take (x, group) and return x itself when `group` is None (one rank).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor, Replicate
 
 
 def all_reduce(x: torch.Tensor, group: dist.ProcessGroup | None, op=dist.ReduceOp.SUM) -> torch.Tensor:
@@ -38,6 +41,52 @@ def own_slice_last(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Te
     if group is None:
         return x
     return x.chunk(group.size(), dim=-1)[group.rank()].contiguous()
+
+
+# torch 2.13 renamed these two and warns about the old names; torch 2.11 has only those.
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def tokens_each(tokens: int, group: dist.ProcessGroup) -> int:
+    """T / R. Raises ValueError when R does not divide it."""
+    if tokens % group.size():
+        raise ValueError(
+            f"sequence parallelism: T = {tokens} tokens cannot be split over tp = {group.size()} ranks; pad or cut the "
+            f"text to a multiple of {group.size()}, or turn sequence_parallel off (it is off under torch.no_grad())"
+        )
+    return tokens // group.size()
+
+
+class Pending:
+    """A collective that runs while the caller computes. `wait()` gives its result; the stream waits, not the CPU."""
+
+    def __init__(self, work: dist.Work | None, result: torch.Tensor, arrange: Callable | None = None):
+        self._work, self._result, self._arrange = work, result, arrange
+
+    def wait(self) -> torch.Tensor:
+        self._work.wait()
+        return self._result if self._arrange is None else self._arrange(self._result)
+
+
+def start_all_reduce(x: torch.Tensor, group: dist.ProcessGroup) -> Pending:
+    """The sum over the ranks, written into `x`, which must be contiguous and the caller's own."""
+    return Pending(dist.all_reduce(x, group=group, async_op=True), x)
+
+
+def start_gather_sequence(x: torch.Tensor, group: dist.ProcessGroup) -> Pending:
+    """(..., T/R, C) of each rank -> (..., T, C)."""
+    parts = x.new_empty((group.size(), *x.shape))
+    work = _all_gather_single(parts.flatten(0, 1), x.contiguous(), group=group, async_op=True)
+    return Pending(work, parts, lambda parts: parts.movedim(0, -3).flatten(-3, -2))
+
+
+def start_reduce_scatter_sequence(x: torch.Tensor, group: dist.ProcessGroup) -> Pending:
+    """The ranks' partial (..., T, C) -> this rank's tokens of their sum, (..., T/R, C)."""
+    own = tokens_each(x.shape[-2], group)
+    parts = x.unflatten(-2, (group.size(), own)).movedim(-3, 0).contiguous()
+    out = torch.empty_like(parts[0])
+    return Pending(_reduce_scatter_single(out, parts.flatten(0, 1), group=group, async_op=True), out)
 
 
 class _CopyTo(torch.autograd.Function):
@@ -83,6 +132,40 @@ class _ScatterTo(torch.autograd.Function):
         return all_gather_last(dout, ctx.group), None
 
 
+class _GatherSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return start_gather_sequence(x, group).wait()
+
+    @staticmethod
+    def backward(ctx, dout):
+        return start_reduce_scatter_sequence(dout, ctx.group).wait(), None
+
+
+class _ReduceScatterSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return start_reduce_scatter_sequence(x, group).wait()
+
+    @staticmethod
+    def backward(ctx, dout):
+        return start_gather_sequence(dout, ctx.group).wait(), None
+
+
+class _ScatterSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        own = tokens_each(x.shape[-2], group)
+        return x.narrow(-2, group.rank() * own, own).contiguous()
+
+    @staticmethod
+    def backward(ctx, dout):
+        return start_gather_sequence(dout, ctx.group).wait(), None
+
+
 def copy_to_tensor_parallel(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
     """f of arXiv 1909.08053: x replicated, read by each rank's shard of the weights."""
     return x if group is None else _CopyTo.apply(x, group)
@@ -101,3 +184,48 @@ def gather_from_tensor_parallel(x: torch.Tensor, group: dist.ProcessGroup | None
 def scatter_to_tensor_parallel(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
     """(..., N) -> this rank's (..., N/R)."""
     return x if group is None else _ScatterTo.apply(x, group)
+
+
+def gather_sequence(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """(..., T/R, C) -> (..., T, C) on every rank; each rank's gradient is taken as partial (arXiv 2205.05198, g)."""
+    return x if group is None else _GatherSequence.apply(x, group)
+
+
+def reduce_scatter_sequence(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """Each rank's partial (..., T, C) -> this rank's tokens of the sum, (..., T/R, C). Needs T % R == 0."""
+    return x if group is None else _ReduceScatterSequence.apply(x, group)
+
+
+def scatter_sequence(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """(..., T, C), the same on every rank -> this rank's (..., T/R, C). Raises ValueError unless R divides T."""
+    return x if group is None else _ScatterSequence.apply(x, group)
+
+
+@torch.no_grad()
+def finish_gradients(params: torch.Tensor | Iterable[torch.Tensor]) -> None:
+    """Sum the gradients that are partial over ranks, once a step, after the last backward and before norm or update.
+
+    Layers on several ranks leave `Partial()` DTensor gradients on parameters that all ranks share and use on different
+    data: those of heads (qk_norm), and under sequence parallelism those of norms, positions and row-parallel biases.
+    This adds them up, one flat buffer and one all-reduce a group and dtype (Megatron-LM, finalize_model_grads), and
+    leaves them `Replicate()`. Gradients accumulate while partial. Does nothing where nothing is partial. All ranks must
+    pass the same parameters in the same order. `gradient_norm` and `AdamW` refuse partial gradients.
+    """
+    params = [params] if isinstance(params, torch.Tensor) else params
+    batches: dict[tuple, list[torch.Tensor]] = {}
+    for param in params:
+        grad = param.grad
+        for dim, placement in enumerate(getattr(grad, "placements", ())):
+            if placement.is_partial():
+                batches.setdefault((grad.device_mesh, dim, grad.dtype), []).append(param)
+    for (mesh, dim, _), members in batches.items():
+        locals_ = [param.grad.to_local() for param in members]
+        flat = torch.cat([grad.reshape(-1) for grad in locals_])
+        dist.all_reduce(flat, group=mesh.get_group(dim))
+        for param, grad, total in zip(members, locals_, flat.split([g.numel() for g in locals_]), strict=True):
+            grad.copy_(total.view_as(grad))
+            placements = list(param.grad.placements)
+            placements[dim] = Replicate()
+            param.grad = DTensor.from_local(
+                grad, mesh, placements, run_check=False, shape=param.grad.shape, stride=param.grad.stride()
+            )

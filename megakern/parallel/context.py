@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from megakern.parallel.region import TensorRegion
+
 DIMS = ("pp", "dp", "cp", "tp")  # slowest to fastest: the ranks of one tp group are neighbours
 
 
@@ -20,10 +22,20 @@ class ParallelContext:
     """
 
     mesh: DeviceMesh | None = None
+    sequence_parallel: bool = False
+    """Under tp > 1, shard the residual stream over time between the tensor-parallel regions (arXiv 2205.05198) while
+    gradients are recorded. T must be divisible by tp then; without gradients nothing is kept, so nothing is sharded."""
 
     @classmethod
     def create(
-        cls, *, tp: int = 1, dp: int | None = None, cp: int = 1, pp: int = 1, device_type: str = "cpu"
+        cls,
+        *,
+        tp: int = 1,
+        dp: int | None = None,
+        cp: int = 1,
+        pp: int = 1,
+        device_type: str = "cpu",
+        sequence_parallel: bool = False,
     ) -> ParallelContext:
         """A context over the whole world; `dp=None` takes what the other dims leave.
 
@@ -39,8 +51,9 @@ class ParallelContext:
                 f"that were started; start {rest * (dp or 1)}, or change a size"
             )
         if world == 1:
-            return cls()
-        return cls(init_device_mesh(device_type, (pp, world // rest, cp, tp), mesh_dim_names=DIMS))
+            return cls(sequence_parallel=sequence_parallel)
+        mesh = init_device_mesh(device_type, (pp, world // rest, cp, tp), mesh_dim_names=DIMS)
+        return cls(mesh, sequence_parallel=sequence_parallel)
 
     def size(self, dim: str) -> int:
         return 1 if self.mesh is None else self.mesh[dim].size()
@@ -63,6 +76,11 @@ class ParallelContext:
     @property
     def tp_group(self) -> dist.ProcessGroup | None:
         return self.group("tp")
+
+    @property
+    def tensor_region(self) -> TensorRegion:
+        """What a tensor-parallel layer needs to know of this context: looked up once, at construction."""
+        return TensorRegion(self.tp_group, sequence_parallel=self.sequence_parallel and self.tp_size > 1)
 
     @property
     def world_rank(self) -> int:

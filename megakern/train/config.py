@@ -38,6 +38,8 @@ class ParallelConfig:
 
     tp: int | None = None
     """Tensor-parallel size. None: the number of processes."""
+    sequence_parallel: bool = False
+    """Split activations between tensor-parallel layers over the sequence: less memory, the same traffic and losses."""
     timeout: float = 600.0
     """Seconds after which a collective that does not finish ends the run."""
 

@@ -131,7 +131,7 @@ def _wait(context, received: list[int]) -> int:
         time.sleep(0.05)
 
 
-def join(timeout: float, tp: int | None) -> ParallelContext:
+def join(timeout: float, tp: int | None, *, sequence_parallel: bool = False) -> ParallelContext:
     """Join the world that the environment describes (or be alone), set this process's device and threads.
 
     `timeout` seconds bound every collective. Raises ConfigError when `tp` does not fit the number of processes.
@@ -156,7 +156,7 @@ def join(timeout: float, tp: int | None) -> ParallelContext:
     if size == 1:
         return ParallelContext()
     dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(seconds=timeout))
-    return ParallelContext.create(tp=size, device_type=device)
+    return ParallelContext.create(tp=size, device_type=device, sequence_parallel=sequence_parallel)
 
 
 def _die_with_parent() -> None:

@@ -64,6 +64,12 @@ def check_run(config: RunConfig, nproc: int) -> RunConfig:
     tp = nproc if config.parallel.tp is None else config.parallel.tp
     require(tp == nproc, f"parallel.tp = {tp}, but {nproc} processes were asked for; make them equal")
     config.model.check_tensor_parallel(tp)
+    tokens = config.model.sequence_length
+    require(
+        not config.parallel.sequence_parallel or tokens % tp == 0,
+        f"model.sequence_length = {tokens} is not divisible by parallel.tp = {tp}, which parallel.sequence_parallel "
+        f"needs; change one of the three",
+    )
     require(bool(config.data.path), "data.path is not set; name a folder that `megakern prepare` made")
     data = PreparedData(config.data.path)
     vocabulary = data.tokenizer.vocab_size

@@ -16,6 +16,7 @@ from megakern.model.flops import flops_per_token
 from megakern.model.gpt import GPT
 from megakern.ops.adamw import AdamW
 from megakern.ops.grad_norm import clip_coefficient, gradient_norm
+from megakern.parallel.collectives import finish_gradients
 from megakern.parallel.context import ParallelContext
 from megakern.train import checkpoint, machine
 from megakern.train.config import RunConfig, as_table
@@ -99,6 +100,7 @@ class Trainer:
         started = time.perf_counter()
         lr = learning_rate(self.step, settings.steps, optimizer)
         loss = self._gradients()
+        finish_gradients(self.model.parameters())
         norm = gradient_norm(self.model.parameters())
         if self.scaler:
             norm = norm / self.scaler.scale

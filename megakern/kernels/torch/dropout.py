@@ -19,8 +19,11 @@ _MULTIPLIER_1 = 0x7FEB352D
 _MULTIPLIER_2 = 0x846CA68B - (1 << 32)
 
 
-def dropout(x, residual, p, seed, row_offset):
-    """-> contiguous (..., C) of x's dtype: x with elements dropped and the rest scaled, plus residual if given."""
+def dropout(x, residual, p, seed, rows):
+    """-> contiguous (..., C) of x's dtype: x with elements dropped and the rest scaled, plus residual if given.
+
+    rows (offset, length, stride): row i of x.view(-1, C) is the logical row offset + (i // length) stride + i % length.
+    """
     C = x.shape[-1]
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.numel() == 0:
@@ -28,22 +31,30 @@ def dropout(x, residual, p, seed, row_offset):
     inputs, outputs = x.reshape(-1, C), out.view(-1, C)
     added = None if residual is None else residual.reshape(-1, C)
     M = inputs.shape[0]
-    low, high = split_key(fold(seed_key(seed, x.device), torch.arange(M, device=x.device).add_(row_offset)))
+    low, high = split_key(fold(seed_key(seed, x.device), logical_rows(M, *rows, x.device)))
     columns = column_counters(0, C, x.device)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     step = max(1, BLOCK // C)
     for start in range(0, M, step):
-        rows = slice(start, min(M, start + step))
-        block = keep_scale(low[rows, None], high[rows, None], columns, p, wide)
+        own = slice(start, min(M, start + step))
+        block = keep_scale(low[own, None], high[own, None], columns, p, wide)
         # Whole blocks are widened first: torch's mixed-dtype arithmetic is five times slower.
-        block.mul_(inputs[rows].to(wide))
+        block.mul_(inputs[own].to(wide))
         if added is not None:
-            block.add_(added[rows].to(wide))
-        outputs[rows].copy_(block)
+            block.add_(added[own].to(wide))
+        outputs[own].copy_(block)
     return out
 
 
 # --- the parts, which attention uses too ---
+
+
+def logical_rows(M: int, offset: int, length: int, stride: int, device: torch.device) -> torch.Tensor:
+    """int64 (M,): the logical row of each row."""
+    rows = torch.arange(M, device=device)
+    if length != stride:
+        rows += rows // length * (stride - length)
+    return rows.add_(offset)
 
 
 def seed_key(seed: int, device: torch.device) -> torch.Tensor:
