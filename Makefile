@@ -1,12 +1,13 @@
 # make demo    train a small GPT on Python's own source, from nothing to a sample (7 to 8 minutes on two cores)
 # make test    all tests but the long ones (about 6 minutes on two cores)
-# Both make .venv first, with the pinned packages of requirements*.txt. Choose the interpreter with PYTHON=python3.12.
+# make faults  every promise about faults at its full number of trials, as a table (20 to 30 minutes on two cores)
+# Each makes .venv first, with the pinned packages of requirements*.txt. Choose the interpreter with PYTHON=python3.12.
 
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: help setup demo test test-all lint bench clean
+.PHONY: help setup demo test test-all faults lint bench clean
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
@@ -36,6 +37,9 @@ test: .venv/dev
 
 test-all: .venv/dev
 	$(BIN)/python -m pytest --durations=20
+
+faults: .venv/dev
+	$(BIN)/python -m pytest -m promise --faults build/faults.json
 
 lint: .venv/dev
 	$(BIN)/python -m ruff check --fix .

@@ -1,7 +1,9 @@
-"""README's speed tables, made from the committed results alone.
+"""README's tables of speed and of faults, made from the committed results alone.
 
 python -m benchmarks.tables            print them
-python -m benchmarks.tables --write    put them into README.md between the `speed` marks
+python -m benchmarks.tables --write    put them into README.md between the `speed` and the `faults` marks
+
+The faults come from `make faults`, whose build/faults.json is copied to benchmarks/results/MACHINE/.
 """
 
 from __future__ import annotations
@@ -14,20 +16,52 @@ from megakern.train.metrics import quantity
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-BEGIN, END = "<!-- speed -->", "<!-- /speed -->"
+FAULTS = "faults"  # the one file that holds no speeds
 
 
-def tables() -> str:
-    """Markdown of every machine's results, machines in the order of their folders' names."""
+def _folders() -> list[Path]:
+    return sorted(path for path in RESULTS.iterdir() if path.is_dir())
+
+
+def _where(folder: Path, facts: dict) -> str:
+    names = ", ".join(str(facts[key]) for key in ("cpu", "gpu") if facts[key])
+    return (
+        f"**{names}**, {facts['cores']} cores, torch {facts['torch']}, Python {facts['python']} "
+        f"(`benchmarks/results/{folder.name}/`)"
+    )
+
+
+def faults() -> str:
+    """Markdown of every machine's `make faults`."""
     parts = []
-    for folder in sorted(path for path in RESULTS.iterdir() if path.is_dir()):
+    for folder in _folders():
+        file = folder / f"{FAULTS}.json"
+        if file.exists():
+            results = json.loads(file.read_text())
+            parts.append(f"{_where(folder, results['machine'])}, {results['seconds'] / 60:.0f} minutes")
+            parts.append(_faults_table(results["rows"]))
+    return "\n\n".join(parts)
+
+
+def _faults_table(rows: list[dict]) -> str:
+    lines = ["| id | what | trials | failures | seconds | verdict |", "|---|---|---:|---:|---:|---|"]
+    lines += [
+        f"| {row['id']} | {row['what']} | {row['trials']:,} | {row['failures']} | {row['seconds']:.0f} "
+        f"| {row['verdict']} |"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+def speeds() -> str:
+    """Markdown of every machine's speeds, machines in the order of their folders' names."""
+    parts = []
+    for folder in _folders():
         files = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
-        facts = next(iter(files.values()))["machine"]
-        where = ", ".join(str(facts[key]) for key in ("cpu", "gpu") if facts[key])
-        parts.append(
-            f"**{where}**, {facts['cores']} cores, torch {facts['torch']}, Python {facts['python']} "
-            f"(`benchmarks/results/{folder.name}/`)"
-        )
+        files.pop(FAULTS, None)
+        if not files:
+            continue
+        parts.append(_where(folder, next(iter(files.values()))["machine"]))
         if "train" in files:
             parts.append(_train_table(files.pop("train")))
         parts.append(_op_table(files))
@@ -75,15 +109,19 @@ def _op_table(files: dict[str, dict]) -> str:
 
 
 def with_tables(readme: str) -> str:
-    head, rest = readme.split(BEGIN)
-    return f"{head}{BEGIN}\n\n{tables()}\n\n{END}{rest.split(END)[1]}"
+    """`readme` with every table between its marks made anew."""
+    for mark, table in (("speed", speeds()), (FAULTS, faults())):
+        begin, end = f"<!-- {mark} -->", f"<!-- /{mark} -->"
+        head, rest = readme.split(begin)
+        readme = f"{head}{begin}\n\n{table}\n\n{end}{rest.split(end)[1]}"
+    return readme
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help="put the tables into README.md")
     if not parser.parse_args().write:
-        print(tables())
+        print(speeds(), faults(), sep="\n\n")
         return
     path = ROOT / "README.md"
     path.write_text(with_tables(path.read_text()))

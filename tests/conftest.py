@@ -9,9 +9,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+from tests.promises import Promises, trials  # noqa: F401 - a fixture
 from tests.ranks import RankPool
 
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--faults", metavar="FILE", help="write what the tests of promises found to this JSON file")
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(Promises(config.getoption("--faults")), "promises")
 
 
 @pytest.fixture(scope="session")

@@ -93,6 +93,7 @@ def held_by_file(path: Path):
 # --- what does not fit ---
 
 
+@pytest.mark.promise("R6")
 def test_all_misfits_are_listed_at_once(tmp_path):
     path = save_sample(tmp_path, 1, seed=1)
     into = blank(sample(1))
@@ -112,6 +113,7 @@ def test_all_misfits_are_listed_at_once(tmp_path):
     assert all(not tensor.any() for tensor in into.values()), "a refused load changed something"
 
 
+@pytest.mark.promise("R6")
 def test_cast_converts_floating_dtypes_only(tmp_path):
     path = save_sample(tmp_path, 1, seed=1)
     into = blank(sample(1)) | {"model.half": torch.zeros(5, 3)}
@@ -134,6 +136,7 @@ def test_only_takes_a_part_on_purpose(tmp_path):
         checkpoint.load(path, into, ONE, only="model.")
 
 
+@pytest.mark.promise("R6")
 def test_other_tokenizer_is_refused():
     checkpoint.require_tokenizer({"tokenizer_sha256": "ab" * 32}, "ab" * 32, "run")
     with pytest.raises(CheckpointError, match=r"another tokenizer \(sha256 abababababab\.\.\.\) than the data \(cdcd"):
@@ -225,6 +228,7 @@ def test_going_back_to_an_older_step_makes_that_the_newest(tmp_path):
     assert loaded_seed(checkpoint.newest(tmp_path)) == 15
 
 
+@pytest.mark.promise("R4")
 def test_newest_passes_over_a_damaged_one_and_says_why(tmp_path, caplog):
     save_sample(tmp_path, 1, seed=1)
     shard = next(save_sample(tmp_path, 2, seed=2).glob("*.safetensors"))
@@ -259,6 +263,7 @@ def test_no_checkpoint_is_its_own_error(tmp_path):
             checkpoint.newest(folder)
 
 
+@pytest.mark.promise("R5")
 def test_an_extra_file_is_reported_and_never_read(tmp_path, caplog):
     path = save_sample(tmp_path, 1, seed=1)
     (path / "stray.safetensors").write_bytes(b"?")

@@ -48,12 +48,14 @@ def refused(path: Path) -> str:
     return "\n".join(problems)
 
 
-@pytest.mark.parametrize("count", [200, pytest.param(1000, marks=pytest.mark.slow)])
-def test_every_flipped_bit_is_found(saved, count):
+@pytest.mark.promise("R4")
+@pytest.mark.parametrize("count", [60, pytest.param(1000, marks=pytest.mark.slow)])
+def test_every_flipped_bit_is_found(saved, trials, count):
     chance = random.Random(count)
     files = sorted(saved.iterdir())
     assert len(files) == 4
     for number in range(count):
+        trials()
         path = files[number % 4]
         good = path.read_bytes()
         position, bit = chance.randrange(len(good)), chance.randrange(8)
@@ -82,31 +84,37 @@ def what_is_at_good(good: bytes, path: Path, position: int) -> str:
     return where
 
 
-def test_every_bit_of_the_manifest(saved):
+@pytest.mark.promise("R4")
+def test_every_bit_of_the_manifest(saved, trials):
     path = saved / NAME
     good = path.read_bytes()
     for position in range(0, len(good)):
         for bit in (0, 5) if position % 8 else range(8):  # 5: small and capital letters
+            trials()
             bad = bytearray(good)
             bad[position] ^= 1 << bit
             with pytest.raises(CheckpointError, match="x is damaged"):
                 manifest.parse(bytes(bad), "x")
 
 
-def test_truncated_lengthened_and_empty_files(saved):
+@pytest.mark.promise("R5")
+def test_truncated_lengthened_and_empty_files(saved, trials):
     chance = random.Random(3)
     for path in sorted(saved.iterdir()):
         good = path.read_bytes()
-        cuts = [0, 1, 7, 8, len(good) - 1] + [chance.randrange(len(good)) for _ in range(20)]
+        cuts = [0, 1, 7, 8, len(good) - 1] + [chance.randrange(len(good)) for _ in range(25)]
         for bad in [good[:cut] for cut in cuts] + [good + b"\0", good + good, bytes(len(good))]:
+            trials()
             path.write_bytes(bad)
             assert path.name in refused(saved)
         path.write_bytes(good)
     assert checkpoint.verify(saved) == []
 
 
-def test_missing_files(saved):
+@pytest.mark.promise("R5")
+def test_missing_files(saved, trials):
     for path in sorted(saved.iterdir()):
+        trials()
         good = path.read_bytes()
         path.unlink()
         assert f"{path.name}: missing" in refused(saved) or f"{NAME} is missing" in refused(saved)
@@ -114,8 +122,11 @@ def test_missing_files(saved):
     assert loaded_seed(saved) == 2
 
 
-def test_two_shards_swapped(saved):
-    first, second, _ = sorted(saved.glob("*.safetensors"))
+@pytest.mark.promise("R5")
+@pytest.mark.parametrize("swapped", [(0, 1), (0, 2), (1, 2)])
+def test_two_shards_swapped(saved, swapped):
+    shards = sorted(saved.glob("*.safetensors"))
+    first, second = (shards[index] for index in swapped)
     a, b = first.read_bytes(), second.read_bytes()
     first.write_bytes(b)
     second.write_bytes(a)
@@ -123,9 +134,11 @@ def test_two_shards_swapped(saved):
     assert first.name in text and second.name in text
 
 
-def test_a_shard_or_manifest_of_another_step(saved):
+@pytest.mark.promise("R5")
+def test_a_shard_or_manifest_of_another_step(saved, trials):
     other = saved.parent / "step-00000001"
     for path in sorted(saved.iterdir()):
+        trials()
         good = path.read_bytes()
         path.write_bytes((other / path.name).read_bytes())
         text = refused(saved)
@@ -139,6 +152,7 @@ def test_a_shard_or_manifest_of_another_step(saved):
     assert refused(saved.parent / "copy").count("SHA-256") == 3
 
 
+@pytest.mark.promise("R5")
 def test_links_are_refused(saved):
     outside = saved.parent / "outside"
     outside.mkdir()
@@ -159,3 +173,17 @@ def test_a_file_that_cannot_be_read_is_named(saved):
     (saved / NAME).unlink()
     (saved / NAME).mkdir()
     assert "manifest.json is not a plain file" in refused(saved)
+
+
+@pytest.mark.promise("R5")
+def test_files_of_another_run_at_the_same_step(saved, trials):
+    """The other run's files have the same names, sizes and step: only the hashes tell."""
+    other = save_sample(saved.parent / "other", 2, seed=9)
+    for path in sorted(saved.iterdir()):
+        trials()
+        good = path.read_bytes()
+        path.write_bytes((other / path.name).read_bytes())
+        assert path.name == NAME or path.stat().st_size == len(good)
+        assert "its SHA-256 is not the one in the manifest; damaged: " in refused(saved)
+        path.write_bytes(good)
+    assert checkpoint.verify(saved) == []

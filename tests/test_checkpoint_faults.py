@@ -26,7 +26,13 @@ OLD, NEW = 100, 200  # seeds of the tensors
 
 # name: (steps saved before, the step that is saved under faults)
 SCENARIOS = {"first ever": ([], 1), "a new step": ([1, 2], 3), "the same step": ([2], 2)}
-KINDS = ("error", "error-on", "short", "torn", "lie", "exit", "late-exit", "torn-exit")
+FAULTS = ("error", "error-on", "short", "torn", "lie")
+KILLS = ("exit", "late-exit", "torn-exit")
+KINDS = [
+    pytest.param(kind, marks=pytest.mark.promise(name))
+    for name, kinds in (("R3", FAULTS), ("R2", KILLS))
+    for kind in kinds
+]
 NAMES = re.compile(r"latest|step-\d{8,15}")
 
 
@@ -37,7 +43,7 @@ def several_parts(monkeypatch):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_each_operation_fails_in_turn(tmp_path, scenario, kind):
+def test_each_operation_fails_in_turn(tmp_path, trials, scenario, kind):
     steps, step = SCENARIOS[scenario]
     old = OLD + len(steps) - 1 if steps else None
     counter = FaultyFiles(-1, kind)
@@ -50,6 +56,7 @@ def test_each_operation_fails_in_turn(tmp_path, scenario, kind):
     seen = set()
     writes_only = kind in ("short", "torn", "torn-exit", "lie")
     for k in [k for k, name in enumerate(counter.names) if name == "write" or not writes_only]:
+        trials()
         folder = shutil.copytree(before, tmp_path / f"{k}")
         raised, died = False, False
         if kind.endswith("exit"):
@@ -218,14 +225,16 @@ def save_for_ever(folder: Path, seed: int, ready: int) -> None:
             os.write(ready, b"1")
 
 
+@pytest.mark.promise("R2")
 @pytest.mark.parametrize("count", [10, pytest.param(200, marks=pytest.mark.slow)])
-def test_kill_at_random_times(tmp_path, count):
+def test_kill_at_random_times(tmp_path, trials, count):
     chance = random.Random(1)
     started = time.perf_counter()
     save_sample(tmp_path, 2, 2, REAL)
     window = 4 * (time.perf_counter() - started)
     inside = 0
     for number in range(1, count + 1):
+        trials()
         out, into = os.pipe()
         pid, text = start_child(lambda n=number, into=into: save_for_ever(tmp_path, n * 10**6, into))
         assert os.read(out, 1) == b"1"
@@ -251,6 +260,7 @@ def save_with_limit(folder: Path, limit: int) -> str:
     return str(error.value)
 
 
+@pytest.mark.promise("R3")
 @pytest.mark.parametrize("limit", [0, 100, 700, 1200])
 def test_disk_full_for_real(tmp_path, limit):
     save_sample(tmp_path, 1, seed=1)
@@ -271,6 +281,7 @@ def save_as_nobody(folder: Path) -> str:
     return f"{error.value} | {loaded_seed(checkpoint.newest(folder))}"
 
 
+@pytest.mark.promise("R3")
 def test_read_only_folder():
     with tempfile.TemporaryDirectory() as name:  # not tmp_path: nobody may not enter that
         os.chmod(name, 0o755)
@@ -283,12 +294,14 @@ def test_read_only_folder():
         assert re.search(rf"cannot write to {folder}: .*Permission denied: .* \| 1$", text), text
 
 
+@pytest.mark.promise("R3")
 def test_a_file_stands_where_the_folder_should_be(tmp_path):
     (tmp_path / "ckpt").write_text("x")
     with pytest.raises(CheckpointError, match=r"cannot write to .*ckpt: \[Errno 17\] File exists"):
         save_sample(tmp_path / "ckpt", 1, seed=1)
 
 
+@pytest.mark.promise("R3")
 def test_the_folder_vanishes_during_the_save(tmp_path):
     class Vanish(FaultyFiles):
         def sync(self, descriptor):

@@ -71,6 +71,7 @@ def reload_and_save(source: str | None, target: str) -> list:
     return [str(path), checkpoint.verify(path)]
 
 
+@pytest.mark.promise("R11")
 def test_tensor_parallel_1_2_4_1(ranks, tmp_path):
     source = None
     for turn, size in enumerate((1, 2, 4, 2, 1)):
@@ -112,6 +113,7 @@ def on_the_grid(folder: str, name: str) -> None:
             assert torch.equal(into["model.w"].full_tensor(), tensor)
 
 
+@pytest.mark.promise("R11")
 @pytest.mark.parametrize("name", GRIDS)
 def test_two_dimensions(ranks, tmp_path, name):
     ranks.run(on_the_grid, 4, str(tmp_path), name)

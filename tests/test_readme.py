@@ -42,7 +42,7 @@ def test_every_command_is_shown_with_its_output():
     assert shown == {"prepare", "train", "eval", "generate", "plot", "ckpt", "doctor"}
 
 
-def test_speed_tables_are_those_of_the_results():
+def test_tables_of_speed_and_faults_are_those_of_the_results():
     assert tables.with_tables(README) == README, "run: python -m benchmarks.tables --write"
 
 
