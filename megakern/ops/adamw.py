@@ -8,8 +8,19 @@
 Parameters are fp32, fp64, bf16 or fp16, plain or DTensor; each rank updates its own shard, nothing crosses ranks.
 Computed in fp32 (fp64 for fp64). The moments are stored in `state_dtype`; with bf16 moments the math stays fp32 and
 each new moment is rounded to nearest, so that a relative change below 2^-9 in one step is lost: with beta2 of 0.999, v
-can grow but not shrink, so keep beta2 at 0.99 or less there. bf16 and fp16 parameters have an fp32 `master` in the
-state, and are its rounding after each step.
+can grow but not shrink, so keep beta2 at 0.99 or less there.
+
+bf16 and fp16 parameters have an exact fp32 master and are its rounding after each step. The state holds all of it
+("fp32", 4 bytes) or, for bf16, only the 16 bits that the parameter lacks ("split", 2 bytes). With m the bits of the
+master, modulo 2^32:
+
+    param = (m + 2^15) >> 16        low = m - 2^16 param, in [-2^15, 2^15)        m = 2^16 param + low
+
+A bijection between fp32 patterns and pairs, so that signs, subnormals and infinities need no case of their own. It
+rounds to nearest, ties away from zero. PyTorch's cast takes ties to even, which no 16 bits can undo: 2^16 + 1 masters
+round to an even param. The two differ where the low half of m is 2^15, one value in 2^16. Both kinds of master round
+this way, so that they train bit for bit alike. The master of a NaN stays one; the param of a NaN whose high payload
+bits are all ones or all zeros can be a zero or an infinity (arithmetic makes neither NaN).
 """
 
 from __future__ import annotations
@@ -20,10 +31,13 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
+from megakern.kernels.torch.adamw import join_master, split_master
 from megakern.ops import checks
 from megakern.ops.dispatch import Problem, describes, launcher, register, resolve
 
 STATE_DTYPES = (torch.float32, torch.bfloat16)
+MASTERS = ("fp32", "split")
+NARROW = (torch.bfloat16, torch.float16)
 
 
 def adamw_reference(
@@ -39,12 +53,14 @@ def adamw_reference(
 
 
 @describes("AdamW")
-def _problem(params, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, *, state_dtype=torch.float32) -> Problem:
+def _problem(
+    params, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, *, state_dtype=torch.float32, master="fp32"
+) -> Problem:
     groups = [entry["params"] if isinstance(entry, dict) else [entry] for entry in params]
     tensors = [tensor for group in groups for tensor in group]
     sizes = {"tensors": len(tensors), "elements": sum(tensor.numel() for tensor in tensors)}
     first = tensors[0] if tensors else torch.empty(0)
-    return Problem("AdamW", first.device.type, first.dtype, sizes, {"state_dtype": state_dtype})
+    return Problem("AdamW", first.device.type, first.dtype, sizes, {"state_dtype": state_dtype, "master": master})
 
 
 def _forward(params, grads, exp_avgs, exp_avg_sqs, masters, grad_scale, *options):
@@ -52,7 +68,8 @@ def _forward(params, grads, exp_avgs, exp_avg_sqs, masters, grad_scale, *options
     launcher(backend, "adamw", "adamw")(params, grads, exp_avgs, exp_avg_sqs, masters, grad_scale, *options)
 
 
-# The lists are parallel; masters is empty where params are wide. All params of a call have one dtype, device and step.
+# The lists are parallel; masters is empty where params are wide, fp32, or int16: the low halves of bf16 params. All
+# params of a call have one dtype, device and step.
 _adamw = register(
     "adamw",
     "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] masters, "
@@ -68,10 +85,13 @@ class AdamW(torch.optim.Optimizer):
 
     params: tensors, named tensors or group dicts; lr, betas, eps and weight_decay can be set per group and changed
     between steps (schedulers set `group["lr"]`). `state_dtype`: torch.float32 or torch.bfloat16, what the moments are
-    stored in (fp64 parameters have fp64 moments unless bf16 is asked for).
+    stored in (fp64 parameters have fp64 moments unless bf16 is asked for). `master`: "fp32" or "split", how bf16
+    parameters keep their fp32 masters; the updates are the same bit for bit. fp16 parameters need "fp32". The gradients
+    may be of another dtype than the parameter, such as fp32 for bf16.
 
     State per parameter: "step" (0-d fp32 tensor on the CPU), "exp_avg", "exp_avg_sq" and, for bf16 and fp16 parameters,
-    "master" (fp32); the last three have the parameter's shape and placement. torch.optim.AdamW's state_dict loads too.
+    "master" (fp32), or "low" (int16) when split; all but "step" have the parameter's shape and placement.
+    torch.optim.AdamW's state_dict loads too, and each kind of master loads into the other, after the parameters.
     Raises ValueError or TypeError on options out of range, and at `step` on gradients it cannot use.
     """
 
@@ -84,11 +104,15 @@ class AdamW(torch.optim.Optimizer):
         weight_decay: float = 0.1,
         *,
         state_dtype: torch.dtype = torch.float32,
+        master: str = "fp32",
         backend: str | None = None,
     ) -> None:
         if state_dtype not in STATE_DTYPES:
             raise ValueError(f"AdamW: state_dtype must be torch.float32 or torch.bfloat16, got {state_dtype}")
+        if master not in MASTERS:
+            raise ValueError(f"AdamW: master must be one of {', '.join(MASTERS)}, got {master!r}")
         self.state_dtype = state_dtype
+        self.master = master
         self.backend = backend
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
@@ -110,6 +134,8 @@ class AdamW(torch.optim.Optimizer):
         for param in self.param_groups[-1]["params"]:
             if param.dtype not in checks.FLOATS:
                 raise TypeError(f"AdamW: parameters must be float16, bfloat16, float32 or float64, got {param.dtype}")
+            if param.dtype == torch.float16 and self.master == "split":
+                raise TypeError('AdamW: float16 is not the upper half of float32; use master="fp32" for it')
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, grad_scale: torch.Tensor | None = None) -> Any:
@@ -130,7 +156,8 @@ class AdamW(torch.optim.Optimizer):
             for (_, _, step), rows in self._batches(group).items():
                 params, grads, exp_avgs, exp_avg_sqs, masters = (list(column) for column in zip(*rows, strict=True))
                 masters = [] if masters[0] is None else masters
-                backend = resolve(_problem(params, state_dtype=self.state_dtype), self.backend)
+                problem = _problem(params, state_dtype=self.state_dtype, master=self.master)
+                backend = resolve(problem, self.backend)
                 _adamw(params, grads, exp_avgs, exp_avg_sqs, masters, grad_scale, step, *options, backend)
         return loss
 
@@ -141,8 +168,29 @@ class AdamW(torch.optim.Optimizer):
                 self._complete(param, self.state[param])
                 self.state[param]["step"].fill_(updates)
 
+    @torch.no_grad()
+    def set_master(self, param: torch.Tensor, value: torch.Tensor) -> None:
+        """Start a bf16 or fp16 `param` from fp32 `value`: the state keeps it exactly, `param` becomes its rounding.
+
+        value: of the param's shape; for a DTensor, this rank's shard. Raises ValueError or TypeError otherwise.
+        """
+        shard = _local(param)
+        if param.dtype not in NARROW or value.dtype != torch.float32:
+            raise TypeError(f"AdamW: set_master takes fp32 for a bf16 or fp16 param, got {value.dtype}, {param.dtype}")
+        if value.shape != shard.shape:
+            raise ValueError(f"AdamW: a master must have the shape of its param, {shard.shape}, got {value.shape}")
+        state = self.state[param]
+        self._complete(param, state)
+        if self.master == "split":
+            narrow, low = split_master(value)
+            _local(state["low"]).copy_(low)
+        else:
+            narrow = split_master(value)[0] if param.dtype == torch.bfloat16 else value
+            _local(state["master"]).copy_(value)
+        shard.copy_(narrow)
+
     def _batches(self, group: dict[str, Any]) -> dict[tuple, list[tuple]]:
-        """Local tensors (param, grad, exp_avg, exp_avg_sq, master) by (dtype, device, number of the step)."""
+        """Local tensors (param, grad, exp_avg, exp_avg_sq, master or low) by (dtype, device, number of the step)."""
         batches: dict[tuple, list[tuple]] = {}
         for param in group["params"]:
             if param.grad is None:
@@ -151,7 +199,7 @@ class AdamW(torch.optim.Optimizer):
             state = self.state[param]
             self._complete(param, state)
             state["step"] += 1
-            row = (param, grad, state["exp_avg"], state["exp_avg_sq"], state.get("master"))
+            row = (param, grad, state["exp_avg"], state["exp_avg_sq"], state.get("master", state.get("low")))
             key = (param.dtype, param.device, int(state["step"]))
             batches.setdefault(key, []).append(tuple(_local(tensor) for tensor in row))
         return batches
@@ -168,7 +216,11 @@ class AdamW(torch.optim.Optimizer):
                 state[name] = torch.zeros_like(
                     param, dtype=self._moment_dtype(param), memory_format=torch.contiguous_format
                 )
-        if param.dtype in (torch.bfloat16, torch.float16) and "master" not in state:
+        if param.dtype not in NARROW:
+            return
+        if self.master == "split" and "low" not in state:
+            state["low"] = torch.zeros_like(param, dtype=torch.int16, memory_format=torch.contiguous_format)
+        elif self.master == "fp32" and "master" not in state:
             state["master"] = param.detach().float().contiguous()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -182,13 +234,35 @@ class AdamW(torch.optim.Optimizer):
                     self.state[param][name] = value.to(
                         device=param.device, dtype=self._moment_dtype(param)
                     ).contiguous()
-                elif name == "master":
-                    self.state[param][name] = value.to(device=param.device, dtype=torch.float32).contiguous()
+                elif name in ("master", "low"):
+                    self._load_master(param, name, value.to(param.device).contiguous())
                 elif name == "step":
                     self.state[param][name] = torch.as_tensor(value, dtype=torch.float32).cpu().clone()
 
+    def _load_master(self, param: torch.Tensor, name: str, value: torch.Tensor) -> None:
+        """`value` is the saved state `name`, "master" or "low"; kept as this optimizer keeps it."""
+        state, kept = self.state[param], "low" if self.master == "split" else "master"
+        state.pop(name)
+        if param.dtype not in NARROW:
+            return
+        if name == kept:
+            state[kept] = value
+            return
+        self._complete(param, state)
+        if kept == "master":
+            _local(state["master"]).copy_(join_master(_local(param), _local(value)))
+            return
+        narrow, low = split_master(_local(value))
+        if not torch.equal(narrow.view(torch.int16), _local(param).view(torch.int16)):
+            raise ValueError(
+                "AdamW: a parameter is not the rounding of the fp32 master that is loaded for it; load the model's own "
+                'parameters first, or go on with master="fp32"'
+            )
+        _local(state["low"]).copy_(low)
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "state_dtype": self.state_dtype, "backend": self.backend}
+        options = {"state_dtype": self.state_dtype, "master": self.master, "backend": self.backend}
+        return {**super().__getstate__(), **options}
 
 
 def _local(tensor: torch.Tensor | None) -> torch.Tensor | None:
