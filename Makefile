@@ -1,13 +1,14 @@
 # make demo    train a small GPT on Python's own source, from nothing to a sample (7 to 8 minutes on two cores)
 # make test    all tests but the long ones (about 6 minutes on two cores)
 # make faults  every promise about faults at its full number of trials, as a table (20 to 30 minutes on two cores)
+# make gates   compile every Triton kernel for sm_80, sm_90 and sm_100, hold it against benchmarks/compile_budget.json
 # Each makes .venv first, with the pinned packages of requirements*.txt. Choose the interpreter with PYTHON=python3.12.
 
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: help setup demo test test-all faults lint bench clean
+.PHONY: help setup demo test test-all faults gates lint bench clean
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
@@ -40,6 +41,9 @@ test-all: .venv/dev
 
 faults: .venv/dev
 	$(BIN)/python -m pytest -m promise --faults build/faults.json
+
+gates: .venv/dev
+	$(BIN)/python -m benchmarks.compile_report --check
 
 lint: .venv/dev
 	$(BIN)/python -m ruff check --fix .

@@ -5,6 +5,8 @@ in `megakern/kernels/<backend>/`; each offers
 
     unavailable() -> None | str          why this machine cannot use it at all
     supports(problem) -> None | str      why it cannot compute this problem
+    configuration(problem) -> str        optional: what it runs this problem with, for `explain`
+    TRACEABLE: bool                      optional: under torch.compile its launchers go into the graph, not the op
 
 and, in a module with the op's stem, launchers that share one signature over all backends.
 """
@@ -20,6 +22,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 
 log = logging.getLogger("megakern")
 
@@ -174,6 +178,8 @@ def explain(op: str | Callable, *args, **kwargs) -> Explanation:
     for backend, reason in refusals.items():
         if backend == chosen:
             reasons[backend] = "runs: asked for" if asked else "runs: first supported in order of speed"
+            if hasattr(_MODULES[backend], "configuration"):
+                reasons[backend] += f"; {_MODULES[backend].configuration(problem)}"
         elif reason is not None:
             reasons[backend] = f"no: {reason}"
         else:
@@ -189,14 +195,29 @@ def register(
     fake: Callable,
     setup_context: Callable | None = None,
     backward: Callable | None = None,
+    opaque: Callable[..., bool] = lambda *arguments: False,
 ) -> Callable:
     """Define `megakern::name` with `schema`, for eager, fake tensors and autograd, and return the callable op.
 
+    The last argument of every op is its backend. Calls for which `opaque(*arguments)` holds stay one node of a compiled
+    graph; others are replaced by what a traceable backend launches, so that inductor sees it (as torch's triton_op).
     `Library` directly and not `torch.library.custom_op`: a call costs about 45 us with autograd on one CPU core.
     """
     LIBRARY.define(f"{name}{schema}")
     LIBRARY.impl(name, forward, "CompositeExplicitAutograd")
     torch.library.register_fake(f"megakern::{name}", fake, lib=LIBRARY)
+    rule = functools.partial(_decompose, forward, opaque)
+    torch.library.register_torch_dispatch(f"megakern::{name}", FunctionalTensorMode, rule, lib=LIBRARY)
     if backward is not None:
         torch.library.register_autograd(f"megakern::{name}", backward, setup_context=setup_context, lib=LIBRARY)
     return getattr(torch.ops.megakern, name).default
+
+
+def _decompose(forward, opaque, mode, op, types, arguments, keywords):
+    """What the compiler's functionalization does with an op: trace into its launchers, or leave it as it is."""
+    backend = arguments[-1]
+    plain = all(issubclass(t, (torch.Tensor, FunctionalTensor, FakeTensor)) for t in types)
+    if not plain or not getattr(_MODULES[backend], "TRACEABLE", False) or opaque(*arguments):
+        return mode.__torch_dispatch__(op, types, arguments, keywords)
+    with mode:
+        return forward(*arguments)

@@ -1,0 +1,219 @@
+"""Compile every Triton kernel without a GPU, report what its machine code needs, hold it against a committed budget.
+
+    python -m benchmarks.compile_report            a table: registers, spills, shared memory, tensor-core instruction
+    python -m benchmarks.compile_report --check    fail when a kernel needs more than benchmarks/compile_budget.json
+    python -m benchmarks.compile_report --update   write that file anew; look at the difference before committing it
+    ... --only norm --arch 90                      a part
+
+What is compiled is what the launchers launch: `compile_cases.py` calls them with meta tensors, the launches are
+recorded, and each is compiled for sm_80, sm_90 and sm_100 by the ptxas in Triton's wheel. Triton caches the results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from benchmarks.compile_cases import CASES
+from megakern.kernels.triton.launch import Launch, recording
+
+BUDGET = Path(__file__).with_name("compile_budget.json")
+ARCHITECTURES = (80, 90, 100)
+SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}  # bytes that one block may have
+TENSOR_CORE = re.compile(r"\b(HGMMA|UTC[A-Z]*MMA|HMMA|QGMMA|IMMA|DMMA)\b")
+TYPES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.int16: "i16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.bool: "i1",
+}
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one kernel's machine code needs."""
+
+    registers: int
+    """A thread."""
+    spill: int
+    """Bytes of stack a thread; more than 0 means that registers were spilled to memory."""
+    shared: int
+    """Bytes a block."""
+    tensor_core: str
+    """The matrix instruction in the machine code, "" for none."""
+
+
+def launches(only: str | None) -> dict[str, Launch]:
+    """A name for each different launch of all cases."""
+    found: dict[str, Launch] = {}
+    seen: set[tuple] = set()
+    for case, call in CASES.items():
+        if only is not None and only not in case:
+            continue
+        with recording() as recorded:
+            call()
+        for launch in recorded:
+            source = _source(launch)
+            name = f"{case} {launch.kernel.__name__.lstrip('_')} {launch.config.name}"
+            what = (source.hash(), launch.config.warps, launch.config.stages)
+            if what in seen:
+                continue
+            seen.add(what)
+            while name in found:
+                name += "'"
+            found[name] = launch
+    return found
+
+
+def _source(launch: Launch) -> ASTSource:
+    """The recorded launch as Triton specialises it: dtypes, 1 and None as constants, divisibility by 16."""
+    signature, constants, attributes = {}, {}, {}
+    given = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False)) | launch.constants
+    if missing := set(launch.kernel.arg_names) ^ set(given):
+        raise TypeError(f"{launch.kernel.__name__}: arguments that do not match its signature: {sorted(missing)}")
+    for index, (parameter, name) in enumerate(zip(launch.kernel.params, launch.kernel.arg_names, strict=True)):
+        value = given[name]
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            signature[name] = "constexpr"
+            constants[(index,)] = value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = f"*{TYPES[value.dtype]}"
+        elif isinstance(value, bool):
+            signature[name] = "i1"
+        elif isinstance(value, int):
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+        else:
+            signature[name] = "fp32"
+        if isinstance(value, torch.Tensor) or (type(value) is int and value % 16 == 0):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    attributes = {index: value for index, value in attributes.items() if index not in constants}
+    return ASTSource(launch.kernel, signature, constants, attributes)
+
+
+def compile_for(launch: Launch, arch: int) -> Need:
+    """Compile one launch for sm_`arch` and read the machine code."""
+    options = {"num_warps": launch.config.warps, "num_stages": launch.config.stages}
+    compiled = triton.compile(_source(launch), target=GPUTarget("cuda", arch, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
+        matrix = ""
+        if "tl.dot(" in inspect.getsource(launch.kernel.fn):
+            matrix = "+".join(sorted(set(TENSOR_CORE.findall(_tool("nvdisasm", "-c", file.name)))))
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump printed no resource usage:\n{usage}")
+    registers, stack, local = map(int, found.groups())
+    return Need(registers, stack + local, compiled.metadata.shared, matrix)
+
+
+def _tool(name: str, *arguments: str) -> str:
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+_LAUNCHES: dict[str, Launch] = {}
+
+
+def _job(job: tuple[str, int]) -> tuple[str, int, Need]:
+    name, arch = job
+    return name, arch, compile_for(_LAUNCHES[name], arch)
+
+
+def measure(only: str | None, architectures: tuple[int, ...]) -> dict[str, dict[str, Need]]:
+    """ "sm_90" -> name -> Need, on all cores."""
+    _LAUNCHES.update(launches(only))
+    jobs = [(name, arch) for name in _LAUNCHES for arch in architectures]
+    needs: dict[str, dict[str, Need]] = {f"sm_{arch}": {} for arch in architectures}
+    # fork: the children find the recorded launches, whose kernels cannot be pickled.
+    with multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0))) as pool:
+        for done, (name, arch, need) in enumerate(pool.imap(_job, jobs, chunksize=4), 1):
+            needs[f"sm_{arch}"][name] = need
+            if sys.stderr.isatty():
+                print(f"\r{done} of {len(jobs)} compiled", end="", file=sys.stderr)
+    return needs
+
+
+def complaints(needs: dict[str, dict[str, Need]], budget: dict, partial: bool) -> list[str]:
+    """Why these needs do not keep to the budget; empty when they do."""
+    found = []
+    if budget["triton"] != triton.__version__:
+        return [f"the budget is for triton {budget['triton']}, this is {triton.__version__}: install that one"]
+    for arch, kernels in needs.items():
+        allowed = budget["kernels"].get(arch, {})
+        for name, need in kernels.items():
+            if need.shared > SHARED_LIMIT[int(arch[3:])]:
+                found.append(f"{arch} {name}: {need.shared} bytes of shared memory, more than a block may have")
+            if name not in allowed:
+                found.append(f"{arch} {name}: not in the budget; add it with --update")
+                continue
+            before = Need(**allowed[name])
+            for field in ("registers", "spill", "shared"):
+                if getattr(need, field) > getattr(before, field):
+                    found.append(f"{arch} {name}: {field} rose from {getattr(before, field)} to {getattr(need, field)}")
+            if need.tensor_core != before.tensor_core:
+                found.append(f"{arch} {name}: tensor-core instruction {need.tensor_core!r}, was {before.tensor_core!r}")
+        if not partial:
+            found += [f"{arch} {name}: in the budget, but gone; --update" for name in sorted(allowed.keys() - kernels)]
+    return found
+
+
+def show(needs: dict[str, dict[str, Need]]) -> None:
+    width = max((len(name) for kernels in needs.values() for name in kernels), default=0)
+    for arch, kernels in needs.items():
+        print(f"\n{arch:<{width}} registers  spill B  shared B  tensor core")
+        for name, need in kernels.items():
+            print(f"{name:<{width}}{need.registers:>10}{need.spill:>9}{need.shared:>10}  {need.tensor_core}".rstrip())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description="Compile every Triton kernel for sm_80, sm_90 and sm_100 without a GPU."
+    )
+    parser.add_argument("--check", action="store_true", help=f"fail on a rise against {BUDGET.name}")
+    parser.add_argument("--update", action="store_true", help=f"write {BUDGET.name}")
+    parser.add_argument("--only", help="cases whose name contains this")
+    parser.add_argument("--arch", type=int, nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
+    options = parser.parse_args()
+    partial = options.only is not None or tuple(options.arch) != ARCHITECTURES
+    if options.update and partial:
+        parser.error("--update writes the whole file: leave out --only and --arch")
+    needs = measure(options.only, tuple(options.arch))
+    count = sum(len(kernels) for kernels in needs.values())
+    if options.update:
+        kernels = {arch: {name: asdict(need) for name, need in found.items()} for arch, found in needs.items()}
+        lines = ",\n".join(
+            f' "{arch}": {{\n' + ",\n".join(f"  {json.dumps(n)}: {json.dumps(k)}" for n, k in found.items()) + "\n }"
+            for arch, found in kernels.items()
+        )
+        BUDGET.write_text(f'{{"triton": "{triton.__version__}", "kernels": {{\n{lines}\n}}}}\n')
+        print(f"{BUDGET}: {count} kernels")
+    elif options.check:
+        found = complaints(needs, json.loads(BUDGET.read_text()), partial)
+        print("\n".join(found) or f"{count} compiled kernels keep to the budget")
+        return 1 if found else 0
+    else:
+        show(needs)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""Every tile configuration that a Triton kernel may run with, by name, with the reason beside it; and the choice.
+
+No figure here is measured yet: reasons are counts of registers and bytes, checked by `benchmarks/compile_report.py`.
+A configuration depends on sizes and dtype alone, never on the machine or the clock, so results repeat everywhere.
+Rule of thumb: 16 elements a thread are two 16-byte loads of bf16: enough in flight, without filling the registers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Config:
+    """A named choice of compile-time tile sizes, warps a program and pipeline stages."""
+
+    name: str
+    tiles: dict[str, int]
+    warps: int
+    stages: int = 1
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Op:
+    """What the backend says of one public op: its configurations for a problem, and what it refuses."""
+
+    choices: Callable[..., dict[str, Config]]
+    refusal: Callable[..., str | None] = field(default=lambda problem: None)
+
+    def describe(self, problem) -> str:
+        parts = []
+        for role, config in self.choices(problem).items():
+            tiles = " ".join(f"{name}={size}" for name, size in config.tiles.items())
+            parts.append(
+                f"{role} {config.name!r} ({tiles}, {config.warps} warps, {config.stages} stages: {config.why})"
+            )
+        return "; ".join(parts)
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+# --- norm: one program holds ROWS whole rows of COLS padded columns, or walks one row in chunks of COLS ---
+
+NARROWEST = 128  # narrower rows are padded to this: fewer variants to compile
+WIDEST_FORWARD = 16384  # a row and its weight in the registers of 16 warps, 32 elements of each a thread
+WIDEST_BACKWARD = 8192  # the row, its gradient and two fp32 sums: 16384 columns of that fill the register file (256 KB)
+
+
+def norm_programs(cols: int) -> int:
+    """Programs of the backward pass, each with one fp32 row of weight-gradient sums.
+
+    Up to 8 for each of about 132 SMs, as many as fit there; for wide rows fewer, so that the sums stay below 5 % of the
+    bytes moved. Never the GPU's own count of SMs: sums must be the same on every GPU.
+    """
+    return min(1024, max(256, (1 << 20) // cols))
+
+
+def norm_forward(C: int) -> Config:
+    cols = max(NARROWEST, power_of_two(C))
+    if cols > WIDEST_FORWARD:
+        why = "a row in chunks of 16 elements a thread; the second reading of it comes from the L2 cache"
+        return Config("forward-chunks", {"COLS": 8192}, 16, why=why)
+    if cols <= 2048:
+        return Config("forward-rows", {"ROWS": 2048 // cols, "COLS": cols}, 4, why="16 elements a thread")
+    if cols == 4096:
+        return Config("forward-row-8", {"ROWS": 1, "COLS": cols}, 8, why="16 elements a thread")
+    why = "16 elements a thread" if cols == 8192 else "32 elements a thread, 128 registers at most"
+    return Config("forward-row-16", {"ROWS": 1, "COLS": cols}, 16, why=why)
+
+
+def norm_backward(C: int) -> Config:
+    cols = max(NARROWEST, power_of_two(C))
+    if cols > WIDEST_BACKWARD:
+        return Config("backward-chunks", {"COLS": 4096}, 8, why="a row in chunks; its second reading comes from L2")
+    if cols <= 1024:
+        return Config("backward-rows", {"ROWS": 1024 // cols, "COLS": cols}, 4, why="8 elements of four a thread")
+    warps = {2048: 4, 4096: 8, 8192: 16}[cols]
+    return Config(f"backward-row-{warps}", {"ROWS": 1, "COLS": cols}, warps, why="16 elements of four a thread")
+
+
+WEIGHT_GRADIENT_CHUNKS = Config(
+    "weight-chunks", {"ROWS": 8, "COLS": 256}, 4, why="512 bytes of bf16 a row: whole sectors; 16 elements a thread"
+)
+SUM_PARTS = Config("sum-parts", {"PARTS": 64, "COLS": 32}, 4, why="128-byte lines of fp32; a program for 32 columns")
+
+
+def _norm(problem) -> dict[str, Config]:
+    C = problem.sizes["C"]
+    return {"forward": norm_forward(C), "backward": norm_backward(C)}
+
+
+OPS = {
+    "layer_norm": Op(_norm),
+    "rms_norm": Op(_norm),
+}

@@ -1,0 +1,268 @@
+"""LayerNorm and RMSNorm in Triton, forward and backward, deterministic: weight gradients through per-program sums.
+
+Writes every output whole (=). Rows up to the limits in `configs.py` are read once and stay in registers; wider ones are
+walked in chunks twice, the second time out of the L2 cache. The sums over rows for dweight and dbias are made in fp32
+by a fixed number of programs and added up by a second kernel in a fixed order: no atomics. Statistics are fp32.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from megakern.kernels.triton import configs
+from megakern.kernels.triton.configs import cdiv
+from megakern.kernels.triton.launch import empty, empty_like, launch, rows_of
+
+# --- kernels ---
+
+
+@triton.jit
+def _forward_rows(
+    x, residual, weight, bias, y, h, mean, rstd, M, C, x_stride, residual_stride, eps,
+    CENTRE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """Program i: rows i ROWS to (i + 1) ROWS - 1, whole."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    cols = tl.arange(0, COLS)[None, :]
+    mask = (rows < M) & (cols < C)
+    value = tl.load(x + rows * x_stride + cols, mask, 0.0)
+    if residual is not None:
+        value = value.to(tl.float32) + tl.load(residual + rows * residual_stride + cols, mask, 0.0).to(tl.float32)
+        value = value.to(h.dtype.element_ty)  # statistics are those of the rounded sum, which backward reads
+        tl.store(h + rows * C + cols, value, mask)
+    value = value.to(tl.float32)
+    if CENTRE:
+        centre = tl.sum(value, 1, keep_dims=True) / C
+        tl.store(mean + rows, centre, rows < M)
+        value = tl.where(cols < C, value - centre, 0.0)
+    scale = tl.rsqrt(tl.sum(value * value, 1, keep_dims=True) / C + eps)
+    tl.store(rstd + rows, scale, rows < M)
+    value = value * scale * tl.load(weight + cols, cols < C, 0.0).to(tl.float32)
+    if bias is not None:
+        value += tl.load(bias + cols, cols < C, 0.0).to(tl.float32)
+    tl.store(y + rows * C + cols, value.to(y.dtype.element_ty), mask)
+
+
+@triton.jit
+def _forward_chunks(
+    x, residual, weight, bias, y, h, mean, rstd, C, x_stride, residual_stride, eps,
+    CENTRE: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """Program i: row i, in chunks of COLS. Moments of chunks are merged (Chan, Golub and LeVeque 1979)."""
+    row = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, COLS)
+    centre = 0.0
+    squares = 0.0
+    for start in range(0, C, COLS):
+        cols = start + lane
+        value = tl.load(x + row * x_stride + cols, cols < C, 0.0)
+        if residual is not None:
+            value = value.to(tl.float32) + tl.load(residual + row * residual_stride + cols, cols < C, 0.0).to(
+                tl.float32
+            )
+            value = value.to(h.dtype.element_ty)
+            tl.store(h + row * C + cols, value, cols < C)
+        value = value.to(tl.float32)
+        if CENTRE:
+            count = tl.minimum(C - start, COLS).to(tl.float32)
+            chunk_centre = tl.sum(value) / count
+            offset = chunk_centre - centre
+            share = count / (start + count)
+            value = tl.where(cols < C, value - chunk_centre, 0.0)
+            squares += tl.sum(value * value) + offset * offset * start * share
+            centre += offset * share
+        else:
+            squares += tl.sum(value * value)
+    scale = tl.rsqrt(squares / C + eps)
+    tl.store(rstd + row, scale)
+    if CENTRE:
+        tl.store(mean + row, centre)
+    for start in range(0, C, COLS):
+        cols = start + lane
+        value = tl.load(x + row * x_stride + cols, cols < C, 0.0)
+        if residual is not None:  # added again, not read back from h: a store of this program may not be visible yet
+            value = value.to(tl.float32) + tl.load(residual + row * residual_stride + cols, cols < C, 0.0).to(
+                tl.float32
+            )
+            value = value.to(h.dtype.element_ty)
+        value = (value.to(tl.float32) - centre) * scale * tl.load(weight + cols, cols < C, 0.0).to(tl.float32)
+        if bias is not None:
+            value += tl.load(bias + cols, cols < C, 0.0).to(tl.float32)
+        tl.store(y + row * C + cols, value.to(y.dtype.element_ty), cols < C)
+
+
+@triton.jit
+def _backward_rows(
+    dy, dh, h, weight, mean, rstd, dx, dweight_parts, dbias_parts, M, C, dy_stride, dh_stride, h_stride,
+    CENTRE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """Program i of P: row tiles i, i + P, ...; row i of the parts gets its sums over these rows."""
+    program = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, COLS)[None, :]
+    scale = tl.load(weight + cols, cols < C, 0.0).to(tl.float32)
+    dweight = tl.zeros((1, COLS), tl.float32)
+    dbias = tl.zeros((1, COLS), tl.float32)
+    for tile in range(program, tl.cdiv(M, ROWS), tl.num_programs(0)):
+        rows = tile * ROWS + tl.arange(0, ROWS)[:, None]
+        mask = (rows < M) & (cols < C)
+        gradient = tl.load(dy + rows * dy_stride + cols, mask, 0.0).to(tl.float32)
+        normed = tl.load(h + rows * h_stride + cols, mask, 0.0).to(tl.float32)
+        inverse = tl.load(rstd + rows, rows < M, 0.0)
+        if CENTRE:
+            normed -= tl.load(mean + rows, rows < M, 0.0)
+        normed *= inverse
+        dweight += tl.sum(gradient * normed, 0, keep_dims=True)
+        if dbias_parts is not None:
+            dbias += tl.sum(gradient, 0, keep_dims=True)
+        gradient *= scale
+        out = gradient - normed * (tl.sum(gradient * normed, 1, keep_dims=True) / C)
+        if CENTRE:
+            out -= tl.sum(gradient, 1, keep_dims=True) / C
+        out *= inverse
+        if dh is not None:
+            out += tl.load(dh + rows * dh_stride + cols, mask, 0.0).to(tl.float32)
+        tl.store(dx + rows * C + cols, out.to(dx.dtype.element_ty), mask)
+    tl.store(dweight_parts + program * C + cols, dweight, cols < C)
+    if dbias_parts is not None:
+        tl.store(dbias_parts + program * C + cols, dbias, cols < C)
+
+
+@triton.jit
+def _backward_chunks(
+    dy, dh, h, weight, mean, rstd, dx, C, dy_stride, dh_stride, h_stride,
+    CENTRE: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """Program i: dx of row i, in chunks of COLS."""
+    row = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, COLS)
+    inverse = tl.load(rstd + row)
+    centre = 0.0
+    if CENTRE:
+        centre = tl.load(mean + row)
+    along = tl.zeros((COLS,), tl.float32)
+    level = tl.zeros((COLS,), tl.float32)
+    for start in range(0, C, COLS):
+        cols = start + lane
+        normed = (tl.load(h + row * h_stride + cols, cols < C, 0.0).to(tl.float32) - centre) * inverse
+        gradient = tl.load(dy + row * dy_stride + cols, cols < C, 0.0).to(tl.float32)
+        gradient *= tl.load(weight + cols, cols < C, 0.0).to(tl.float32)
+        along += gradient * normed
+        if CENTRE:
+            level += gradient
+    slope = tl.sum(along) / C
+    shift = tl.sum(level) / C
+    for start in range(0, C, COLS):
+        cols = start + lane
+        normed = (tl.load(h + row * h_stride + cols, cols < C, 0.0).to(tl.float32) - centre) * inverse
+        gradient = tl.load(dy + row * dy_stride + cols, cols < C, 0.0).to(tl.float32)
+        gradient *= tl.load(weight + cols, cols < C, 0.0).to(tl.float32)
+        out = (gradient - normed * slope - shift) * inverse
+        if dh is not None:
+            out += tl.load(dh + row * dh_stride + cols, cols < C, 0.0).to(tl.float32)
+        tl.store(dx + row * C + cols, out.to(dx.dtype.element_ty), cols < C)
+
+
+@triton.jit
+def _weight_gradient_chunks(
+    dy, h, mean, rstd, dweight_parts, dbias_parts, M, C, dy_stride, h_stride,
+    CENTRE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """Program (i, j): columns i COLS to (i + 1) COLS - 1 of row tiles j, j + P, ...; row j of the parts."""
+    program = tl.program_id(1).to(tl.int64)
+    cols = tl.program_id(0) * COLS + tl.arange(0, COLS)[None, :]
+    dweight = tl.zeros((ROWS, COLS), tl.float32)
+    dbias = tl.zeros((ROWS, COLS), tl.float32)
+    for tile in range(program, tl.cdiv(M, ROWS), tl.num_programs(1)):
+        rows = tile * ROWS + tl.arange(0, ROWS)[:, None]
+        mask = (rows < M) & (cols < C)
+        gradient = tl.load(dy + rows * dy_stride + cols, mask, 0.0).to(tl.float32)
+        normed = tl.load(h + rows * h_stride + cols, mask, 0.0).to(tl.float32)
+        if CENTRE:
+            normed -= tl.load(mean + rows, rows < M, 0.0)
+        dweight += gradient * (normed * tl.load(rstd + rows, rows < M, 0.0))
+        if dbias_parts is not None:
+            dbias += gradient
+    tl.store(dweight_parts + program * C + cols, tl.sum(dweight, 0, keep_dims=True), cols < C)
+    if dbias_parts is not None:
+        tl.store(dbias_parts + program * C + cols, tl.sum(dbias, 0, keep_dims=True), cols < C)
+
+
+@triton.jit
+def _sum_parts(parts, out, P, C, PARTS: tl.constexpr, COLS: tl.constexpr):
+    """Program i: out[c] = sum of parts[:, c], in order, for columns i COLS to (i + 1) COLS - 1."""
+    cols = tl.program_id(0) * COLS + tl.arange(0, COLS)[None, :]
+    total = tl.zeros((PARTS, COLS), tl.float32)
+    for start in range(0, P, PARTS):
+        rows = (start + tl.arange(0, PARTS)[:, None]).to(tl.int64)
+        total += tl.load(parts + rows * C + cols, (rows < P) & (cols < C), 0.0)
+    tl.store(out + cols, tl.sum(total, 0, keep_dims=True).to(out.dtype.element_ty), cols < C)
+
+
+# --- launchers ---
+
+
+def norm_forward(x, weight, bias, residual, eps, centre):
+    """-> y (..., C), h (..., C) or empty, mean (...) or empty, rstd (...); statistics fp32."""
+    C = x.shape[-1]
+    y = empty_like(x)
+    h = empty(x.shape if residual is not None else (0,), x.dtype, x.device)
+    rstd = empty(x.shape[:-1], torch.float32, x.device)
+    mean = empty(rstd.shape if centre else (0,), torch.float32, x.device)
+    config = configs.norm_forward(C)
+    x = rows_of(x)
+    added = None if residual is None else rows_of(residual)
+    tensors = (x, added, weight.contiguous(), None if bias is None else bias.contiguous(), y, h, mean, rstd)
+    strides = (x.stride(0), 0 if added is None else added.stride(0))
+    M = x.shape[0]
+    if config.name == "forward-chunks":
+        launch(_forward_chunks, (M,), *tensors, C, *strides, eps, config=config, CENTRE=centre)
+    else:
+        grid = (cdiv(M, config.tiles["ROWS"]),)
+        launch(_forward_rows, grid, *tensors, M, C, *strides, eps, config=config, CENTRE=centre)
+    return y, h, mean, rstd
+
+
+def norm_backward(dy, dh, h, weight, mean, rstd, with_bias, centre):
+    """-> dx (..., C) with dh added, dweight (C,), dbias (C,) or empty."""
+    C = h.shape[-1]
+    dx = empty_like(h)
+    weight = weight.contiguous()
+    dy, h = rows_of(dy), rows_of(h)
+    dh = None if dh is None else rows_of(dh)
+    config = configs.norm_backward(C)
+    M, dh_stride = h.shape[0], 0 if dh is None else dh.stride(0)
+    if config.name == "backward-chunks":
+        tensors = (dy, dh, h, weight, mean, rstd, dx)
+        launch(_backward_chunks, (M,), *tensors, C, dy.stride(0), dh_stride, h.stride(0), config=config, CENTRE=centre)
+        sums = configs.WEIGHT_GRADIENT_CHUNKS
+        columns = cdiv(C, sums.tiles["COLS"])
+        P = min(cdiv(M, sums.tiles["ROWS"]), cdiv(configs.norm_programs(1024), columns))
+        dweight_parts, dbias_parts = _parts(P, C, with_bias, h.device)
+        tensors = (dy, h, mean, rstd, dweight_parts, dbias_parts)
+        strides = (dy.stride(0), h.stride(0))
+        launch(_weight_gradient_chunks, (columns, P), *tensors, M, C, *strides, config=sums, CENTRE=centre)
+    else:
+        P = min(cdiv(M, config.tiles["ROWS"]), configs.norm_programs(config.tiles["COLS"]))
+        dweight_parts, dbias_parts = _parts(P, C, with_bias, h.device)
+        tensors = (dy, dh, h, weight, mean, rstd, dx, dweight_parts, dbias_parts)
+        strides = (dy.stride(0), dh_stride, h.stride(0))
+        launch(_backward_rows, (P,), *tensors, M, C, *strides, config=config, CENTRE=centre)
+    dweight = sum_parts(dweight_parts, weight.dtype)
+    dbias = sum_parts(dbias_parts, weight.dtype) if with_bias else empty((0,), weight.dtype, weight.device)
+    return dx, dweight, dbias
+
+
+def _parts(P, C, with_bias, device):
+    dweight_parts = empty((P, C), torch.float32, device)
+    return dweight_parts, empty((P, C), torch.float32, device) if with_bias else None
+
+
+def sum_parts(parts, dtype):
+    """parts (P, C) fp32 -> (C,) of `dtype`: the sum over P in a fixed order, 0 for P = 0."""
+    P, C = parts.shape
+    out = empty((C,), dtype, parts.device)
+    config = configs.SUM_PARTS
+    launch(_sum_parts, (cdiv(C, config.tiles["COLS"]),), parts, out, P, C, config=config)
+    return out

@@ -1,0 +1,97 @@
+"""Triton kernels without a GPU: machine code for each architecture, the budget's judgement, inductor's graph."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed: pip install -r requirements-dev.txt")
+
+import triton
+from torch._functorch.aot_autograd import aot_export_joint_simple
+from torch._subclasses.fake_tensor import FakeTensorMode
+from triton.backends.compiler import GPUTarget
+
+from benchmarks import compile_report
+from benchmarks.compile_report import Need
+from megakern.kernels.triton import configs
+from megakern.ops import norm  # noqa: F401 - defines the op
+
+NEED = Need(registers=40, spill=0, shared=1024, tensor_core="HGMMA")
+
+
+def judged(need: Need, *, name="kernel", budget_name="kernel", triton_version=triton.__version__) -> list[str]:
+    kernels = {"sm_90": {budget_name: vars(NEED)}}
+    return compile_report.complaints(
+        {"sm_90": {name: need}}, {"triton": triton_version, "kernels": kernels}, partial=False
+    )
+
+
+def test_a_budget_is_kept_or_the_rise_is_named():
+    assert judged(NEED) == []
+    assert judged(Need(39, 0, 512, "HGMMA")) == []
+    assert judged(Need(41, 0, 1024, "HGMMA")) == ["sm_90 kernel: registers rose from 40 to 41"]
+    assert judged(Need(40, 8, 1024, "HGMMA")) == ["sm_90 kernel: spill rose from 0 to 8"]
+    assert judged(Need(40, 0, 1040, "HGMMA")) == ["sm_90 kernel: shared rose from 1024 to 1040"]
+    assert judged(Need(40, 0, 1024, "HMMA")) == ["sm_90 kernel: tensor-core instruction 'HMMA', was 'HGMMA'"]
+    assert "more than a block may have" in judged(Need(40, 0, 300000, "HGMMA"))[0]
+    assert judged(NEED, name="new") == [
+        "sm_90 new: not in the budget; add it with --update",
+        "sm_90 kernel: in the budget, but gone; --update",
+    ]
+    assert "install that one" in judged(NEED, triton_version="3.5.0")[0]
+
+
+def test_a_kernel_compiles_for_each_architecture_and_is_read():
+    launch = compile_report.launches("rms_norm 128 bf16")["rms_norm 128 bf16 forward_rows forward-rows"]
+    for arch in compile_report.ARCHITECTURES:
+        need = compile_report.compile_for(launch, arch)
+        assert 16 <= need.registers <= 128 and need.spill == 0 and need.tensor_core == ""
+
+
+def test_every_op_is_in_the_committed_budget_without_spills_that_nobody_allowed():
+    budget = json.loads(compile_report.BUDGET.read_text())
+    for arch in compile_report.ARCHITECTURES:
+        names = budget["kernels"][f"sm_{arch}"]
+        for op in configs.OPS:
+            assert any(name.startswith(op) for name in names), f"no kernel of {op} in the budget of sm_{arch}"
+
+
+# --- the graph of a compiled model ---
+
+
+class _Driver:
+    """Stands for the GPU that Triton asks for its architecture when a kernel is traced."""
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+
+def traced(function, *inputs) -> list:
+    """The kernels in the joint graph of `function`, in order, as inductor is given them."""
+    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+
+    graph = aot_export_joint_simple(function, inputs, trace_joint=True)
+    nodes = [node for node in graph.graph.nodes if "triton_kernel_wrapper" in str(node.target)]
+    assert not any("megakern" in str(node.target) for node in graph.graph.nodes), "an op was left whole"
+    return [kernel_side_table.get_kernel(node.kwargs["kernel_idx"]).fn.__name__ for node in nodes]
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """Makes fake tensors that want gradients; calls of ops are traced, nothing runs."""
+    monkeypatch.setattr(triton.runtime.driver, "_active", _Driver())
+    with FakeTensorMode():
+        yield partial(torch.empty, requires_grad=True)
+
+
+def test_inductor_sees_the_kernels_of_a_norm(fake):
+    def function(x, weight):
+        y, h, *_ = torch.ops.megakern.norm.default(x, weight, weight, x, 1e-5, True, "triton")
+        return y.relu(), h
+
+    kernels = traced(function, fake(5, 300), fake(300))
+    assert [name.lstrip("_") for name in kernels] == ["forward_rows", "backward_rows", "sum_parts", "sum_parts"]
