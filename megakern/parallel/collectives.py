@@ -17,12 +17,15 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Replicate
 
+from megakern.parallel import trace
+
 
 def all_reduce(x: torch.Tensor, group: dist.ProcessGroup | None, op=dist.ReduceOp.SUM) -> torch.Tensor:
     """The reduced tensor, out of place, outside the graph."""
     if group is None:
         return x
     out = x.clone(memory_format=torch.contiguous_format)
+    trace.collective("all_reduce", out, group)
     dist.all_reduce(out, op=op, group=group)
     return out
 
@@ -32,6 +35,7 @@ def all_gather_last(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.T
     if group is None:
         return x
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(group.size())]
+    trace.collective("all_gather", x, group)
     dist.all_gather(parts, x.contiguous(), group=group)
     return torch.cat(parts, dim=-1)
 
@@ -71,12 +75,14 @@ class Pending:
 
 def start_all_reduce(x: torch.Tensor, group: dist.ProcessGroup) -> Pending:
     """The sum over the ranks, written into `x`, which must be contiguous and the caller's own."""
+    trace.collective("all_reduce", x, group)
     return Pending(dist.all_reduce(x, group=group, async_op=True), x)
 
 
 def start_gather_sequence(x: torch.Tensor, group: dist.ProcessGroup) -> Pending:
     """(..., T/R, C) of each rank -> (..., T, C)."""
     parts = x.new_empty((group.size(), *x.shape))
+    trace.collective("all_gather", x, group)
     work = _all_gather_single(parts.flatten(0, 1), x.contiguous(), group=group, async_op=True)
     return Pending(work, parts, lambda parts: parts.movedim(0, -3).flatten(-3, -2))
 
@@ -86,6 +92,7 @@ def start_reduce_scatter_sequence(x: torch.Tensor, group: dist.ProcessGroup) -> 
     own = tokens_each(x.shape[-2], group)
     parts = x.unflatten(-2, (group.size(), own)).movedim(-3, 0).contiguous()
     out = torch.empty_like(parts[0])
+    trace.collective("reduce_scatter", x, group)
     return Pending(_reduce_scatter_single(out, parts.flatten(0, 1), group=group, async_op=True), out)
 
 

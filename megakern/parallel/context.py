@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
+from megakern.parallel import trace
 from megakern.parallel.region import TensorRegion
 
 DIMS = ("pp", "dp", "cp", "tp")  # slowest to fastest: the ranks of one tp group are neighbours
@@ -53,6 +55,7 @@ class ParallelContext:
         if world == 1:
             return cls(sequence_parallel=sequence_parallel)
         mesh = init_device_mesh(device_type, (pp, world // rest, cp, tp), mesh_dim_names=DIMS)
+        _bound_by_default_timeout(mesh)
         return cls(mesh, sequence_parallel=sequence_parallel)
 
     def size(self, dim: str) -> int:
@@ -99,6 +102,7 @@ class ParallelContext:
 
     def barrier(self) -> None:
         if self.mesh is not None:
+            trace.collective("barrier", None, None)
             dist.barrier()
 
     def device(self) -> torch.device:
@@ -106,3 +110,11 @@ class ParallelContext:
         if self.mesh is None or self.mesh.device_type == "cpu":
             return torch.device("cpu")
         return torch.device(self.mesh.device_type, torch.get_device_module(self.mesh.device_type).current_device())
+
+
+def _bound_by_default_timeout(mesh: DeviceMesh) -> None:
+    """Groups of a mesh start with torch's own timeout (30 minutes for gloo), whatever the default group was given."""
+    device = torch.device(mesh.device_type)
+    timeout = dist.group.WORLD._get_backend(device).options._timeout
+    for group in mesh.get_all_groups():
+        _set_pg_timeout(timeout, group)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megakern.parallel import trace
 from megakern.parallel.context import ParallelContext
 from megakern.train.manifest import CheckpointError
 
@@ -20,11 +21,13 @@ def gather(parallel: ParallelContext, report: Any) -> list[Any]:
     device = parallel.device()
     data = torch.frombuffer(bytearray(json.dumps(report).encode()), dtype=torch.uint8).to(device)
     sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(parallel.world_size)]
+    trace.collective("all_gather", sizes[0], None)
     dist.all_gather(sizes, torch.tensor([data.numel()], dtype=torch.int64, device=device))
     longest = max(int(size) for size in sizes)
     padded = torch.zeros(longest, dtype=torch.uint8, device=device)
     padded[: data.numel()] = data
     parts = [torch.empty_like(padded) for _ in sizes]
+    trace.collective("all_gather", padded, None)
     dist.all_gather(parts, padded)
     return [json.loads(bytes(part[: int(size)].cpu().numpy())) for part, size in zip(parts, sizes, strict=True)]
 

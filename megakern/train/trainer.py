@@ -16,6 +16,7 @@ from megakern.model.flops import flops_per_token
 from megakern.model.gpt import GPT
 from megakern.ops.adamw import AdamW
 from megakern.ops.grad_norm import clip_coefficient, gradient_norm
+from megakern.parallel import trace
 from megakern.parallel.collectives import finish_gradients
 from megakern.parallel.context import ParallelContext
 from megakern.train import checkpoint, machine
@@ -74,7 +75,12 @@ class Trainer:
         """Train to the last step; returns 0, or the number of the signal that stopped it (a checkpoint is saved)."""
         settings = self.config.train
         while self.step < settings.steps:
+            self._train_step()
+            # Before anything is saved: ranks that did not make the same collectives may hold garbage.
             number = stop.agreed(self.parallel)
+            # Evaluation first: killed between the two, a resumed run makes both again, and no record is missing.
+            if settings.eval_every and self.step % settings.eval_every == 0 and self.step < settings.steps:
+                self._log_evaluation(self.evaluate(settings.eval_batches))
             if number:
                 self.save()
                 self._say(
@@ -82,10 +88,6 @@ class Trainer:
                     f"resume with: megakern train --resume {self.run}"
                 )
                 return number
-            self._train_step()
-            # Evaluation first: killed between the two, a resumed run makes both again, and no record is missing.
-            if settings.eval_every and self.step % settings.eval_every == 0 and self.step < settings.steps:
-                self._log_evaluation(self.evaluate(settings.eval_batches))
             if settings.save_every and self.step % settings.save_every == 0 and self.step < settings.steps:
                 self.save()
         if self.progress:
@@ -98,15 +100,18 @@ class Trainer:
     def _train_step(self) -> None:
         settings, optimizer = self.config.train, self.config.optimizer
         started = time.perf_counter()
+        trace.begin_step(self.step)
         lr = learning_rate(self.step, settings.steps, optimizer)
         loss = self._gradients()
         finish_gradients(self.model.parameters())
+        trace.phase("gradient norm")
         norm = gradient_norm(self.model.parameters())
         if self.scaler:
             norm = norm / self.scaler.scale
         norm_value = norm.item()
         finite = math.isfinite(norm_value)
         if finite:
+            trace.phase("optimizer step")
             for group in self.optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
             self.optimizer.step(grad_scale=self._gradient_scale(norm, norm_value))
@@ -142,7 +147,9 @@ class Trainer:
             first = index * settings.rows
             tokens, targets = self.loader.batch(self.samples + first, settings.rows)
             key = DropoutKey(seed=settings.seed, step=self.step, first_sample=first)
+            trace.phase(f"forward of micro-batch {index + 1} of {passes}")
             loss = self.model(tokens.to(self.device), targets.to(self.device), dropout_key=key) / passes
+            trace.phase(f"backward of micro-batch {index + 1} of {passes}")
             (loss * self.scaler.scale if self.scaler else loss).backward()
             total += loss.detach()
         return total.item()
@@ -152,6 +159,7 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self, batches: int | None = None) -> float:
         """Mean loss in nats a token over the first `batches` batches of the held-out tokens; None: over all."""
+        trace.phase("evaluation")
         return evaluate(self.model, self.data, self.config.train.rows, self.device, batches)
 
     # --- checkpoints ---
@@ -167,6 +175,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write RUN/ckpt/step-XXXXXXXX; everything a resume needs is in it."""
+        trace.phase(f"saving after step {self.step}")
         state = {
             "step": self.step,
             "samples": self.samples,
@@ -181,6 +190,7 @@ class Trainer:
         )
 
     def _restore(self) -> None:
+        trace.phase("loading the newest checkpoint")
         try:
             path = checkpoint.newest(self.run / "ckpt", self.parallel)
         except checkpoint.NoCheckpointError:
@@ -252,6 +262,7 @@ class Trainer:
         loss = self.evaluate()
         memory = torch.tensor([float(machine.peak_memory(self.device))], device=self.device)
         if self.parallel.mesh is not None:
+            trace.collective("all_reduce", memory, None)
             dist.all_reduce(memory, op=dist.ReduceOp.SUM)
         if self.parallel.world_rank == 0:
             summary = Summary.of(self, loss, int(memory.item()))
