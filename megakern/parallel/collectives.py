@@ -228,6 +228,7 @@ def finish_gradients(params: torch.Tensor | Iterable[torch.Tensor]) -> None:
     for (mesh, dim, _), members in batches.items():
         locals_ = [param.grad.to_local() for param in members]
         flat = torch.cat([grad.reshape(-1) for grad in locals_])
+        trace.collective("all_reduce", flat, mesh.get_group(dim))
         dist.all_reduce(flat, group=mesh.get_group(dim))
         for param, grad, total in zip(members, locals_, flat.split([g.numel() for g in locals_]), strict=True):
             grad.copy_(total.view_as(grad))
