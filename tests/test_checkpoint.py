@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megakern.train import checkpoint
+from megakern.train import checkpoint, checkpoint_plan
 from megakern.train.checkpoint import CheckpointError, NoCheckpointError
 from megakern.train.files import Files
 from megakern.train.manifest import DTYPES
@@ -77,7 +77,7 @@ def test_tied_tensors_are_saved_under_both_names(tmp_path):
 
 
 def test_shards_are_cut_at_part_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "PART_BYTES", 300)
+    monkeypatch.setattr(checkpoint_plan, "PART_BYTES", 300)
     path = save_sample(tmp_path, 1, seed=4)
     sizes = [sum(p.numel() * p.element_size() for p in parts) for parts in held_by_file(path)]
     assert len(sizes) == 3 and max(sizes) == 400  # data.order alone is above the limit

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megakern.train import checkpoint, manifest
+from megakern.train import checkpoint, checkpoint_plan, manifest
 from megakern.train.checkpoint import CheckpointError
 from tests.checkpoints import loaded_seed, sample, save_sample
 
@@ -20,7 +20,7 @@ NAME = "manifest.json"
 @pytest.fixture
 def saved(tmp_path, monkeypatch) -> Path:
     """The newer of two checkpoints, each in three shard files."""
-    monkeypatch.setattr(checkpoint, "PART_BYTES", 300)
+    monkeypatch.setattr(checkpoint_plan, "PART_BYTES", 300)
     save_sample(tmp_path, 1, seed=1)
     return save_sample(tmp_path, 2, seed=2)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from megakern.train import checkpoint
+from megakern.train import checkpoint, checkpoint_plan
 from megakern.train.checkpoint import CheckpointError
 from megakern.train.files import REAL, Files
 from tests.checkpoints import FaultyFiles, in_child, loaded_seed, sample, save_sample, start_child
@@ -38,7 +38,7 @@ NAMES = re.compile(r"latest|step-\d{8,15}")
 
 @pytest.fixture(autouse=True)
 def several_parts(monkeypatch):
-    monkeypatch.setattr(checkpoint, "PART_BYTES", 450)  # two files a checkpoint
+    monkeypatch.setattr(checkpoint_plan, "PART_BYTES", 450)  # two files a checkpoint
 
 
 @pytest.mark.parametrize("kind", KINDS)
