@@ -10,7 +10,8 @@ from functools import partial
 
 import torch
 
-from megakern.kernels.triton import norm
+from megakern.kernels.triton import activation, cross_entropy, dropout, norm, rope
+from megakern.ops.activation import KINDS
 
 CASES: dict[str, Callable[[], object]] = {}
 
@@ -41,4 +42,55 @@ def _add_norms() -> None:
                     CASES[f"{name} residual"] = partial(_norm, C, dtype, centre, True, torch.float32)
 
 
+def _activation(x: torch.Tensor, kind: str) -> None:
+    activation.activation_backward(activation.activation_forward(x, kind), x, kind)
+
+
+def _swiglu(gate: torch.Tensor, up: torch.Tensor) -> None:
+    activation.swiglu_backward(activation.swiglu_forward(gate, up), gate, up)
+
+
+def _add_elementwise() -> None:
+    for dtype, short in SHORT.items():
+        flat = tensor(ROWS, 1024, dtype=dtype)
+        for kind in KINDS if dtype == torch.bfloat16 else ("gelu",):
+            CASES[f"gelu {kind} {short}"] = partial(_activation, flat, kind)
+        CASES[f"swiglu {short}"] = partial(_swiglu, flat, flat)
+        CASES[f"swiglu halves {short}"] = partial(_swiglu, *tensor(ROWS, 2048, dtype=dtype).chunk(2, -1))
+        CASES[f"dropout {short}"] = partial(dropout.dropout, flat, None, 0.1, 12345, 0)
+        CASES[f"dropout residual {short}"] = partial(dropout.dropout, flat, flat, 0.1, 12345, 0)
+    for C in (16, 128, 512):
+        CASES[f"swiglu halves {C}"] = partial(_swiglu, *tensor(ROWS, 2 * C).chunk(2, -1))
+
+
+def _add_rope() -> None:
+    for D, d in ((64, 32), (128, 64), (80, 16), (256, 128)):
+        for dtype in SHORT if D == 128 else (torch.bfloat16,):
+            q, k = tensor(2, 512, 32, D, dtype=dtype), tensor(2, 512, 8, D, dtype=dtype)
+            table, positions = tensor(2048, d, dtype=torch.float32), tensor(2, 512, dtype=torch.int64)
+            for interleaved in (False, True):
+                name = f"rope {'interleaved' if interleaved else 'halves'} {D} {d} {SHORT[dtype]}"
+                CASES[name] = partial(rope.rope, q, k, table, table, None, interleaved, False)
+            CASES[f"rope positions {D} {d} {SHORT[dtype]}"] = partial(
+                rope.rope, q, k, table, table, positions, False, True
+            )
+
+
+def _cross_entropy(logits: torch.Tensor, smoothing: float) -> None:
+    V, targets = logits.shape[-1], tensor(ROWS, dtype=torch.int64)
+    options = (-100, smoothing, 1e-4, V, "")
+    loss, lse = cross_entropy.cross_entropy_forward(logits, targets, *options)
+    cross_entropy.cross_entropy_backward(loss, logits, targets, lse, *options)
+
+
+def _add_cross_entropy() -> None:
+    for dtype, short in SHORT.items():
+        for smoothing in (0.0, 0.1):
+            name = f"cross_entropy {short}{' smooth' if smoothing else ''}"
+            CASES[name] = partial(_cross_entropy, tensor(ROWS, 32000, dtype=dtype), smoothing)
+
+
 _add_norms()
+_add_elementwise()
+_add_rope()
+_add_cross_entropy()

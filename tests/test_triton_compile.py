@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from benchmarks import compile_report
 from benchmarks.compile_report import Need
 from megakern.kernels.triton import configs
-from megakern.ops import norm  # noqa: F401 - defines the op
+from megakern.ops import activation, cross_entropy, dropout, norm, rope  # noqa: F401 - they define the ops
 
 NEED = Need(registers=40, spill=0, shared=1024, tensor_core="HGMMA")
 
@@ -95,3 +95,19 @@ def test_inductor_sees_the_kernels_of_a_norm(fake):
 
     kernels = traced(function, fake(5, 300), fake(300))
     assert [name.lstrip("_") for name in kernels] == ["forward_rows", "backward_rows", "sum_parts", "sum_parts"]
+
+
+def test_inductor_sees_the_other_kernels(fake):
+    ops = torch.ops.megakern
+    table, targets = fake(8, 4, requires_grad=False), torch.empty(6, dtype=torch.int64)
+
+    def function(x, q, table, targets):
+        gated = ops.swiglu.default(ops.activation.default(x, "gelu", "triton"), x, "triton")
+        dropped = ops.dropout.default(gated, x, 0.1, 7, 0, "triton")
+        loss, _ = ops.cross_entropy.default(dropped, targets, -100, 0.1, 0.0, 40, "", "triton")
+        turned, _ = ops.rope.default(q, q, table, table, None, False, False, "triton")
+        return loss, turned
+
+    kernels = [name.lstrip("_") for name in traced(function, fake(6, 40), fake(1, 6, 2, 16), table, targets)]
+    forward = ["forward", "swiglu_forward", "dropout", "forward", "rope"]
+    assert kernels == [*forward, "rope", "gradient", "dropout", "swiglu_backward", "backward"]

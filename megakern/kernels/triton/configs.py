@@ -98,7 +98,55 @@ def _norm(problem) -> dict[str, Config]:
     return {"forward": norm_forward(C), "backward": norm_backward(C)}
 
 
+# --- elementwise: tiles of ROWS x COLS ---
+
+
+def elementwise(C: int) -> Config:
+    cols = min(1024, max(16, power_of_two(C)))
+    return Config("elementwise", {"ROWS": 1024 // cols, "COLS": cols}, 4, why="16 bytes of bf16 a thread and tensor")
+
+
+def tile_count(M: int, C: int, config: Config) -> int:
+    return cdiv(M, config.tiles["ROWS"]) * cdiv(C, config.tiles["COLS"])
+
+
+def rope(H: int, D: int, d: int) -> Config:
+    half, rest = power_of_two(d), D - 2 * d
+    heads = min(power_of_two(H), max(1, 1024 // half))
+    tiles = {"HEADS": heads, "HALF": half, "REST": power_of_two(rest) if rest else 0}
+    return Config("token", tiles, 4, why="1024 pairs at a time, 8 a thread; a token's angles are read once")
+
+
+def _gelu(problem) -> dict[str, Config]:
+    return {"forward and backward": elementwise(problem.sizes["elements"])}
+
+
+def _dropout(problem) -> dict[str, Config]:
+    return {"forward and backward": elementwise(problem.sizes["C"])}
+
+
+def _rope(problem) -> dict[str, Config]:
+    sizes = problem.sizes
+    return {"forward and backward": rope(sizes["H"], sizes["D"], sizes["D_rot"] // 2)}
+
+
+# --- cross-entropy ---
+
+CROSS_ENTROPY = Config("vocabulary-4096", {"COLS": 4096}, 8, why="16 elements a thread, one maximum for each piece")
+ROW_SUMS = Config("row-sums", {"ROWS": 256}, 4, why="a few bytes a row: only the launch costs")
+
+
+def _cross_entropy(problem) -> dict[str, Config]:
+    ranks = problem.options["ranks"]
+    return {"forward and backward": CROSS_ENTROPY} | ({"between ranks": ROW_SUMS} if ranks > 1 else {})
+
+
 OPS = {
+    "cross_entropy": Op(_cross_entropy),
+    "dropout": Op(_dropout),
+    "gelu": Op(_gelu),
+    "rope": Op(_rope),
+    "swiglu": Op(_gelu),
     "layer_norm": Op(_norm),
     "rms_norm": Op(_norm),
 }

@@ -43,6 +43,15 @@ def rows_of(x: torch.Tensor) -> torch.Tensor:
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
+def tiles_of(*tensors: torch.Tensor) -> tuple[list[torch.Tensor], int, int]:
+    """Tensors of one shape as matrices (M, C) for an elementwise kernel -> them, M, C. One row where all are dense."""
+    if all(x.is_contiguous() for x in tensors) or tensors[0].ndim == 0:
+        rows = [x.reshape(1, -1) for x in tensors]
+    else:
+        rows = [rows_of(x) for x in tensors]
+    return rows, *rows[0].shape
+
+
 def launch(kernel, grid: tuple[int, ...], *arguments, config: Config, **constants) -> None:
     """Run `kernel` on `grid` programs with the tiles, warps and stages of `config`; nothing when the grid is empty.
 

@@ -1,0 +1,189 @@
+"""Cross-entropy in Triton: the logits are read once forward, and read and written once backward; writes = .
+
+Forward: one program a row walks the vocabulary with a running maximum. On one rank it makes the loss at once; with a
+group, it leaves the row's maximum and sums, and two small kernels stand between and after the MAX and the SUM of ranks.
+Backward: one program a piece of a row. `write_gradient` may write over the logits.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import triton
+import triton.language as tl
+
+from megakern.kernels.torch.cross_entropy import check_targets, shard_of
+from megakern.kernels.triton import INTERPRETED, configs
+from megakern.kernels.triton.configs import cdiv
+from megakern.kernels.triton.launch import empty, empty_like, launch, rows_of
+
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # of fp32: the maximum of a row of -inf, or of nothing but padding
+
+# --- kernels ---
+
+
+@triton.jit
+def _loss(log_sum, peak, at_target, total, target, ignore_index, vocab_size, smoothing, z_loss, SMOOTH: tl.constexpr):
+    """-> loss, lse. at_target and total: the target's logit and the sum of logits, relative to the row's maximum."""
+    lse = peak + log_sum
+    loss = log_sum - at_target
+    if SMOOTH:
+        loss = (1.0 - smoothing) * loss + smoothing * (log_sum - total / vocab_size)
+    loss += z_loss * lse * lse
+    loss = tl.where((target < 0) | (target >= vocab_size), float("nan"), loss)
+    return tl.where(target == ignore_index, 0.0, loss), lse
+
+
+@triton.jit
+def _forward(
+    logits, targets, loss, lse, peaks, sums, M, V, stride, start, real, vocab_size, ignore_index, smoothing, z_loss,
+    SMOOTH: tl.constexpr, FINISH: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """Program i: row i. FINISH: its loss and lse; else its maximum and (2 or 3, M) sums relative to it."""
+    row = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, COLS)
+    target = tl.load(targets + row)
+    peak = LOWEST
+    sums_of_lanes = tl.zeros((COLS,), tl.float32)
+    totals = tl.zeros((COLS,), tl.float32)
+    for first in range(0, real, COLS):
+        cols = first + lane
+        value = tl.load(logits + row * stride + cols, cols < real, float("-inf")).to(tl.float32)
+        higher = tl.maximum(peak, tl.max(value))
+        sums_of_lanes = sums_of_lanes * tl.exp(peak - higher) + tl.exp(value - higher)
+        if SMOOTH:
+            # Each lane's sum is kept relative to the maximum so far: `seen` columns of the lane move with it.
+            totals += (peak - higher) * (first // COLS) + tl.where(cols < real, value - higher, 0.0)
+        peak = higher
+    own = target - start
+    owned = (own >= 0) & (own < real) & (target != ignore_index)
+    at_target = tl.load(logits + row * stride + own, owned, 0.0).to(tl.float32) - peak
+    at_target = tl.where(owned, at_target, 0.0)
+    log_sum = tl.sum(sums_of_lanes)
+    total = tl.sum(totals)
+    if FINISH:
+        value, row_lse = _loss(
+            tl.log(log_sum), peak, at_target, total, target, ignore_index, vocab_size, smoothing, z_loss, SMOOTH
+        )
+        tl.store(loss + row, value)
+        tl.store(lse + row, row_lse)
+    else:
+        tl.store(peaks + row, peak)
+        tl.store(sums + row, log_sum)
+        tl.store(sums + M + row, at_target)
+        if SMOOTH:
+            tl.store(sums + 2 * M + row, total)
+
+
+@triton.jit
+def _shift(sums, peaks, highest, targets, M, start, real, ignore_index, SMOOTH: tl.constexpr, ROWS: tl.constexpr):
+    """Program i: makes the sums of ROWS rows relative to the maximum over all ranks, in place."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    mask = rows < M
+    move = tl.load(peaks + rows, mask, 0.0) - tl.load(highest + rows, mask, 0.0)
+    target = tl.load(targets + rows, mask, 0)
+    owned = (target >= start) & (target < start + real) & (target != ignore_index)
+    tl.store(sums + rows, tl.load(sums + rows, mask, 0.0) * tl.exp(move), mask)
+    tl.store(sums + M + rows, tl.load(sums + M + rows, mask, 0.0) + tl.where(owned, move, 0.0), mask)
+    if SMOOTH:
+        tl.store(sums + 2 * M + rows, tl.load(sums + 2 * M + rows, mask, 0.0) + move * real, mask)
+
+
+@triton.jit
+def _finish(
+    sums, highest, targets, loss, lse, M, vocab_size, ignore_index, smoothing, z_loss,
+    SMOOTH: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Program i: loss and lse of ROWS rows from the sums over all ranks."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    mask = rows < M
+    total = tl.zeros((ROWS,), tl.float32)
+    if SMOOTH:
+        total = tl.load(sums + 2 * M + rows, mask, 0.0)
+    value, row_lse = _loss(
+        tl.log(tl.load(sums + rows, mask, 1.0)), tl.load(highest + rows, mask, 0.0),
+        tl.load(sums + M + rows, mask, 0.0), total, tl.load(targets + rows, mask, 0),
+        ignore_index, vocab_size, smoothing, z_loss, SMOOTH,
+    )  # fmt: skip
+    tl.store(loss + rows, value, mask)
+    tl.store(lse + rows, row_lse, mask)
+
+
+@triton.jit
+def _gradient(
+    out, scales, logits, targets, lse, C, out_stride, scale_stride, stride, start, real, vocab_size, ignore_index,
+    smoothing, z_loss, COLS: tl.constexpr,
+):  # fmt: skip
+    """Program i: COLS columns of one row of out; zeros in padding columns and in ignored rows."""
+    across = tl.cdiv(C, COLS)
+    row = (tl.program_id(0) // across).to(tl.int64)
+    cols = (tl.program_id(0) % across) * COLS + tl.arange(0, COLS)
+    target = tl.load(targets + row)
+    counted = target != ignore_index
+    value = tl.load(logits + row * stride + cols, counted & (cols < real), float("-inf")).to(tl.float32)
+    row_lse = tl.load(lse + row)
+    scale = 1.0
+    if scales is not None:
+        scale = tl.load(scales + row * scale_stride).to(tl.float32)
+    gradient = scale * (1.0 + 2.0 * z_loss * row_lse) * tl.exp(value - row_lse) - scale * (smoothing / vocab_size)
+    gradient += tl.where(cols == target - start, scale * (smoothing - 1.0), 0.0)
+    gradient = tl.where(counted & (cols < real), gradient, 0.0)
+    tl.store(out + row * out_stride + cols, gradient.to(out.dtype.element_ty), cols < C)
+
+
+# --- launchers ---
+
+
+def row_losses(logits, targets, ignore_index, label_smoothing, z_loss, vocab_size, shard):
+    """logits (M, V/R), targets (M,) -> loss (M,), lse (M,), fp32."""
+    M, V = logits.shape
+    loss, lse = (empty((M,), torch.float32, logits.device) for _ in range(2))
+    config, smooth = configs.CROSS_ENTROPY, label_smoothing > 0
+    sizes = (M, V, logits.stride(0), shard.start, shard.real, vocab_size)
+    options = (ignore_index, label_smoothing, z_loss)
+    constants = {"config": config, "SMOOTH": smooth}
+    if shard.group is None:
+        launch(_forward, (M,), logits, targets, loss, lse, None, None, *sizes, *options, FINISH=True, **constants)
+        return loss, lse
+    peaks = empty((M,), torch.float32, logits.device)
+    sums = empty((3 if smooth else 2, M), torch.float32, logits.device)
+    launch(_forward, (M,), logits, targets, None, None, peaks, sums, *sizes, *options, FINISH=False, **constants)
+    highest = peaks.clone()
+    dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=shard.group)
+    rows = {"config": configs.ROW_SUMS, "SMOOTH": smooth}
+    grid = (cdiv(M, configs.ROW_SUMS.tiles["ROWS"]),)
+    launch(_shift, grid, sums, peaks, highest, targets, M, shard.start, shard.real, ignore_index, **rows)
+    dist.all_reduce(sums, group=shard.group)
+    launch(_finish, grid, sums, highest, targets, loss, lse, M, vocab_size, *options, **rows)
+    return loss, lse
+
+
+def write_gradient(out, scale, logits, targets, lse, ignore_index, label_smoothing, z_loss, vocab_size, shard):
+    """out (M, V/R) = scale d(row loss)/d(logits); `out` may be `logits`. scale (M,), or None for 1."""
+    M, C = out.shape
+    config = configs.CROSS_ENTROPY
+    strides = (out.stride(0), 0 if scale is None else scale.stride(0), logits.stride(0))
+    options = (shard.start, shard.real, vocab_size, ignore_index, label_smoothing, z_loss)
+    grid = (M * cdiv(C, config.tiles["COLS"]),)
+    launch(_gradient, grid, out, scale, logits, targets, lse, C, *strides, *options, config=config)
+
+
+def cross_entropy_forward(logits, targets, ignore_index, label_smoothing, z_loss, vocab_size, group):
+    """-> loss and lse, each of targets' shape, fp32."""
+    flat = targets.reshape(-1)
+    if INTERPRETED:
+        check_targets("cross_entropy", flat, ignore_index, vocab_size)
+    shard = shard_of(logits.shape[-1], vocab_size, group)
+    options = (ignore_index, label_smoothing, z_loss, vocab_size, shard)
+    loss, lse = row_losses(rows_of(logits), flat, *options)
+    return loss.view(targets.shape), lse.view(targets.shape)
+
+
+def cross_entropy_backward(dloss, logits, targets, lse, ignore_index, label_smoothing, z_loss, vocab_size, group):
+    """-> dlogits, like logits."""
+    dlogits = empty_like(logits)
+    V = logits.shape[-1]
+    options = (ignore_index, label_smoothing, z_loss, vocab_size, shard_of(V, vocab_size, group))
+    flat = (dloss.reshape(-1), rows_of(logits), targets.reshape(-1), lse.reshape(-1))
+    write_gradient(dlogits.view(-1, V), *flat, *options)
+    return dlogits
