@@ -15,8 +15,8 @@ import megakern as mk
 from megakern.kernels.torch import adamw as kernel
 from megakern.kernels.torch.adamw import join_master, split_master
 
-# Several blocks for the larger shapes. A multiple of the longest vector, as the real one: the fused kernel rounds the last
-# few elements of a call, which fill no vector, in another way.
+# Several blocks for the larger shapes. A multiple of the longest vector, as the real one: the fused kernel rounds the
+# last few elements of a call, which fill no vector, in another way.
 BLOCK = 64
 SHAPES = [(1,), (1, 64), (7, 13), (40, 9), (0, 4)]
 OPTIONS = {"lr": 3e-3, "betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.1}
