@@ -7,7 +7,7 @@ import torch
 
 import megakern as mk
 from megakern.ops.activation import KINDS
-from megakern.ops.linear import input_gradient, linear_reference, weight_gradient
+from megakern.ops.linear import accumulate_weight_gradient, input_gradient, linear_reference, weight_gradient
 from tests.closeness import assert_close_to_ref, assert_gradients_close
 
 # (leading shape of x, K, N): smallest, one row, primes, a tile and its neighbours, no rows, a vector.
@@ -68,7 +68,7 @@ def test_bias_gradient_accumulates_in_fp32():
     """2^14 rows of 1 + 2^-7: a bf16 running sum would stop at 256."""
     dy = torch.full((1 << 14, 2), 1 + 2**-7, dtype=torch.bfloat16)
     for dtype in (torch.bfloat16, torch.float32):
-        _, dbias = weight_gradient(dy, dy, dtype, False, "torch")
+        _, dbias = weight_gradient(dy, dy, None, dtype, "torch")
         assert dbias.dtype == dtype
         torch.testing.assert_close(dbias.double(), dy.double().sum(0), rtol=2**-8, atol=0)
 
@@ -129,7 +129,10 @@ def test_opcheck(activation, extra):
     torch.library.opcheck(torch.ops.megakern.linear.default, arguments)
     dy = torch.randn(3, 5, 6)
     torch.library.opcheck(input_gradient, (dy, v["weight"].detach(), "torch"))
-    torch.library.opcheck(weight_gradient, (dy, v["x"].detach(), torch.float32 if extra else None, True, "torch"))
+    torch.library.opcheck(
+        weight_gradient, (dy, v["x"].detach(), torch.float32, torch.float32 if extra else None, "torch")
+    )
+    torch.library.opcheck(accumulate_weight_gradient, (torch.zeros(6, 7), dy, v["x"].detach(), "torch"))
 
 
 def test_compiles_in_one_graph():

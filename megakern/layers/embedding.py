@@ -21,13 +21,37 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from megakern.layers.parallel_linear import column_parallel_linear
 from megakern.layers.parameter import Normal, add_parameter, initialize_standalone, local
+from megakern.ops.gradients import target_of
 from megakern.ops.linear_cross_entropy import linear_cross_entropy
 from megakern.parallel.collectives import gather_from_tensor_parallel
 from megakern.parallel.context import ParallelContext
+
+
+class _WideLookUp(torch.autograd.Function):
+    """Rows of a narrow weight, whose gradient is summed in another dtype: a token that comes often loses nothing."""
+
+    @staticmethod
+    def forward(ctx, indices, weight, dtype):
+        ctx.rows, ctx.dtype = weight.shape[0], dtype
+        ctx.save_for_backward(indices)
+        return F.embedding(indices, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        (indices,) = ctx.saved_tensors
+        return None, torch.ops.aten.embedding_dense_backward(dy.to(ctx.dtype), indices, ctx.rows, -1, False), None
+
+
+def _look_up(indices: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """indices (...) int64, weight (V, C) -> (..., C); the gradient of weight in its `GradientTarget`'s dtype."""
+    dtype = target_of(weight).dtype
+    return F.embedding(indices, weight) if dtype == weight.dtype else _WideLookUp.apply(indices, weight, dtype)
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -62,10 +86,10 @@ class VocabParallelEmbedding(nn.Module):
         self._check(tokens)
         weight = local(self.weight)
         if self.region.group is None:
-            return F.embedding(tokens, weight)
+            return _look_up(tokens, weight)
         row = tokens - self.first_row
         others = (row < 0) | (row >= weight.shape[0])
-        rows = F.embedding(row.masked_fill(others, 0), weight)
+        rows = _look_up(row.masked_fill(others, 0), weight)
         return self.region.leave(rows.masked_fill(others.unsqueeze(-1), 0.0))
 
     def _check(self, tokens: torch.Tensor) -> None:
@@ -105,7 +129,7 @@ class PositionEmbedding(nn.Module):
 
     def forward(self, positions: torch.Tensor) -> torch.Tensor:
         own = self.region.own_tokens(positions, -1)
-        return F.embedding(own, local(self.weight, partial=self.region.shards_sequence))
+        return _look_up(own, local(self.weight, partial=self.region.shards_sequence))
 
 
 def vocab_parallel_logits(
@@ -133,7 +157,7 @@ def vocab_parallel_loss(
     region = parallel.tensor_region
     return linear_cross_entropy(
         region.enter(x),
-        local(weight).to(x.dtype),
+        local(weight),
         targets,
         reduction=reduction,
         group=region.group,

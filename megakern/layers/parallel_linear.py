@@ -21,6 +21,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from megakern.ops.activation import activation_backward
+from megakern.ops.gradients import target_of
 from megakern.ops.linear import forward_pieces, input_gradient, linear, parameter_gradients
 from megakern.parallel.collectives import (
     start_all_reduce,
@@ -35,6 +36,7 @@ class _ColumnParallel(torch.autograd.Function):
     def forward(ctx, x, group, sequence, activation, *parameters):
         weights, biases = parameters[0::2], parameters[1::2]
         ctx.group, ctx.sequence, ctx.activation = group, sequence, activation
+        ctx.targets = [target_of(weight) for weight in weights]
         ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in biases]
         whole = start_gather_sequence(x, group).wait() if sequence else x
         outputs, pres = [], []
@@ -65,16 +67,17 @@ class _ColumnParallel(torch.autograd.Function):
         if needs_x:
             leaving = (start_reduce_scatter_sequence if ctx.sequence else start_all_reduce)(dx, ctx.group)
         gradients = []
-        for i, (dz, weight) in enumerate(zip(dys, weights, strict=True)):
+        for i, dz in enumerate(dys):
+            target = ctx.targets[i] if needs_weights[i] else None
             bias_dtype = ctx.bias_dtypes[i] if needs_biases[i] else None
-            gradients += parameter_gradients(dz, x, weight.dtype if needs_weights[i] else None, bias_dtype, ctx.backend)
+            gradients += parameter_gradients(dz, x, target, bias_dtype, ctx.backend)
         return leaving.wait() if leaving is not None else None, None, None, None, *gradients
 
 
 class _RowParallel(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, group, sequence):
-        ctx.group, ctx.sequence = group, sequence
+        ctx.group, ctx.sequence, ctx.target = group, sequence, target_of(weight)
         y, _, ctx.backend = forward_pieces(x, weight, None, None, keep=False)
         ctx.save_for_backward(x, weight)
         return (start_reduce_scatter_sequence if sequence else start_all_reduce)(y, group).wait()
@@ -86,7 +89,7 @@ class _RowParallel(torch.autograd.Function):
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         dy = start_gather_sequence(dy, ctx.group).wait() if ctx.sequence else dy
         dx = input_gradient(dy, weight.to(dy.dtype), ctx.backend) if needs_x else None
-        dweight, _ = parameter_gradients(dy, x, weight.dtype if needs_weight else None, None, ctx.backend)
+        dweight, _ = parameter_gradients(dy, x, ctx.target if needs_weight else None, None, ctx.backend)
         return dx, dweight, None, None
 
 

@@ -5,6 +5,10 @@ columns. Under tp > 1 the others are DTensors with `Replicate()`, so that one op
 kind of parameter; on one rank all are plain tensors. Layers compute on `local(parameter)` and call the collectives
 themselves.
 
+After `accumulate_in_fp32` gradients of all parameters are summed over micro-batches in fp32, also those of bf16
+parameters, and linear layers add to the sum in place. `Tensor.grad_dtype` allows such gradients on the leaf, and on the
+slice that a layer reads.
+
 The value of each element is a function of (seed, the parameter's full name, its logical index), so that every layout
 starts from the same model, bit for bit, and each rank computes its slice alone.
 """
@@ -15,8 +19,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
+from megakern.ops.gradients import GradientTarget
 from megakern.parallel.blocks import blocks_of, local_of
 from megakern.parallel.context import ParallelContext
 from megakern.parallel.random import fill_normal, fold
@@ -71,9 +78,59 @@ def local(parameter: torch.Tensor | None, *, partial: bool = False) -> torch.Ten
     partial: each rank uses a replicated parameter on data of its own, so the gradient is this rank's part of a sum. It
     goes back as `Partial()`; `finish_gradients` adds the parts up once a step (FSDP2 does it before its own reduction).
     """
+    if getattr(parameter, "accumulates", False) and torch.is_grad_enabled():
+        value = _Local.apply(parameter, parameter.grad_dtype, partial)
+        if parameter.ndim >= 2:
+            value.gradient_target = GradientTarget(parameter.grad_dtype, None if partial else parameter)
+        return value
     if not isinstance(parameter, DTensor):
         return parameter
     return parameter.to_local(grad_placements=[Partial()] if partial else None)
+
+
+class _Local(torch.autograd.Function):
+    """parameter -> this rank's slice: a matrix is the same memory, a vector a copy in the gradient's dtype."""
+
+    @staticmethod
+    def forward(ctx, parameter, dtype, partial):
+        ctx.set_materialize_grads(False)
+        ctx.spec = None
+        if isinstance(parameter, DTensor):
+            placements = [Partial()] if partial else parameter.placements
+            ctx.spec = (parameter.device_mesh, placements, parameter.shape, parameter.stride())
+        value = local_of(parameter)
+        value = value.to(dtype) if parameter.ndim < 2 else value
+        value.grad_dtype = dtype
+        return value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dvalue):
+        if dvalue is None or ctx.spec is None:
+            return dvalue, None, None
+        mesh, placements, shape, stride = ctx.spec
+        gradient = DTensor.from_local(dvalue, mesh, placements, run_check=False, shape=shape, stride=stride)
+        return gradient, None, None
+
+
+def accumulate_in_fp32(module: nn.Module) -> None:
+    """From now on gradients of the floating parameters below `module` are accumulated in fp32 (fp64 for fp64).
+
+    `.grad` is fp32 whatever the parameter's dtype: use an optimizer that allows this, as `mk.AdamW`. Linear layers add
+    later micro-batches to `.grad` in place and give autograd nothing, so hooks on a gradient miss those, and only
+    `backward()` may be used, not `torch.autograd.grad` with respect to a parameter.
+    Under FSDP2 this holds for the gathered parameters; after its reduction the shard's gradient has the shard's dtype.
+    Call it after `fully_shard`. All ranks must call it.
+    """
+    sharded = [child for child in module.modules() if isinstance(child, FSDPModule)]
+    for child in sharded:
+        child.unshard()
+    for parameter in module.parameters():
+        wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+        parameter.grad_dtype = wide
+        parameter.accumulates = True
+    for child in sharded:
+        child.reshard()
 
 
 def initialize(module: nn.Module, seed: int) -> None:

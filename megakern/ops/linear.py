@@ -11,6 +11,11 @@ dx and dweight are separate ops, so that a collective on dx can run beside the p
 made in fp32. Saved for backward: weight if x needs a gradient, x if weight does, the pre-activation if there is an
 activation. A weight in fp32 for narrower x is saved as it is and cast again in backward, so that no cast copy of every
 weight of a model lives from forward to backward. Nothing crosses ranks.
+
+dweight goes where the weight's `GradientTarget` says (gradients.py). Where an fp32 gradient is there already from an
+earlier micro-batch, dz^T x is added to it in place and no dweight is made. On CUDA the product of bf16 or fp16 operands
+goes into fp32 unrounded. No CPU library that PyTorch calls offers that: there each micro-batch's product is rounded to
+x's dtype once, and the sum over micro-batches is made in fp32.
 """
 
 from __future__ import annotations
@@ -21,6 +26,7 @@ import torch.nn.functional as F
 from megakern.ops import checks
 from megakern.ops.activation import KINDS, activation_backward, activation_reference
 from megakern.ops.dispatch import Problem, describes, launcher, register, resolve
+from megakern.ops.gradients import GradientTarget, target_of
 
 
 def linear_reference(x, weight, bias=None, *, activation=None, residual=None):
@@ -71,12 +77,13 @@ def _input_gradient(dy, weight, backend):
     return launcher(backend, "linear", "linear_input_gradient")(dy, weight)
 
 
-def _weight_gradient(dy, x, bias_dtype, with_weight, backend):
-    return launcher(backend, "linear", "linear_weight_gradient")(dy, x, bias_dtype, with_weight)
+def _weight_gradient(dy, x, weight_dtype, bias_dtype, backend):
+    return launcher(backend, "linear", "linear_weight_gradient")(dy, x, weight_dtype, bias_dtype)
 
 
-def _weight_gradient_fake(dy, x, bias_dtype, with_weight, backend):
-    dweight = dy.new_empty((dy.shape[-1], x.shape[-1]) if with_weight else 0)
+def _weight_gradient_fake(dy, x, weight_dtype, bias_dtype, backend):
+    with_weight = weight_dtype is not None
+    dweight = dy.new_empty((dy.shape[-1], x.shape[-1]) if with_weight else 0, dtype=weight_dtype or dy.dtype)
     return dweight, dy.new_empty(0) if bias_dtype is None else dy.new_empty(dy.shape[-1], dtype=bias_dtype)
 
 
@@ -87,37 +94,48 @@ input_gradient = register(
     fake=lambda dy, weight, backend: dy.new_empty((*dy.shape[:-1], weight.shape[1])),
 )
 
-# bias_dtype None: no gradient of a bias. Without with_weight, x is not read.
+# A dtype of None: that gradient is not wanted. Without that of the weight, x is not read.
 weight_gradient = register(
     "linear_weight_gradient",
-    "(Tensor dy, Tensor x, ScalarType? bias_dtype, bool with_weight, str backend) -> (Tensor, Tensor)",
+    "(Tensor dy, Tensor x, ScalarType? weight_dtype, ScalarType? bias_dtype, str backend) -> (Tensor, Tensor)",
     forward=_weight_gradient,
     fake=_weight_gradient_fake,
+)
+
+accumulate_weight_gradient = register(
+    "linear_accumulate_weight_gradient",
+    "(Tensor(a!) into, Tensor dy, Tensor x, str backend) -> ()",
+    forward=lambda into, dy, x, backend: launcher(backend, "linear", "linear_accumulate_weight_gradient")(into, dy, x),
+    fake=lambda into, dy, x, backend: None,
 )
 
 
 def parameter_gradients(
     dz: torch.Tensor,
     x: torch.Tensor,
-    weight_dtype: torch.dtype | None,
+    target: GradientTarget | None,
     bias_dtype: torch.dtype | None,
     backend: str,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """dweight (N, K) and dbias (N,) of z = x W^T + b in the given dtypes, None for a dtype of None.
+    """dweight (N, K) and dbias (N,) of z = x W^T + b in their dtypes; None for a target or dtype of None.
 
-    Every linear layer's gradients of parameters are made here. x is read only where dweight is wanted.
+    Every linear layer's gradients of parameters are made here. Where `target` has an accumulated gradient, dweight is
+    added to it, and None is returned. x is read only where dweight is wanted.
     """
+    into = None if target is None else target.accumulated()
+    if into is not None:
+        accumulate_weight_gradient(into, dz, x, backend)
+    weight_dtype = None if target is None or into is not None else target.dtype
     if weight_dtype is None and bias_dtype is None:
         return None, None
-    with_weight = weight_dtype is not None
-    dweight, dbias = weight_gradient(dz, x if with_weight else dz, bias_dtype, with_weight, backend)
-    return dweight.to(weight_dtype) if with_weight else None, dbias if bias_dtype is not None else None
+    dweight, dbias = weight_gradient(dz, dz if weight_dtype is None else x, weight_dtype, bias_dtype, backend)
+    return dweight if weight_dtype is not None else None, dbias if bias_dtype is not None else None
 
 
 def _setup_context(ctx, inputs, output):
     x, weight, bias, _, ctx.activation, _, ctx.backend = inputs
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-    ctx.weight_dtype, ctx.bias_dtype = weight.dtype if needs_weight else None, bias.dtype if needs_bias else None
+    ctx.target, ctx.bias_dtype = target_of(weight) if needs_weight else None, bias.dtype if needs_bias else None
     ctx.save_for_backward(
         x if needs_weight else None, weight if needs_x else None, output[1] if ctx.activation else None
     )
@@ -135,7 +153,7 @@ def _autograd_backward(ctx, dy, _dpre):
         dz = activation_backward(dy, pre, ctx.activation, ctx.backend) if ctx.activation else dy
         if needs_x:
             dx = input_gradient(dz, weight.to(dz.dtype), ctx.backend)
-        dweight, dbias = parameter_gradients(dz, x, ctx.weight_dtype, ctx.bias_dtype, ctx.backend)
+        dweight, dbias = parameter_gradients(dz, x, ctx.target, ctx.bias_dtype, ctx.backend)
     return dx, dweight, dbias, dy if needs_residual else None, None, None, None
 
 

@@ -28,11 +28,12 @@ from megakern.ops.cross_entropy import (
     whole_vocabulary,
 )
 from megakern.ops.dispatch import Problem, describes, launcher, register, resolve
+from megakern.ops.gradients import target_of
 
 
 def linear_cross_entropy_reference(x, weight, targets, **options):
     """The whole vocabulary on one rank; options as in `cross_entropy_reference`."""
-    return cross_entropy_reference(x @ weight.t(), targets, **options)
+    return cross_entropy_reference(x @ weight.to(x.dtype).t(), targets, **options)
 
 
 def _check(x, weight, targets) -> None:
@@ -45,7 +46,8 @@ def _check(x, weight, targets) -> None:
             f"linear_cross_entropy: x must have shape (..., K) with K = {weight.shape[1]} of weight (V, K), "
             f"got {tuple(x.shape)}; weight is (out, in), as in torch.nn.Linear"
         )
-    checks.floating("linear_cross_entropy", x=x, weight=weight)
+    checks.floating("linear_cross_entropy", x=x)
+    checks.same_or_fp32("linear_cross_entropy", "x", x, weight=weight)
     checks.shape("linear_cross_entropy", "targets", targets, tuple(x.shape[:-1]), "(...) of x (..., K)")
     checks.same_device("linear_cross_entropy", "x", x, "targets", targets)
 
@@ -88,7 +90,7 @@ def _empty_gradients(x, weight, with_dx, with_dweight, dweight_dtype):
 def _sum(x, weight, targets, with_dx, with_dweight, *options):
     *options, backend = options
     launch = launcher(backend, "linear_cross_entropy", "linear_cross_entropy_sum")
-    return launch(x, weight, targets, with_dx, with_dweight, *options)
+    return launch(x, weight.to(x.dtype), targets, with_dx, with_dweight, *options)
 
 
 def _sum_fake(x, weight, targets, with_dx, with_dweight, *options):
@@ -97,7 +99,7 @@ def _sum_fake(x, weight, targets, with_dx, with_dweight, *options):
 
 def _sum_setup_context(ctx, inputs, output):
     _, dx, dweight = output
-    ctx.weight_dtype = inputs[1].dtype
+    ctx.weight_dtype = target_of(inputs[1]).dtype
     ctx.save_for_backward(dx, dweight)
     ctx.mark_non_differentiable(dx, dweight)
     ctx.set_materialize_grads(False)
@@ -132,7 +134,9 @@ _linear_cross_entropy_sum = register(
 
 def _rows(x, weight, targets, *options):
     *options, backend = options
-    return launcher(backend, "linear_cross_entropy", "linear_cross_entropy_rows")(x, weight, targets, *options)
+    return launcher(backend, "linear_cross_entropy", "linear_cross_entropy_rows")(
+        x, weight.to(x.dtype), targets, *options
+    )
 
 
 def _rows_fake(x, weight, targets, *options):
@@ -143,11 +147,11 @@ def _rows_fake(x, weight, targets, *options):
 def _rows_backward(dloss, x, weight, targets, lse, with_dx, with_dweight, *options):
     *options, backend = options
     launch = launcher(backend, "linear_cross_entropy", "linear_cross_entropy_rows_backward")
-    return launch(dloss, x, weight, targets, lse, with_dx, with_dweight, *options)
+    return launch(dloss, x, weight.to(x.dtype), targets, lse, with_dx, with_dweight, *options)
 
 
 def _rows_backward_fake(dloss, x, weight, targets, lse, with_dx, with_dweight, *options):
-    return _empty_gradients(x, weight, with_dx, with_dweight, weight.dtype)
+    return _empty_gradients(x, weight, with_dx, with_dweight, _wide(x))
 
 
 _linear_cross_entropy_rows_backward = register(
@@ -161,6 +165,7 @@ _linear_cross_entropy_rows_backward = register(
 
 def _rows_setup_context(ctx, inputs, output):
     x, weight, targets, *ctx.options = inputs
+    ctx.weight_dtype = target_of(weight).dtype
     _, lse = output
     ctx.save_for_backward(x, weight, targets, lse)
     ctx.mark_non_differentiable(lse)
@@ -172,7 +177,7 @@ def _rows_autograd_backward(ctx, dloss, _dlse):
     if dloss is None:
         return (None,) * 9
     dx, dweight = _linear_cross_entropy_rows_backward(dloss, *ctx.saved_tensors, needs_x, needs_weight, *ctx.options)
-    return dx if needs_x else None, dweight if needs_weight else None, *([None] * 7)
+    return dx if needs_x else None, dweight.to(ctx.weight_dtype) if needs_weight else None, *([None] * 7)
 
 
 _linear_cross_entropy_rows = register(
@@ -200,7 +205,7 @@ def linear_cross_entropy(
 ) -> torch.Tensor:
     """Cross-entropy of x W^T against class indices, in chunks of rows; fp32 (fp64 for fp64).
 
-    x (..., K), weight (V, K) of one floating dtype, targets (...) int64. With `group`, weight is (V/R, K), this rank's
+    x (..., K), weight (V, K) of x's dtype or fp32, targets (...) int64. With `group`, weight is (V/R, K), this rank's
     equal part of the vocabulary, x and targets are the same on all ranks, and the gradient of x is this rank's partial
     sum. Other options and errors are those of `cross_entropy`. Returns a scalar, or (...) for reduction "none".
     """

@@ -50,11 +50,33 @@ def linear_input_gradient(dy, weight):
     return torch.mm(dy.reshape(-1, dy.shape[-1]), weight).view(*dy.shape[:-1], weight.shape[1])
 
 
-def linear_weight_gradient(dy, x, bias_dtype, with_weight):
-    """-> dweight (N, K) or empty, dbias (N,) of bias_dtype or empty (None). Sums over rows accumulate in fp32."""
+def linear_weight_gradient(dy, x, weight_dtype, bias_dtype):
+    """-> dweight (N, K), dbias (N,) of these dtypes, or empty (None). Sums over rows accumulate in fp32."""
     rows = dy.reshape(-1, dy.shape[-1])  # (M, N)
-    dweight = torch.mm(rows.t(), x.reshape(-1, x.shape[-1])) if with_weight else dy.new_empty(0)
+    dweight = dy.new_empty(0)
+    if weight_dtype is not None:
+        columns = x.reshape(-1, x.shape[-1])
+        if _unrounded(rows, weight_dtype):
+            dweight = torch.mm(rows.t(), columns, out_dtype=weight_dtype)
+        else:
+            dweight = torch.mm(rows.t(), columns).to(weight_dtype)
     if bias_dtype is None:
         return dweight, dy.new_empty(0)
     dbias = native.column_sum(rows).to(bias_dtype) if native.takes(rows) else rows.sum(0, dtype=bias_dtype)
     return dweight, dbias
+
+
+def linear_accumulate_weight_gradient(into, dy, x):
+    """into (N, K) += dy^T x, in the dtype of `into`."""
+    rows, columns = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+    if into.dtype == rows.dtype:
+        into.addmm_(rows.t(), columns)
+    elif _unrounded(rows, into.dtype):
+        torch.addmm(into, rows.t(), columns, out_dtype=into.dtype, out=into)
+    else:
+        into.add_(torch.mm(rows.t(), columns))
+
+
+def _unrounded(operand, dtype):
+    """Can a product of such operands be written in `dtype` without a rounding to their own? (cuBLAS only.)"""
+    return operand.is_cuda and dtype == torch.float32 and operand.dtype in (torch.bfloat16, torch.float16)

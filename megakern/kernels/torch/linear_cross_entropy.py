@@ -83,11 +83,11 @@ def linear_cross_entropy_rows(x, weight, targets, *options):
 
 
 def linear_cross_entropy_rows_backward(dloss, x, weight, targets, lse, with_dx, with_dweight, *options):
-    """-> dx (..., K) or empty, dweight (V/R, K) or empty, in the dtype of x. The logits are computed again."""
+    """-> dx (..., K) of x's dtype or empty, dweight (V/R, K) in fp32 or empty. The logits are computed again."""
     problem = _Problem(x, weight, targets, *options)
     scale, lse = dloss.reshape(-1), lse.view(-1)
     gradients = _Gradients(problem, x, weight, with_dx, with_dweight)
     for chunk, logits in problem.chunks():
         write_gradient(logits, scale[chunk], logits, problem.targets[chunk], lse[chunk], *problem.options)
         gradients.add(chunk, logits)
-    return gradients.dx, gradients.dweight.to(weight.dtype)
+    return gradients.dx, gradients.dweight
