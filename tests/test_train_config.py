@@ -59,6 +59,7 @@ def test_overrides_are_toml_values():
         ("[train]\nbatch = 6\nmicro_batch = 4\n", [], "train.batch = 6 must be a multiple of train.micro_batch = 4"),
         ('[train]\nprecision = "fp8"\n', [], "train.precision must be one of auto, fp32, bf16, fp16, got 'fp8'"),
         ('[optimizer]\nschedule = "cos"\n', [], "optimizer.schedule must be one of"),
+        ('[train]\non_save_error = "go"\n', [], "train.on_save_error must be one of stop, continue, got 'go'"),
         ("[optimizer]\nlr = -1.0\n", [], "optimizer.lr must be above 0"),
         ("[optimizer]\nbeta1 = 1.0\n", [], r"optimizer.beta1 must be in \[0, 1\)"),
         ("[parallel]\ntp = 0\n", [], "parallel.tp must be 1 or more"),

@@ -21,6 +21,7 @@ else:
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
 RECOMPUTE = ("none", "full")
+ON_SAVE_ERROR = ("stop", "continue")
 STATE_DTYPES = ("float32", "bfloat16")
 
 
@@ -127,6 +128,10 @@ class TrainConfig:
     """Steps between checkpoints. 0: only at the end, and when interrupted."""
     keep: int = 2
     """Checkpoints to keep, at least 2: the newest and one to fall back to."""
+    async_save: bool = False
+    """Copy what is saved to host memory, and write it in a thread while training goes on. Takes one more copy of it."""
+    on_save_error: str = "stop"
+    """stop, or continue: what a checkpoint that cannot be written means. The last one of a run always stops."""
     max_skipped: int = 20
     """Steps in a row with a non-finite gradient, all skipped, after which the run ends with exit code 3."""
 
@@ -141,7 +146,7 @@ class TrainConfig:
             self.micro_batch is None or (self.micro_batch >= 1 and self.batch % self.micro_batch == 0),
             f"train.batch = {self.batch} must be a multiple of train.micro_batch = {self.micro_batch}",
         )
-        for name, allowed in (("precision", PRECISIONS), ("recompute", RECOMPUTE)):
+        for name, allowed in (("precision", PRECISIONS), ("recompute", RECOMPUTE), ("on_save_error", ON_SAVE_ERROR)):
             value = getattr(self, name)
             require(value in allowed, f"train.{name} must be one of {', '.join(allowed)}, got {value!r}")
 

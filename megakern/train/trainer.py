@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megakern.data.files import DataError
 from megakern.data.loader import Loader, validation_batches
 from megakern.data.manifest import PreparedData
 from megakern.layers.dropout import DropoutKey
@@ -23,6 +24,7 @@ from megakern.train import checkpoint, machine
 from megakern.train.config import RunConfig, as_table
 from megakern.train.launch import StopRequest
 from megakern.train.metrics import MetricsFile, ProgressLine
+from megakern.train.saver import Saver
 from megakern.train.scaler import LossScaler
 from megakern.train.schedule import learning_rate
 from megakern.train.summary import Summary
@@ -60,7 +62,7 @@ class Trainer:
         self.updates = 0  # steps that were not skipped
         self.samples = 0  # sequences consumed: the position in the data, and all the state the loader has
         self.skipped_in_a_row = 0
-        self.saved: Path | None = None  # the checkpoint of this step or of an earlier one
+        self.saver = Saver(run / "ckpt", parallel, config.train, config.parallel, self._log_failed_save)
         self._restore()
         first = parallel.world_rank == 0
         self.metrics = MetricsFile(run / "metrics.jsonl", self.step) if first else None
@@ -73,16 +75,33 @@ class Trainer:
 
     def fit(self, stop: StopRequest) -> int:
         """Train to the last step; returns 0, or the number of the signal that stopped it (a checkpoint is saved)."""
+        try:
+            number = self._loop(stop)
+        except (NonFiniteError, DataError) as error:  # on every rank: what was staged is still worth having
+            self.saver.wait_after(error)
+            raise
+        if number:
+            return number
+        if self.progress:
+            self.progress.end()
+        self.saver.wait()
+        if self.saved is None or self.saved.name != checkpoint.folder_name(self.step):
+            self.save(last=True)
+        self._finish()
+        return 0
+
+    def _loop(self, stop: StopRequest) -> int:
         settings = self.config.train
         while self.step < settings.steps:
             self._train_step()
             # Before anything is saved: ranks that did not make the same collectives may hold garbage.
             number = stop.agreed(self.parallel)
+            self.saver.poll()
             # Evaluation first: killed between the two, a resumed run makes both again, and no record is missing.
             if settings.eval_every and self.step % settings.eval_every == 0 and self.step < settings.steps:
                 self._log_evaluation(self.evaluate(settings.eval_batches))
             if number:
-                self.save()
+                self.save(last=True)
                 self._say(
                     f"stopped by signal {number} after step {self.step} of {settings.steps}; saved {self.saved}\n"
                     f"resume with: megakern train --resume {self.run}"
@@ -90,11 +109,6 @@ class Trainer:
                 return number
             if settings.save_every and self.step % settings.save_every == 0 and self.step < settings.steps:
                 self.save()
-        if self.progress:
-            self.progress.end()
-        if self.saved is None or self.saved.name != checkpoint.folder_name(self.step):
-            self.save()
-        self._finish()
         return 0
 
     def _train_step(self) -> None:
@@ -173,8 +187,13 @@ class Trainer:
                     tensors[f"optimizer.{key}.{names[parameter]}"] = value
         return tensors
 
-    def save(self) -> None:
-        """Write RUN/ckpt/step-XXXXXXXX; everything a resume needs is in it."""
+    @property
+    def saved(self) -> Path | None:
+        """The newest checkpoint that is known to be complete: of this step, or of an earlier one."""
+        return self.saver.saved
+
+    def save(self, *, last: bool = False) -> None:
+        """Write RUN/ckpt/step-XXXXXXXX, or begin to; everything a resume needs is in it. `last`: see `Saver.save`."""
         trace.phase(f"saving after step {self.step}")
         state = {
             "step": self.step,
@@ -185,9 +204,7 @@ class Trainer:
             "config": {name: part for name, part in as_table(self.config).items() if name != "data"},  # no local paths
             "tokenizer_sha256": self.data.tokenizer.sha256,
         }
-        self.saved = checkpoint.save(
-            self.run / "ckpt", self.step, self._tensors(), state, self.parallel, keep=self.config.train.keep
-        )
+        self.saver.save(self.step, self._tensors(), state, last=last)
 
     def _restore(self) -> None:
         trace.phase("loading the newest checkpoint")
@@ -203,7 +220,7 @@ class Trainer:
         self.skipped_in_a_row = state["skipped_in_a_row"]
         if self.scaler:
             self.scaler.restore(state["scaler"])
-        self.saved = path
+        self.saver.saved = path
         if self.parallel.world_rank == 0:
             print(f"resumed from {path} at step {self.step}", flush=True)
 
@@ -249,6 +266,10 @@ class Trainer:
             mfu=rate * flops["causal"] / self.peak,
             left=(settings.steps - self.step) * tokens / self.tokens_per_second,
         )
+
+    def _log_failed_save(self, step: int, error: checkpoint.CheckpointWriteError) -> None:
+        if self.metrics:
+            self.metrics.write(kind="save", step=step - 1, failed=True, failures=self.saver.failures, error=str(error))
 
     def _log_evaluation(self, loss: float, **more: float) -> None:
         if self.metrics:
