@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 
@@ -17,6 +18,16 @@ from tests.closeness import assert_close_to_ref, assert_gradients_close
 
 SEED = 0x5EED
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+pytestmark = pytest.mark.usefixtures("with_and_without_cpu_kernels", "products_in_fp32")
+
+
+@pytest.fixture
+def products_in_fp32(monkeypatch):
+    """For bf16 too, so that every machine runs the same tests. `test_products_in_bf16` turns this off."""
+    product_dtype = functools.cache(lambda dtype: torch.promote_types(dtype, torch.float32))
+    product_dtype.__wrapped__ = kernel.product_dtype.__wrapped__
+    monkeypatch.setattr(kernel, "product_dtype", product_dtype)
 
 
 def make(B, T, S, H, Hkv, D, dtype=torch.float32, seed=0):
@@ -75,7 +86,7 @@ OPTIONS = [
     {},
     {"causal": False},
     {"window": (3, None)},
-    {"window": (0, 0), "causal": False},
+    {"window": (0, 1), "causal": False},
     {"window": (2, 7), "causal": False},
     {"window": (None, 4), "causal": False},
     {"window": (6, 5)},  # causal makes right 0
@@ -99,6 +110,17 @@ def test_options_with_default_tiles(options):
 @pytest.mark.parametrize("options", OPTIONS)
 def test_options_of_one_row(options):
     check(make(2, 1, 20, 4, 2, 8), **options)
+
+
+def test_rows_that_see_one_key():
+    """The probability is 1 whatever the score, so the output is v and no gradient reaches q and k."""
+    v = {name: x.requires_grad_() for name, x in make(2, 21, 21, 2, 1, 8).items()}
+    out = mk.attention(**v, causal=False, window=(0, 0))
+    out.sum().backward()
+    torch.testing.assert_close(out, v["v"].expand_as(out), rtol=1e-6, atol=0)
+    torch.testing.assert_close(v["v"].grad, torch.full_like(v["v"], 2.0), rtol=1e-6, atol=0)
+    for name in "qk":
+        assert v[name].grad.abs().max() < 1e-5, "against 1 for the gradient of the output"
 
 
 def test_the_fused_kernel_is_chosen_only_where_its_mask_is_ours():

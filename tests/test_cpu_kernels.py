@@ -12,7 +12,7 @@ import torch
 
 import megakern as mk
 from megakern import doctor
-from megakern.kernels.torch import activation, linear, native
+from megakern.kernels.torch import activation, attention, linear, native
 from megakern.ops.activation import KINDS, activation_reference
 from megakern.ops.linear import linear_reference
 from tests.closeness import assert_close_to_ref
@@ -169,6 +169,118 @@ def test_rounding_to_bf16_is_that_of_torch():
     torch.testing.assert_close(z[0], bias.to(torch.bfloat16) + 0.0, rtol=0, atol=0, equal_nan=True)
 
 
+# --- attention ---
+
+# (B, T, S, H, Hkv, D): one block of queries and of keys, one row or key more, less; primes; groups; head dims that are
+# no multiple of a vector and that need each number of vectors in a product.
+ATTENTION_SHAPES = [
+    (1, 8, 8, 1, 1, 8),
+    (2, 32, 64, 2, 1, 64),
+    (1, 33, 65, 3, 3, 32),
+    (1, 63, 127, 2, 2, 128),
+    (2, 131, 131, 4, 2, 80),
+    (1, 101, 47, 3, 1, 112),
+    (1, 40, 40, 1, 1, 13),
+    (1, 40, 72, 2, 1, 96),
+]
+PRODUCTS = [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)]
+ATTENTION_OPTIONS = [
+    {},
+    {"causal": False},
+    {"window": (9, 0)},
+    {"window": (5, 70), "causal": False},
+    {"dropout_p": 0.25, "seed": 77, "dropout_offset": (3, 5)},
+    {"scale": -0.2},
+]
+
+
+@needs_kernels
+@pytest.mark.parametrize("options", ATTENTION_OPTIONS)
+@pytest.mark.parametrize("shape", ATTENTION_SHAPES)
+@pytest.mark.parametrize(
+    "dtype, product", [(torch.float32,) * 2, (torch.bfloat16, torch.float32), (torch.bfloat16,) * 2]
+)
+def test_attention(monkeypatch, shape, options, dtype, product):
+    """Against float64 composites, whose masks and gradients test_attention.py checks; as good as fp32 or bf16 ones."""
+    if product == torch.bfloat16 and "avx512_bf16" not in native.features():
+        pytest.skip("this processor lacks AVX512-BF16")
+    monkeypatch.setattr(attention, "product_dtype", lambda dtype: dtype if dtype == torch.float64 else product)
+    B, T, S, H, Hkv, D = shape
+    inputs = [draw(B, T, H, D, scale=1.5), draw(B, S, Hkv, D, seed=1), draw(B, S, Hkv, D, seed=2)]
+    values = [x.to(dtype) for x in inputs]
+    dout = draw(B, T, H, D, seed=3).to(dtype)
+
+    def run(dtype):
+        leaves = [x.to(dtype).requires_grad_() for x in values]
+        out, lse = mk.attention(*leaves, **options, return_lse=True)
+        gradients = torch.autograd.grad(out, leaves, dout.to(dtype))
+        return [out.detach(), lse.masked_fill(lse == -torch.inf, -9.0), *gradients]
+
+    ours = same_bits_with_three_threads(lambda: run(dtype))
+    with native.composites_only():
+        reference, composite = run(torch.float64), run(dtype)
+    for name, *results in zip(["out", "lse", "dq", "dk", "dv"], ours, reference, composite, strict=True):
+        # As in all flash attention, sum_j p dp is made from the rounded output: with few keys that shows.
+        floor = 4e-2 if dtype == torch.bfloat16 and name in ("dq", "dk") and S < 16 else None
+        assert_close_to_ref(*results, name=name, floor=floor)
+
+
+@needs_kernels
+def test_attention_takes_strides_and_does_not_write_beside_its_outputs():
+    """Views of one fused tensor, an expanded value, a transposed key; outputs between guard elements."""
+    fused = draw(2, 40, 3, 3, 24)
+    q, k, v = fused.unbind(3)
+    v = v[:, :, :1].expand(2, 40, 3, 24)
+    k = k.transpose(1, 3).contiguous().transpose(1, 3)
+    how = ((-1, 0), 0.3, 0.0, 0, 1, 0, 0)
+    results = []
+    for views in ((q, k, v), tuple(x.contiguous() for x in (q, k, v))):
+        memory = torch.full((2 + q.numel() + 240,), 7.0)
+        out, lse = memory[1 : 1 + q.numel()].view(q.shape), memory[2 + q.numel() :].view(2, 3, 40)
+        native.attention_forward(*views, out, lse, torch.float32, *how)
+        assert memory[0] == memory[1 + q.numel()] == 7.0
+        results.append((out, lse))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_does_not_hide_nan(dtype):
+    q, k, v = (draw(1, 16, 1, 32, seed=i, scale=1.0).to(dtype) for i in range(3))
+    k[0, 5, 0, 0] = torch.nan
+    out = mk.attention(q, k, v)
+    assert out[0, 5:].isnan().all() and not out[0, :5].isnan().any()
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"T": 0}, "T must be positive, got 0"),
+        ({"Hkv": 2}, "Hkv = 2 must divide H = 3"),
+        ({"D": 513}, "D must be at most 512, got 513"),
+        ({"S": 1 << 31}, r"T and S must be below 2\^30"),
+        ({"dropout_p": 1.0}, r"dropout_p must be in \[0, 1\)"),
+        ({"q": 0}, "the address of q is null"),
+        ({"k": 6}, "the address of k must be a multiple of 4"),
+        ({"stride": -1}, "strides of q must not be negative"),
+        ({"out": 1 << 20}, "out must not be an input"),
+        ({"product": 1}, "products in bf16 need bf16 tensors"),
+    ],
+)
+def test_the_attention_binding_refuses(change, message):
+    from megakern import _cpu
+
+    a = {"B": 1, "T": 4, "S": 4, "H": 3, "Hkv": 3, "D": 8, "dropout_p": 0.0, "q": 1 << 20, "k": 1 << 21, "v": 1 << 22}
+    a |= {"stride": 24, "out": 1 << 23, "lse": 1 << 24, "product": 0} | change
+    sizes = [a[name] for name in ("B", "T", "S", "H", "Hkv", "D")]
+    problem = _cpu.AttentionProblem(*sizes, -1, 0, 1.0, a["dropout_p"], 0, 1, 0, 0, 1)
+    q, k, v = (_cpu.AttentionInput(a[name], 96, a["stride"], 8) for name in "qkv")
+    with pytest.raises(ValueError, match=message):
+        _cpu.attention_forward(problem, _cpu.AttentionForward(q, k, v, a["out"], a["lse"]), 0, a["product"])
+
+
 # --- what they refuse ---
 
 
@@ -209,7 +321,8 @@ def test_what_they_do_not_take():
 # --- what the user is told ---
 
 
-def test_doctor_says_what_is_there():
+def test_doctor_says_what_is_there(monkeypatch):
+    monkeypatch.setattr(doctor.machine, "matmul_rate", lambda *arguments: 1.0)
     (line,) = [line for line in doctor.report().splitlines() if line.strip().startswith("torch on CPUs")]
     wanted = native.unavailable() or ", ".join(native.features())
     assert wanted in line

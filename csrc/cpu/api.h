@@ -29,4 +29,11 @@ void column_sum(Address x, Address out, int dtype, int64_t M, int64_t N, int64_t
 // dx = dy act'(x), all contiguous with `elements` elements; dx may be dy or x.
 void activation_backward(Address dy, Address x, Address dx, int dtype, int activation, int64_t elements, int threads);
 
+// out, lse of attention; product: the dtype of the matrix products. dq, dk, dv of attention, from out and lse.
+struct AttentionProblem;
+struct AttentionForward;
+struct AttentionBackward;
+void attention_forward(const AttentionProblem&, const AttentionForward&, int dtype, int product);
+void attention_backward(const AttentionProblem&, const AttentionBackward&, int dtype, int product);
+
 }  // namespace megakern

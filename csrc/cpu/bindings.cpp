@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "api.h"
+#include "attention.h"
 
 namespace py = pybind11;
 using unlocked = py::call_guard<py::gil_scoped_release>;
@@ -13,4 +14,27 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("linear_epilogue", &megakern::linear_epilogue, unlocked(), "y = act(z + bias) + residual, pre = z + bias.");
   m.def("column_sum", &megakern::column_sum, unlocked(), "Sums over rows, in fp32.");
   m.def("activation_backward", &megakern::activation_backward, unlocked(), "dx = dy act'(x).");
+  m.def("attention_forward", &megakern::attention_forward, unlocked(), "out and lse.");
+  m.def("attention_backward", &megakern::attention_backward, unlocked(), "dq, dk, dv.");
+
+  using namespace megakern;
+  py::class_<AttentionInput>(m, "AttentionInput", py::module_local())
+      .def(py::init([](Address data, int64_t by_sample, int64_t by_row, int64_t by_head) {
+        return AttentionInput{data, by_sample, by_row, by_head};
+      }));
+  py::class_<AttentionProblem>(m, "AttentionProblem", py::module_local())
+      .def(py::init([](int64_t B, int64_t T, int64_t S, int64_t H, int64_t Hkv, int64_t D, int64_t left, int64_t right,
+                       float scale, double dropout_p, int32_t threshold, uint64_t seed, int64_t sample, int64_t head,
+                       int threads) {
+        return AttentionProblem{B, T, S, H, Hkv, D, left, right, scale, dropout_p, threshold, seed, sample, head,
+                                threads};
+      }));
+  using Input = AttentionInput;
+  py::class_<AttentionForward>(m, "AttentionForward", py::module_local())
+      .def(py::init([](Input q, Input k, Input v, Address out, Address lse) {
+        return AttentionForward{q, k, v, out, lse};
+      }));
+  py::class_<AttentionBackward>(m, "AttentionBackward", py::module_local())
+      .def(py::init([](Input dout, Input q, Input k, Input v, Input out, Address lse, Address dq, Address dk,
+                       Address dv) { return AttentionBackward{dout, q, k, v, out, lse, dq, dk, dv}; }));
 }

@@ -8,10 +8,18 @@
 
 #include <cstdint>
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))), apply_to = function)
+// With MEGAKERN_AVX512_BF16 defined before, for AVX512-BF16 too.
+#if defined(MEGAKERN_AVX512_BF16)
+#define MEGAKERN_TARGET "avx512f,avx512bw,avx512dq,avx512vl,fma,avx512bf16"
 #else
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma")
+#define MEGAKERN_TARGET "avx512f,avx512bw,avx512dq,avx512vl,fma"
+#endif
+#define MEGAKERN_PRAGMA(text) _Pragma(#text)
+#define MEGAKERN_PRAGMA_OF(...) MEGAKERN_PRAGMA(__VA_ARGS__)
+#if defined(__clang__)
+MEGAKERN_PRAGMA_OF(clang attribute push(__attribute__((target(MEGAKERN_TARGET))), apply_to = function))
+#else
+MEGAKERN_PRAGMA_OF(GCC target(MEGAKERN_TARGET))
 #endif
 
 #define MEGAKERN_INLINE inline __attribute__((always_inline))

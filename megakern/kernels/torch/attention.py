@@ -1,6 +1,9 @@
-"""Attention for any device, tuned for CPUs: torch's fused kernel where it fits and is fast, else tiles. Deterministic.
+"""Attention for any device, tuned for CPUs: our C++ kernel, torch's fused kernel where it fits, tiles. Deterministic.
 
-The choice, by ms of forward | backward on one AVX-512 core without AMX (Xeon, torch 2.13), 2048 tokens, causal, D = 64,
+The C++ kernel (csrc/cpu/attention*) takes fp32 and bf16 with any mask, dropout and grouped heads, but no score cap and
+no few rows (decoding). On one Zen 4 core, (12, 256, 6, 64), forward | backward, CPU ms: bf16 6.2 | 13, fp32 11 | 24.
+
+Between the other two, the choice, by ms of forward | backward on one AVX-512 core without AMX (Xeon, torch 2.13), 2048 tokens, causal, D = 64,
 6 heads (12 from T = 512 on). "as fp32": half-precision input widened first, as such cores multiply fp32 faster.
 
                     T = 16        64            128           256           512           1024
@@ -23,6 +26,7 @@ from pathlib import Path
 import torch
 
 from megakern.kernels.torch import attention_tiles as tiles
+from megakern.kernels.torch import dropout, native
 
 aten = torch.ops.aten
 
@@ -69,6 +73,11 @@ def _lse_dtype(q):
 
 def _forward(q, k, v, rules, sample):
     T, dtype = q.shape[1], product_dtype(q.dtype)
+    if native.takes_attention(q, k, v, dtype, rules.softcap):
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        lse = torch.empty(q.shape[0], q.shape[2], T, dtype=torch.float32)
+        native.attention_forward(q, k, v, out, lse, dtype, *_native_options(rules, sample))
+        return out, lse
     fused = _fused(q, k, rules)
     if fused is None or (dtype == torch.bfloat16 and T >= FAST_BF16_ROWS):
         return tiles.forward(q, k, v, rules, sample, dtype)
@@ -81,6 +90,10 @@ def _forward(q, k, v, rules, sample):
 
 def _backward(dout, q, k, v, out, lse, rules, sample):
     dtype = product_dtype(q.dtype)
+    if native.takes_attention(q, k, v, dtype, rules.softcap):
+        dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+        native.attention_backward(dout, q, k, v, out, lse, dq, dk, dv, dtype, *_native_options(rules, sample))
+        return dq, dk, dv
     fused = _fused(q, k, rules)
     if fused is None or dtype == torch.bfloat16 or q.shape[1] == 1:  # one row may see some of the keys only
         return tiles.backward(dout, q, k, v, rules, sample, dtype)
@@ -90,10 +103,19 @@ def _backward(dout, q, k, v, out, lse, rules, sample):
     return tuple(x.transpose(1, 2).to(q.dtype).contiguous() for x in gradients)
 
 
+def _native_options(rules, sample):
+    window = tuple(-1 if side is None else side for side in (rules.left, rules.right))
+    threshold = dropout.threshold(rules.dropout_p)
+    first_sample = rules.first_sample + sample
+    return window, rules.scale, rules.dropout_p, threshold, rules.seed, first_sample, rules.first_head
+
+
 def _fused(q, k, rules):
     """(keys, causal) for the fused kernel, or None where it does not fit. It aligns a causal mask to the top left."""
     T, S = q.shape[1], k.shape[1]
     if q.device.type != "cpu" or rules.softcap or rules.dropout_p or 0 in (*q.shape, S):
+        return None
+    if rules.scale <= 0:  # it masks before it scales, so -inf becomes inf
         return None
     if T == 1:  # one row sees one range of keys
         return slice(*rules.visible(0, 1, S - 1, S)), False

@@ -23,6 +23,9 @@ else:
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 ACTIVATIONS = {"": 0, "gelu": 1, "gelu_tanh": 2, "relu_squared": 3, "silu": 4}
 
+LARGEST_HEAD = 512  # head dim; kLargestHead in csrc/cpu/attention.cpp
+FEWEST_ROWS = 8  # of q: with fewer, most of a tile of 32 queries would be padding
+
 _switched_off = False
 
 
@@ -110,6 +113,49 @@ def activation_backward(dy, x, activation: str, dx):
     addresses = (_address(t) for t in (dy, x, dx))
     _cpu.activation_backward(*addresses, DTYPES[x.dtype], ACTIVATIONS[activation], x.numel(), torch.get_num_threads())
     return dx
+
+
+def takes_attention(q, k, v, product: torch.dtype, softcap: float) -> bool:
+    """May the attention kernels compute this, with matrix products in `product`?"""
+    if softcap or q.shape[-1] > LARGEST_HEAD or q.shape[1] < FEWEST_ROWS:
+        return False
+    return takes(q, k, v) and (product != torch.bfloat16 or "avx512_bf16" in features())
+
+
+def _attention_problem(q, k, window, scale, dropout_p, threshold, seed, first_sample, first_head):
+    B, T, H, D = q.shape
+    S, Hkv = k.shape[1:3]
+    left, right = window
+    sizes = (B, T, S, H, Hkv, D, left, right)
+    return _cpu.AttentionProblem(
+        *sizes, scale, dropout_p, threshold, seed, first_sample, first_head, torch.get_num_threads()
+    )
+
+
+def _attention_input(x, keep: list):
+    """A strided input; what had to be copied is appended to `keep`, so that it lives as long as the call."""
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
+        x = x.contiguous()
+        keep.append(x)
+    return _cpu.AttentionInput(x.data_ptr(), *x.stride()[:3])
+
+
+def attention_forward(q, k, v, out, lse, product: torch.dtype, *how) -> None:
+    """Write out (B, T, H, D) and lse (B, H, T), contiguous. how: window (negative: no limit), scale, dropout_p,
+    threshold, seed, first sample, first head."""
+    keep = []
+    tensors = _cpu.AttentionForward(*(_attention_input(x, keep) for x in (q, k, v)), _address(out), _address(lse))
+    _cpu.attention_forward(_attention_problem(q, k, *how), tensors, DTYPES[q.dtype], DTYPES[product])
+
+
+def attention_backward(dout, q, k, v, out, lse, dq, dk, dv, product: torch.dtype, *how) -> None:
+    """Write dq, dk, dv, contiguous. `how` as in attention_forward."""
+    keep = [lse.contiguous()]
+    tensors = _cpu.AttentionBackward(
+        *(_attention_input(x, keep) for x in (dout, q, k, v, out)),
+        *(_address(x) for x in (keep[0], dq, dk, dv)),
+    )
+    _cpu.attention_backward(_attention_problem(q, k, *how), tensors, DTYPES[q.dtype], DTYPES[product])
 
 
 def describe() -> str:

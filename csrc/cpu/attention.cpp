@@ -1,0 +1,77 @@
+// Attention: checks of the arguments, and the choice of the kernel by dtype of its matrix products.
+#include "attention.h"
+
+#include "checks.h"
+
+namespace megakern {
+namespace {
+
+constexpr int64_t kLargestHead = 512;
+
+void check_problem(const char* op, const AttentionProblem& a, int dtype, int product) {
+  require_dtype(op, dtype);
+  require_dtype(op, product);
+  require(product == kFloat32 || dtype == kBFloat16, std::string(op) + ": products in bf16 need bf16 tensors");
+  const std::pair<const char*, int64_t> sizes[] = {{"B", a.B}, {"T", a.T},     {"S", a.S},
+                                                   {"H", a.H}, {"Hkv", a.Hkv}, {"D", a.D}};
+  for (const auto& [name, size] : sizes) require_positive(op, name, size);
+  require_positive(op, "threads", a.threads);
+  require(a.H % a.Hkv == 0, std::string(op) + ": Hkv = " + std::to_string(a.Hkv) + " must divide H = " +
+                                std::to_string(a.H));
+  require(a.D <= kLargestHead, std::string(op) + ": D must be at most " + std::to_string(kLargestHead) + ", got " +
+                                   std::to_string(a.D));
+  require(std::max(a.T, a.S) < (int64_t(1) << 30), std::string(op) + ": T and S must be below 2^30");
+  require(a.dropout_p >= 0 && a.dropout_p < 1, std::string(op) + ": dropout_p must be in [0, 1)");
+  require_addressable(op, a.B * std::max(a.T, a.S), a.H * a.D);
+}
+
+void check_input(const char* op, const char* name, const AttentionInput& x, int dtype, int64_t B, int64_t rows,
+                 int64_t heads) {
+  require_address(op, name, x.data, element_size(dtype));
+  require(x.by_sample >= 0 && x.by_row >= 0 && x.by_head >= 0,
+          std::string(op) + ": strides of " + name + " must not be negative");
+  require_addressable(op, B, std::max<int64_t>(1, x.by_sample));
+  require_addressable(op, rows, std::max<int64_t>(1, x.by_row));
+  require_addressable(op, heads, std::max<int64_t>(1, x.by_head));
+}
+
+}  // namespace
+
+void attention_forward(const AttentionProblem& a, const AttentionForward& x, int dtype, int product) {
+  const char* op = "attention_forward";
+  check_problem(op, a, dtype, product);
+  check_input(op, "q", x.q, dtype, a.B, a.T, a.H);
+  check_input(op, "k", x.k, dtype, a.B, a.S, a.Hkv);
+  check_input(op, "v", x.v, dtype, a.B, a.S, a.Hkv);
+  require_address(op, "out", x.out, element_size(dtype));
+  require_address(op, "lse", x.lse, 4);
+  require(x.out != x.q.data && x.out != x.k.data && x.out != x.v.data, "attention_forward: out must not be an input");
+#if defined(__x86_64__)
+  if (product == kBFloat16) return attention_forward_bf16(a, x, dtype);
+  return attention_forward_fp32(a, x, dtype);
+#else
+  require(false, "attention_forward: compiled for x86-64 only");
+#endif
+}
+
+void attention_backward(const AttentionProblem& a, const AttentionBackward& x, int dtype, int product) {
+  const char* op = "attention_backward";
+  check_problem(op, a, dtype, product);
+  check_input(op, "dout", x.dout, dtype, a.B, a.T, a.H);
+  check_input(op, "q", x.q, dtype, a.B, a.T, a.H);
+  check_input(op, "k", x.k, dtype, a.B, a.S, a.Hkv);
+  check_input(op, "v", x.v, dtype, a.B, a.S, a.Hkv);
+  check_input(op, "out", x.out, dtype, a.B, a.T, a.H);
+  require_address(op, "lse", x.lse, 4);
+  require_address(op, "dq", x.dq, element_size(dtype));
+  require_address(op, "dk", x.dk, element_size(dtype));
+  require_address(op, "dv", x.dv, element_size(dtype));
+#if defined(__x86_64__)
+  if (product == kBFloat16) return attention_backward_bf16(a, x, dtype);
+  return attention_backward_fp32(a, x, dtype);
+#else
+  require(false, "attention_backward: compiled for x86-64 only");
+#endif
+}
+
+}  // namespace megakern

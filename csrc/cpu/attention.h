@@ -1,0 +1,44 @@
+// The problem that the attention kernels solve, and the kernels by dtype of their matrix products.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "api.h"
+
+namespace megakern {
+
+struct AttentionInput {  // (B, rows, heads, D); the last stride is 1
+  Address data;
+  int64_t by_sample, by_row, by_head;
+};
+
+// megakern/ops/attention.py has the formulas. left, right: visible keys beside the own one, negative without a limit.
+struct AttentionProblem {
+  int64_t B, T, S, H, Hkv, D;
+  int64_t left, right;
+  float scale;
+  double dropout_p;
+  int32_t dropout_threshold;
+  uint64_t seed;
+  int64_t first_sample, first_head;
+  int threads;
+};
+
+struct AttentionForward {
+  AttentionInput q, k, v;
+  Address out, lse;  // out (B, T, H, D), lse (B, H, T) fp32, contiguous
+};
+
+struct AttentionBackward {
+  AttentionInput dout, q, k, v, out;
+  Address lse, dq, dk, dv;  // contiguous
+};
+
+// dtype is that of the tensors; the products are made in the dtype of the name.
+void attention_forward_fp32(const AttentionProblem&, const AttentionForward&, int dtype);
+void attention_forward_bf16(const AttentionProblem&, const AttentionForward&, int dtype);
+void attention_backward_fp32(const AttentionProblem&, const AttentionBackward&, int dtype);
+void attention_backward_bf16(const AttentionProblem&, const AttentionBackward&, int dtype);
+
+}  // namespace megakern

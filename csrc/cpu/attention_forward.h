@@ -1,0 +1,134 @@
+// Attention, forward: out and lse, without ever holding more than one tile of scores (flash attention).
+//
+// Writes with =. A thread takes a (sample, key-value head): its keys and values are packed once and serve all query
+// heads of the group; then blocks of kQueries rows walk over the keys they see, with a running maximum and sum
+// (arXiv 1805.02867). Threads share nothing, so results do not depend on their number.
+#pragma once
+
+#include "attention_tile.h"
+
+namespace megakern {
+namespace {
+
+template <class Product>
+struct ForwardTile {
+  static constexpr int kGroup = Product::kGroup;
+  alignas(64) float scores[kKeys * kQueries];
+  alignas(64) Unit p[kKeys * kQueries / kGroup];  // by pair of keys (fp32: by key)
+  alignas(64) float keep_old[kQueries];           // factor on what was summed before this tile
+  Vec maximum[kQueryVectors], sum[kQueryVectors];
+
+  void start() {
+    for (int n = 0; n < kQueryVectors; ++n) maximum[n] = set1(kNoMaximum), sum[n] = _mm512_setzero_ps();
+  }
+
+  // Scores in units of log2, the ones that are not seen -inf; then probabilities, not yet divided by their sum.
+  void softmax(const QueryBlock& block, int64_t first_key, int64_t keys, float scale) {
+    const Vec factor = set1(scale * kLog2E);
+    Vec top[kQueryVectors];
+    for (int n = 0; n < kQueryVectors; ++n) top[n] = maximum[n];
+    const bool all = block.sees_all(first_key, first_key + keys);
+    for (int64_t j = 0; j < keys; ++j) {
+      for (int n = 0; n < kQueryVectors; ++n) {
+        float* place = scores + j * kQueries + n * kLanes;
+        Vec s = _mm512_mul_ps(_mm512_load_ps(place), factor);
+        if (!all) s = _mm512_mask_blend_ps(block.sees(first_key + j, n), set1(-INFINITY), s);
+        _mm512_store_ps(place, s);
+        top[n] = _mm512_max_ps(top[n], s);
+      }
+    }
+    for (int n = 0; n < kQueryVectors; ++n) {
+      const Vec old = exp2<Product::kAccuracy>(_mm512_sub_ps(maximum[n], top[n]));
+      _mm512_store_ps(keep_old + n * kLanes, old);
+      maximum[n] = top[n], sum[n] = _mm512_mul_ps(sum[n], old);
+    }
+    for (int64_t j = 0; j < keys; j += 2) {
+      Vec rows[2][kQueryVectors];
+      for (int i = 0; i < 2; ++i) {
+        for (int n = 0; n < kQueryVectors; ++n) {
+          const Vec s = _mm512_load_ps(scores + (j + i) * kQueries + n * kLanes);
+          Vec value = exp2<Product::kAccuracy>(_mm512_sub_ps(s, maximum[n]));
+          sum[n] = _mm512_add_ps(sum[n], value);
+          if (block.drops()) value = block.dropped(value, first_key + j + i, n);
+          rows[i][n] = value;
+        }
+      }
+      store_key_pair<Product>(rows, j, kGroup == 1 ? p : nullptr, kGroup == 1 ? nullptr : p);
+    }
+  }
+
+  // inverse[row] = 1 / sum, 0 where no key is seen; lse[row] for the first `count` rows.
+  void finish(int64_t count, float* inverse, float* lse) const {
+    alignas(64) float top[kQueries], total[kQueries];
+    for (int n = 0; n < kQueryVectors; ++n) {
+      _mm512_store_ps(top + n * kLanes, maximum[n]);
+      _mm512_store_ps(total + n * kLanes, sum[n]);
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      inverse[i] = total[i] == 0.0f ? 0.0f : 1.0f / total[i];
+      lse[i] = total[i] == 0.0f ? -INFINITY : top[i] * kLn2 + std::log(total[i]);
+    }
+  }
+};
+
+template <class Product, typename T>
+class ForwardWorker {
+ public:
+  static constexpr int kGroup = Product::kGroup;
+
+  ForwardWorker(const AttentionProblem& a, const AttentionForward& x)
+      : a_(a), x_(x), D_(round_up(a.D, kLanes)), S_(round_up(a.S, kRowStep)), rows_(S_ * D_ / kGroup),
+        keys_(S_ * D_ / kGroup), values_(S_ * D_ / kGroup), query_rows_(kQueries * D_ / kGroup),
+        queries_(kQueries * D_ / kGroup), out_(kQueries * D_) {}
+
+  void run(int64_t sample, int64_t kv_head) {
+    pack_rows<Product>(head_of<T>(x_.v, sample, kv_head), x_.v.by_row, a_.S, a_.S, S_, a_.D, rows_);
+    pack_columns<Product>(rows_, S_, D_, values_);
+    pack_rows<Product>(head_of<T>(x_.k, sample, kv_head), x_.k.by_row, a_.S, a_.S, S_, a_.D, keys_);
+    const int64_t group = a_.H / a_.Hkv;
+    for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head)
+      for (int64_t first = 0; first < a_.T; first += kQueries) rows(sample, head, first);
+  }
+
+ private:
+  void rows(int64_t sample, int64_t head, int64_t first) {
+    const QueryBlock block(a_, sample, head, first);
+    const T* q = head_of<T>(x_.q, sample, head) + first * x_.q.by_row;
+    pack_rows<Product>(q, x_.q.by_row, block.count, a_.T - block.first, kQueries, a_.D, query_rows_);
+    transpose(query_rows_, D_ / kGroup, queries_);
+    tile_.start();
+    std::fill_n(out_.floats(), kQueries * D_, 0.0f);
+    const int64_t end = round_up(block.keys.high, kRowStep);
+    for (int64_t j = block.keys.low / kRowStep * kRowStep; j < end; j += kKeys) {
+      const int64_t keys = std::min<int64_t>(kKeys, end - j);
+      const Left left{keys_ + j * (D_ / kGroup), D_ / kGroup, 1};
+      product<Product, kSet>(left, queries_, kQueries, tile_.scores, kQueries, keys, kQueries, D_ / kGroup);
+      tile_.softmax(block, j, keys, a_.scale);
+      product<Product, kScaleAndAdd>(Left{tile_.p, 1, kQueries}, values_ + j / kGroup * D_, D_, out_.floats(), D_,
+                                     kQueries, D_, keys / kGroup, tile_.keep_old);
+    }
+    float inverse[kQueries];
+    tile_.finish(block.count, inverse, reinterpret_cast<float*>(x_.lse) + (sample * a_.H + head) * a_.T + first);
+    T* out = reinterpret_cast<T*>(x_.out) + ((sample * a_.T + first) * a_.H + head) * a_.D;
+    store_rows(out_.floats(), D_, block.count, a_.D, inverse, 1.0f, out, a_.H * a_.D);
+  }
+
+  const AttentionProblem& a_;
+  const AttentionForward& x_;
+  const int64_t D_, S_;  // padded
+  Scratch rows_, keys_, values_, query_rows_, queries_, out_;
+  ForwardTile<Product> tile_;
+};
+
+template <class Product, typename T>
+void attention_forward(const AttentionProblem& a, const AttentionForward& x) {
+#pragma omp parallel num_threads(a.threads)
+  {
+    ForwardWorker<Product, T> worker(a, x);
+#pragma omp for schedule(dynamic)
+    for (int64_t i = 0; i < a.B * a.Hkv; ++i) worker.run(i / a.Hkv, i % a.Hkv);
+  }
+}
+
+}  // namespace
+}  // namespace megakern
