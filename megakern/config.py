@@ -82,6 +82,8 @@ def known_keys(cls: type, prefix: str = "") -> list[str]:
 NORMS = ("layernorm", "rmsnorm")
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu_squared", "swiglu")
 POSITIONS = ("learned", "rope", "none")
+RECOMPUTE = ("none", "selective", "full")
+RECOMPUTE_MODULES = ("attention", "mlp", "norm")
 
 
 @dataclass(frozen=True, kw_only=True)

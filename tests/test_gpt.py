@@ -76,12 +76,14 @@ def test_logits_agree_with_the_loss(config):
 
 @pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
 @pytest.mark.parametrize("parallel_residual", [False, True])
-def test_recompute_gives_the_same_bits_with_dropout_on(config, parallel_residual):
-    config = dataclasses.replace(config, dropout=0.2, parallel_residual=parallel_residual)
+@pytest.mark.parametrize("modules", [None, ("attention",), ("mlp",), ("norm",), ("attention", "mlp", "norm")])
+def test_recompute_gives_the_same_bits_with_dropout_on(config, parallel_residual, modules):
+    config = dataclasses.replace(config, dropout=0.2, parallel_residual=parallel_residual, qk_norm=config is LLAMA)
     tokens, targets = batch(config)
     key = DropoutKey(seed=1, step=2, first_sample=4)
     kept = gradients(mk.GPT(config, seed=1), tokens, targets, dropout_key=key)
-    again = gradients(mk.GPT(config, seed=1, recompute="full"), tokens, targets, dropout_key=key)
+    how = {"recompute": "full"} if modules is None else {"recompute": "selective", "recompute_modules": modules}
+    again = gradients(mk.GPT(config, seed=1, **how), tokens, targets, dropout_key=key)
     other = gradients(mk.GPT(config, seed=1), tokens, targets, dropout_key=dataclasses.replace(key, step=3))
     assert kept.keys() == again.keys()
     for name in kept:
@@ -255,8 +257,10 @@ def test_wrong_use_is_named():
         model(tokens, cache=KVCache(GPT2, batch=2, capacity=9))
     with pytest.raises(ValueError, match="capacity of 65 tokens is above the model's sequence_length of 64"):
         KVCache(GPT2, batch=2, capacity=65)
-    with pytest.raises(ValueError, match="recompute must be one of none, full, got 'some'"):
+    with pytest.raises(ValueError, match="recompute must be one of none, selective, full, got 'some'"):
         mk.GPT(GPT2, recompute="some")
+    with pytest.raises(ValueError, match="recompute_modules must be some of attention, mlp, norm, got attn"):
+        mk.GPT(GPT2, recompute="selective", recompute_modules=("attn",))
     with pytest.raises(ValueError, match=r"dropout = 0\.1 in training mode needs a dropout_key, got None"):
         mk.GPT(dataclasses.replace(GPT2, dropout=0.1))(tokens, targets)
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
 
 import megakern as mk
+from megakern.layers.block import TransformerBlock
 from megakern.layers.dropout import DropoutKey
+from megakern.parallel import collectives
 
-STEPS, B, T = 10, 4, 16
+STEPS, B, T = 10, 4, 16  # ten steps: an error of a mask or a sum would have grown
 SMALL = {"width": 32, "heads": 8, "layers": 2, "vocab_size": 60, "vocab_multiple": 32, "sequence_length": T}
 CONFIGS = {
     "gpt2": mk.GPTConfig(**SMALL, dropout=0.1),
@@ -38,9 +43,9 @@ def context_of(tp: int, sequence_parallel: bool = True) -> mk.ParallelContext | 
     return mk.ParallelContext.create(tp=tp, sequence_parallel=sequence_parallel) if tp > 1 else None
 
 
-def train(name: str, tp: int, micro_batches: int = 1, recompute: str = "none") -> tuple[list[float], dict, dict]:
+def train(name: str, tp: int, micro_batches: int = 1, **recompute) -> tuple[list[float], dict, dict]:
     """-> (losses, the first step's gradients in full, weights at the end in full)."""
-    model = mk.GPT(CONFIGS[name], context_of(tp), seed=11, recompute=recompute)
+    model = mk.GPT(CONFIGS[name], context_of(tp), seed=11, **recompute)
     optimizer = mk.AdamW(model.parameters(), lr=5e-3)
     losses, gradients = [], {}
     rows = B // micro_batches
@@ -86,6 +91,26 @@ def test_training_agrees_with_one_process(ranks, name):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_accumulated_gradients_agree_with_one_process(ranks, name):
     assert_like_one_process(ranks.run(train, 2, name, 2, 2), train(name, 1), "two micro-batches")
+
+
+def train_each_way(name: str) -> list:
+    everything = ("attention", "mlp", "norm")
+    ways = [
+        {"recompute": "none"},
+        {"recompute": "selective"},
+        {"recompute": "selective", "recompute_modules": everything},
+        {"recompute": "full"},
+    ]
+    return [train(name, 2, **way) for way in ways]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_recompute_gives_the_same_bits(ranks, name):
+    for kept, *others in ranks.run(train_each_way, 2, name):
+        for other in others:
+            assert kept[0] == other[0]
+            for key in kept[1]:
+                assert torch.equal(kept[1][key], other[1][key]), f"gradient of {key}"
 
 
 def forward_modes() -> list:
@@ -134,6 +159,81 @@ def test_composes_with_fully_shard(ranks):
             torch.testing.assert_close(
                 gradients[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}"
             )
+
+
+# --- traffic ---
+
+
+def traffic(values: dict, recompute: str) -> list[list[tuple[str, int]]]:
+    """-> (collective, bytes of the whole tensor), in order: forward, backward, finish_gradients of a block in bf16."""
+    config = mk.GPTConfig(width=32, heads=8, layers=1, **values)
+    modules = frozenset() if recompute == "none" else frozenset(recompute.split())
+    block = TransformerBlock(config, 0, context_of(2), recompute=modules)
+    seen: list[tuple[str, int]] = []
+
+    def watched(name: str, function):
+        def call(*tensors, **how):
+            seen.append((name, max(t.numel() * t.element_size() for t in tensors)))
+            return function(*tensors, **how)
+
+        return call
+
+    names = {"_all_gather_single": "gather", "_reduce_scatter_single": "scatter"}
+    originals = {name: getattr(collectives, name) for name in names}
+    all_reduce = dist.all_reduce
+    for name, short in names.items():
+        setattr(collectives, name, watched(short, originals[name]))
+    dist.all_reduce = watched("reduce", all_reduce)
+    phases, counted = [], []
+    x = torch.randn(2, 6, 32, dtype=torch.bfloat16, requires_grad=True)
+    try:
+        y = None
+        for phase in ("forward", "backward", "finish"):
+            # CommDebugMode cannot follow a module that is called in backward.
+            with CommDebugMode() if recompute == "none" else nullcontext() as everything:
+                if phase == "forward":
+                    y = block(x, dropout_key=DropoutKey(0, 0) if config.dropout else None)
+                elif phase == "backward":
+                    y.float().sum().backward()
+                else:
+                    mk.finish_gradients(block.parameters())
+            phases.append(list(seen))
+            counted.append(everything.get_total_counts() if everything else len(seen))
+            seen.clear()
+    finally:
+        dist.all_reduce = all_reduce
+        for name, function in originals.items():
+            setattr(collectives, name, function)
+    assert counted == [len(phase) for phase in phases], "a collective that goes another way"
+    return phases
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"dropout": 0.1},
+        {"activation": "swiglu", "norm": "rmsnorm", "bias": False},
+        {"parallel_residual": True},
+        {"qk_norm": True},
+    ],
+    ids=",".join,
+)
+def test_traffic_of_a_block(ranks, values):
+    """Forward two all-gathers and two reduce-scatters, backward as many and x gathered again for each half's weights
+    (Megatron-LM does the same); once a step one all-reduce of the shared parameters' gradients."""
+    stream = 2 * 12 * 32 * 2  # B T C of bf16
+    gather, scatter = ("gather", stream), ("scatter", stream)
+    norms = 1 if values.get("parallel_residual") else 2
+    shared = 32 * (norms if values.get("norm") else 2 * norms + 2) + (8 if values.get("qk_norm") else 0)  # fp32
+    for forward, backward, finish in ranks.run(traffic, 2, values, "none"):
+        assert forward == [gather, scatter] * 2
+        assert backward == [gather, gather, scatter] * 2  # dy, then x again, then dx; fc2 and fc1, proj and qkv
+        assert finish == [("reduce", 4 * shared)]
+
+
+def test_selective_recompute_of_the_core_and_norms_costs_no_traffic(ranks):
+    for forward, backward, _ in ranks.run(traffic, 2, {"dropout": 0.1}, "attention norm"):
+        assert (len(forward), len(backward)) == (4, 6)
 
 
 # --- what must not go wrong in silence ---

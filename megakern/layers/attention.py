@@ -11,7 +11,7 @@ Letters: B batch, T new tokens, S keys, C channels, H query heads, G key-value h
     give a partial gradient of the qk_norm weights, which finish_gradients sums once a step.
     Under sequence parallelism x and y are (B, T/R, C); forward: an all-gather in f, a reduce-scatter in g; backward: an
     all-gather of dy, another of x, a reduce-scatter of dx.
-    Saved: x (its shard), q, k, v after rope (with qk_norm: q, k before it too), o and the log-sum-exp (B, H/R, T).
+    Saved: x (its shard), q, k, v after rope (with qk_norm: qkv too), o and the log-sum-exp (B, H/R, T).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from megakern.layers.dropout import DropoutKey, checked_key
 from megakern.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megakern.layers.norm import RMSNorm
 from megakern.layers.parameter import local
+from megakern.layers.recompute import run_again
 from megakern.ops.attention import attention
 from megakern.ops.norm import rms_norm
 from megakern.ops.rope import rope as apply_rope
@@ -62,7 +63,8 @@ class ParallelAttention(nn.Module):
     `forward(x, *, residual, rope, positions, cache, dropout_key)`: x (B, T, C) -> (B, T, C), plus residual when given
     (all three (B, T/R, C) under sequence parallelism; positions are of all T tokens always);
     rope (cos, sin) of mk.rope, positions (T,) or (B, T); with a cache the keys are its past and x's own.
-    `window`: a token sees itself and this many before it. `dropout` is that of the probabilities.
+    `window`: a token sees itself and this many before it. `dropout` is that of the probabilities. `recompute_core`:
+    keep qkv and o alone, and compute what lies between again in backward.
     Raises ValueError when tp does not divide `kv_heads`, and for dropout in training without a key.
     """
 
@@ -79,6 +81,7 @@ class ParallelAttention(nn.Module):
         norm_eps: float = 1e-6,
         window: int | None = None,
         dropout: float = 0.0,
+        recompute_core: bool = False,
         parallel: ParallelContext | None = None,
         init_std: float = 0.02,
         output_init_std: float | None = None,
@@ -94,6 +97,7 @@ class ParallelAttention(nn.Module):
         if heads % kv_heads:
             raise ValueError(f"attention: heads = {heads} is not divisible by kv_heads = {kv_heads}")
         self.region, self.dropout = parallel.tensor_region, dropout
+        self.recompute_core = recompute_core
         self.window = None if window is None else (window, 0)
         self.kv_heads = parallel.shard(kv_heads, "kv_heads")
         self.heads = self.kv_heads * (heads // kv_heads)
@@ -127,17 +131,28 @@ class ParallelAttention(nn.Module):
         dropout_key: DropoutKey | None = None,
     ) -> torch.Tensor:
         key = checked_key(dropout_key, self.dropout, self.training)
-        n = self.heads // self.kv_heads
         qkv = self.qkv(x)
+        if self.recompute_core:
+            o = run_again(self._core, qkv, rope, positions, cache, key)
+        else:
+            o = self._core(qkv, rope, positions, cache, key)
+        return self.proj(o, residual)
+
+    def _core(self, qkv, rope, positions, cache: LayerCache | None, key: DropoutKey | None) -> torch.Tensor:
+        """qkv (B, T, G (n + 2) D / R) -> o (B, T, H D / R)."""
         B, T, _ = qkv.shape
-        qkv = qkv.view(B, T, self.kv_heads, n + 2, self.head_dim)
-        q, k, v = qkv.split((n, 1, 1), dim=3)  # one concatenation in the backward
-        q, k, v = q.reshape(B, T, self.heads, self.head_dim), k.squeeze(3), v.squeeze(3)
+        n = self.heads // self.kv_heads
+        rows = qkv.view(B, T, self.kv_heads, n + 2, self.head_dim)
+        q, k, v = rows.split((n, 1, 1), dim=3)  # one concatenation in the backward
+        k, v = k.squeeze(3), v.squeeze(3)
         if self.q_norm is not None:
             q_weight, k_weight = local(self.q_norm.weight, partial=True), local(self.k_norm.weight, partial=True)
             q, k = rms_norm(q, q_weight, self.q_norm.eps), rms_norm(k, k_weight, self.k_norm.eps)
+        q = q.reshape(B, T, self.heads, self.head_dim)
         if rope is not None:
             q, k = apply_rope(q, k, *rope, positions=positions)
+        if qkv.requires_grad and self.q_norm is None and (rope is not None or n > 1):
+            k, v = k.contiguous(), v.contiguous()  # a view would keep all of qkv for backward, beside the new q
         if cache is not None:
             k, v = cache.append(k, v)
         o = attention(
@@ -150,4 +165,4 @@ class ParallelAttention(nn.Module):
             seed=None if key is None else key.seed_of("attention"),
             dropout_offset=(0, 0) if key is None else (key.first_sample, self.first_head),
         )
-        return self.proj(o.reshape(B, T, -1), residual)
+        return o.view(B, T, -1)

@@ -12,6 +12,9 @@ added by the half's last linear layer.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from torch import nn
@@ -21,6 +24,7 @@ from megakern.layers.attention import LayerCache, ParallelAttention
 from megakern.layers.dropout import DropoutKey, checked_key, drop_branch
 from megakern.layers.mlp import ParallelMLP
 from megakern.layers.norm import LayerNorm, RMSNorm
+from megakern.layers.recompute import made_again, run_again
 from megakern.parallel.context import ParallelContext
 
 
@@ -37,6 +41,7 @@ class TransformerBlock(nn.Module):
 
     `forward(hidden, *, rope, positions, cache, dropout_key)`: hidden (B, T, C) -> (B, T, C), both (B, T/R, C)
     under sequence parallelism; the keywords are those of `ParallelAttention`.
+    `recompute`: names of config.RECOMPUTE_MODULES that are computed again in backward.
     Raises ConfigError when the model cannot be split over tp.
     """
 
@@ -46,12 +51,14 @@ class TransformerBlock(nn.Module):
         index: int = 0,
         parallel: ParallelContext | None = None,
         *,
+        recompute: frozenset[str] = frozenset(),
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
         parallel = parallel or ParallelContext()
         config.check_tensor_parallel(parallel.tp_size)
+        self.recompute = recompute
         self.index, self.dropout, self.region = index, config.dropout, parallel.tensor_region
         how = {"device": device, "dtype": dtype}
         shared = {
@@ -72,6 +79,7 @@ class TransformerBlock(nn.Module):
             norm_eps=config.norm_eps,
             window=config.window,
             dropout=config.dropout,
+            recompute_core="attention" in recompute,
             **shared,
         )
         self.norm2 = None if config.parallel_residual else make_norm(config, parallel, **how)
@@ -89,13 +97,22 @@ class TransformerBlock(nn.Module):
         key = checked_key(dropout_key, self.dropout, self.training)
         key = None if key is None else key.at_layer(self.index)
 
-        def half(branch: nn.Module, x: torch.Tensor, residual: torch.Tensor, site: str, **arguments) -> torch.Tensor:
+        def half(branch: Callable, x: torch.Tensor, residual: torch.Tensor, site: str, **arguments) -> torch.Tensor:
             if key is None:
                 return branch(x, residual=residual, **arguments)
             return drop_branch(branch(x, **arguments), self.dropout, key, site, self.region, residual=residual)
 
         how = {"rope": rope, "positions": positions, "cache": cache, "dropout_key": key}
-        normed = self.norm1(hidden)
-        hidden = half(self.attention, normed, hidden, "attention_output", **how)
-        normed = normed if self.norm2 is None else self.norm2(hidden)
-        return half(self.mlp, normed, hidden, "mlp_output")
+        mlp = partial(run_again, self.mlp) if "mlp" in self.recompute else self.mlp
+        normed, again = self._normed(self.norm1, hidden)
+        with again:
+            hidden = half(self.attention, normed, hidden, "attention_output", **how)
+        if self.norm2 is not None:
+            normed, again = self._normed(self.norm2, hidden)
+        with again:
+            return half(mlp, normed, hidden, "mlp_output")
+
+    def _normed(self, norm: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, AbstractContextManager]:
+        """norm(hidden), and the context in which to read it."""
+        normed = norm(hidden)
+        return normed, made_again(normed, norm, hidden) if "norm" in self.recompute else nullcontext()

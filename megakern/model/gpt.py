@@ -16,7 +16,6 @@ import math
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from megakern.config import GPTConfig
 from megakern.layers.block import TransformerBlock, make_norm
@@ -28,10 +27,9 @@ from megakern.layers.embedding import (
     vocab_parallel_loss,
 )
 from megakern.layers.parameter import initialize
+from megakern.layers.recompute import chosen_modules, run_again
 from megakern.model.cache import KVCache
 from megakern.parallel.context import ParallelContext
-
-RECOMPUTE = ("none", "full")
 
 
 def rope_tables(config: GPTConfig) -> tuple[torch.Tensor, torch.Tensor]:
@@ -60,9 +58,10 @@ class GPT(nn.Module):
     device         None: the context's own; "meta": shapes only, until `materialize`
     dtype          of the parameters
     compute_dtype  of the activations; None: `dtype`
-    recompute      "none", or "full": blocks keep only their input and run again in the backward pass
+    recompute      "none"; "full": blocks keep only their input and run again in backward; or "selective"
+    recompute_modules   what "selective" computes again: some of "attention", "mlp" and "norm" (layers/recompute.py)
 
-    Raises ConfigError when the model cannot be split, ValueError for another `recompute`.
+    Raises ConfigError when the model cannot be split, ValueError for another `recompute` or module.
     """
 
     def __init__(
@@ -75,10 +74,10 @@ class GPT(nn.Module):
         dtype: torch.dtype = torch.float32,
         compute_dtype: torch.dtype | None = None,
         recompute: str = "none",
+        recompute_modules: tuple[str, ...] = ("attention",),
     ):
         super().__init__()
-        if recompute not in RECOMPUTE:
-            raise ValueError(f"recompute must be one of {', '.join(RECOMPUTE)}, got {recompute!r}")
+        modules = chosen_modules(recompute, recompute_modules)
         parallel = parallel or ParallelContext()
         config.check_tensor_parallel(parallel.tp_size)
         self.config, self.parallel, self.recompute = config, parallel, recompute
@@ -90,7 +89,8 @@ class GPT(nn.Module):
         self.positions = None
         if config.positions == "learned":
             self.positions = PositionEmbedding(config.sequence_length, config.width, init_std=config.init_std, **how)
-        self.blocks = nn.ModuleList([TransformerBlock(config, index, **how) for index in range(config.layers)])
+        blocks = [TransformerBlock(config, index, recompute=modules, **how) for index in range(config.layers)]
+        self.blocks = nn.ModuleList(blocks)
         self.norm = make_norm(config, **how)
         self.head = None  # an embedding used backwards: only its weight is read
         if not config.tied_embeddings:
@@ -138,11 +138,10 @@ class GPT(nn.Module):
         if self.config.positions == "rope":
             rope = (self.rope_cos, self.rope_sin)
             positions = self._positions(tokens, cache) if positions is None and cache is not None else positions
-        recompute = self.recompute == "full" and torch.is_grad_enabled()
         for index, block in enumerate(self.blocks):
             how = {"rope": rope, "positions": positions, "dropout_key": key}
-            if recompute:
-                hidden = checkpoint(block, hidden, use_reentrant=False, preserve_rng_state=False, **how)
+            if self.recompute == "full" and cache is None:
+                hidden = run_again(block, hidden, **how)
             else:
                 hidden = block(hidden, cache=None if cache is None else cache.layers[index], **how)
         hidden = self.norm(hidden[:, -1:] if last_only else hidden)

@@ -10,7 +10,16 @@ from typing import Any
 
 import tomli_w
 
-from megakern.config import ConfigError, GPTConfig, from_table, known_keys, refuse_unknown, require
+from megakern.config import (
+    RECOMPUTE,
+    RECOMPUTE_MODULES,
+    ConfigError,
+    GPTConfig,
+    from_table,
+    known_keys,
+    refuse_unknown,
+    require,
+)
 from megakern.model.presets import presets
 
 if sys.version_info >= (3, 11):
@@ -20,7 +29,6 @@ else:
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
-RECOMPUTE = ("none", "full")
 ON_SAVE_ERROR = ("stop", "continue")
 STATE_DTYPES = ("float32", "bfloat16")
 
@@ -115,7 +123,9 @@ class TrainConfig:
     precision: str = "auto"
     """fp32, bf16, fp16 (with loss scaling), or auto: bf16 on GPUs that have it and on CPUs where it measures faster."""
     recompute: str = "none"
-    """none, or full: each block's activations are computed again in the backward pass."""
+    """What backward computes again to save memory: none, selective (`recompute_modules`), or full (each block)."""
+    recompute_modules: tuple[str, ...] = ("attention",)
+    """selective recomputes these: attention (its core), mlp, norm."""
     seed: int = 1234
     """Seed of the initial weights, dropout and data order."""
     log_every: int = 10
@@ -149,6 +159,11 @@ class TrainConfig:
         for name, allowed in (("precision", PRECISIONS), ("recompute", RECOMPUTE), ("on_save_error", ON_SAVE_ERROR)):
             value = getattr(self, name)
             require(value in allowed, f"train.{name} must be one of {', '.join(allowed)}, got {value!r}")
+        modules = self.recompute_modules
+        require(
+            bool(modules) and set(modules) <= set(RECOMPUTE_MODULES),
+            f"train.recompute_modules must be some of {', '.join(RECOMPUTE_MODULES)}, got {list(modules)}",
+        )
 
     @property
     def rows(self) -> int:

@@ -55,6 +55,7 @@ class Trainer:
             device=self.device,
             compute_dtype=precision,
             recompute=config.train.recompute,
+            recompute_modules=config.train.recompute_modules,
         )
         self.optimizer = _make_optimizer(self.model, config)
         self.scaler = LossScaler() if precision == torch.float16 else None
