@@ -119,9 +119,14 @@ def _parser() -> argparse.ArgumentParser:
     plot.add_argument("run", type=Path, metavar="RUN")
     plot.add_argument("--out", type=Path, help="picture to write: .png, .svg, .pdf (default RUN/curve.png)")
 
-    ckpt = add("ckpt", _ckpt, "list, describe or verify checkpoints")
-    ckpt.add_argument("action", choices=("ls", "show", "verify"))
-    ckpt.add_argument("path", type=Path, metavar="RUN", help="a run, or one checkpoint folder of it")
+    ckpt = add("ckpt", _ckpt, "list, describe or verify checkpoints; merge one into a file, and split it again")
+    ckpt.add_argument("action", choices=("ls", "show", "verify", "merge", "split"))
+    ckpt.add_argument("path", type=Path, metavar="RUN", help="a run, or one checkpoint folder of it; split: the file")
+    ckpt.add_argument(
+        "--out", type=Path, help="merge: file to make, .safetensors; split: folder to put step-XXXXXXXX in"
+    )
+    ckpt.add_argument("--only", choices=("model", "optimizer"), help="merge: only these tensors")
+    ckpt.add_argument("--ranks", type=int, help="split: cut for this many ranks (default 1); any layout can load it")
     return parser
 
 
@@ -215,8 +220,22 @@ def _plot(options: argparse.Namespace) -> None:
 
 
 def _ckpt(options: argparse.Namespace) -> int:
+    from megakern.config import require
+    from megakern.train.checkpoint_merge import merge, split
+
+    action = options.action
+    for name, actions in (("out", ("merge", "split")), ("only", ("merge",)), ("ranks", ("split",))):
+        given = getattr(options, name) is not None
+        require(not given or action in actions, f"ckpt {action} takes no --{name}; it is for {' and '.join(actions)}")
+    require(action not in ("merge", "split") or options.out is not None, f"ckpt {action}: name what to make with --out")
+    if action == "merge":
+        print(merge(options.path, options.out, only=options.only))
+        return 0
+    if action == "split":
+        print(f"made {split(options.path, options.out, ranks=1 if options.ranks is None else options.ranks)}")
+        return 0
     from megakern.train.checkpoint import report
 
-    text, sound = report(options.action, options.path)
+    text, sound = report(action, options.path)
     print(text)
     return 0 if sound else 1

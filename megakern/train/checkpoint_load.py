@@ -258,19 +258,39 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 
 def _fill(path: Path, manifest: Manifest, tensors: dict[str, torch.Tensor]) -> None:
-    with ExitStack() as stack, torch.no_grad():
-        opened = {}
+    with PieceReader(path) as reader, torch.no_grad():
         for name, tensor in tensors.items():
-            entry, local = manifest.tensors[name], local_of(tensor)
             for block in blocks_of(name, tensor):
-                for piece in entry.pieces:
-                    cut = _intersection(block, piece)
-                    if cut is None:
-                        continue
-                    if piece.file not in opened:
-                        opened[piece.file] = stack.enter_context(safe_open(path / piece.file, framework="pt"))
-                    target = local[tuple(slice(s + k, e + k) for (s, e), k in zip(cut, _shift(block), strict=True))]
-                    target.copy_(_read(opened[piece.file], name, entry, piece, cut))
+                reader.copy(name, manifest.tensors[name], block, local_of(tensor))
+
+
+class PieceReader:
+    """`with PieceReader(path) as reader:` copies blocks of whole tensors out of the pieces of a checkpoint.
+
+    Files are mapped and stay open within the block; at most one piece is in memory at a time.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._stack, self._opened = ExitStack(), {}
+
+    def __enter__(self) -> PieceReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def copy(self, name: str, entry: TensorEntry, block: Block, into: torch.Tensor) -> None:
+        """Fills the place of `block` in `into`. Raises CheckpointError when a file is not as the manifest says."""
+        for piece in entry.pieces:
+            cut = _intersection(block, piece)
+            if cut is None:
+                continue
+            if piece.file not in self._opened:
+                opened = self._stack.enter_context(safe_open(self.path / piece.file, framework="pt"))
+                self._opened[piece.file] = opened
+            target = into[tuple(slice(s + k, e + k) for (s, e), k in zip(cut, _shift(block), strict=True))]
+            target.copy_(_read(self._opened[piece.file], name, entry, piece, cut))
 
 
 def _intersection(block: Block, piece: Piece) -> list[tuple[int, int]] | None:

@@ -59,6 +59,13 @@ def _short(value: object, length: int = 100) -> str:
     return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
+def folder_of(path: Path) -> tuple[Path, bool]:
+    """(the folder of checkpoints, is `path` itself one?) for a run, its folder of checkpoints, or one of them."""
+    if CHECKPOINT_NAME.fullmatch(path.name) is not None or (path / NAME).exists():
+        return path.parent, True
+    return (path / "ckpt" if (path / "ckpt").is_dir() else path), False
+
+
 def report(action: str, path: str | os.PathLike) -> tuple[str, bool]:
     """(text, all is sound) of `ls`, `show` or `verify` for a run, its folder of checkpoints, or one checkpoint.
 
@@ -66,8 +73,7 @@ def report(action: str, path: str | os.PathLike) -> tuple[str, bool]:
     Raises CheckpointError when there is none.
     """
     path = Path(path)
-    one = CHECKPOINT_NAME.fullmatch(path.name) is not None or (path / NAME).exists()
-    folder = path.parent if one else path / "ckpt" if (path / "ckpt").is_dir() else path
+    folder, one = folder_of(path)
     if action == "show":
         return show(path if one else newest(folder)), True
     found = [item for item in listing(folder) if not one or item.path.name == path.name]

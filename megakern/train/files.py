@@ -9,6 +9,7 @@ import os
 import platform
 import secrets
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -62,23 +63,30 @@ class Files:
 
     def write_file(self, path: Path, data: bytes) -> None:
         """A new file at `path` that holds `data` and is on the disk. Raises OSError that names `path`."""
+        self.write_stream(path, [data])
+
+    def write_stream(self, path: Path, chunks: Iterable[bytes | memoryview]) -> None:
+        """A new file at `path` that holds `chunks` one after the other. Raises OSError that names `path`."""
+        wanted = 0
         try:
             descriptor = self.create(path)
             try:
-                rest = memoryview(data)
-                while rest:
-                    taken = self.write(descriptor, rest)
-                    if taken <= 0:
-                        raise OSError(errno.EIO, "the disk takes no more bytes")
-                    rest = rest[taken:]
+                for chunk in chunks:
+                    rest = memoryview(chunk)
+                    wanted += rest.nbytes
+                    while rest:
+                        taken = self.write(descriptor, rest)
+                        if taken <= 0:
+                            raise OSError(errno.EIO, "the disk takes no more bytes")
+                        rest = rest[taken:]
                 self.sync(descriptor)
                 size = os.fstat(descriptor).st_size
             finally:
                 self.close(descriptor)
         except OSError as error:
             raise OSError(error.errno, error.strerror or str(error), str(path)) from error
-        if size != len(data):
-            raise OSError(errno.EIO, f"{len(data)} bytes were written, the file has {size}", str(path))
+        if size != wanted:
+            raise OSError(errno.EIO, f"{wanted} bytes were written, the file has {size}", str(path))
 
     def write_atomic(self, path: Path, data: bytes) -> None:
         """`path` holds `data`, or what it held before: never a part. Raises OSError; a temporary file is removed."""
