@@ -47,7 +47,9 @@ def main() -> None:
     if (RUN / "config.toml").exists():
         megakern("train", "--resume", RUN, "--nproc", processes())
     else:
-        megakern("train", HERE / "demo.toml", "--out", RUN, "--nproc", processes())
+        count = processes()
+        layout = [] if count == 2 else ["--parallel.tp", count]  # demo.toml has 2
+        megakern("train", HERE / "demo.toml", "--out", RUN, "--nproc", count, *layout)
     megakern("ckpt", "ls", RUN)
     megakern("generate", RUN, "--prompt", "import os", "--max-tokens", 150, "--temperature", 0.7)
     print(f"\ndemo done in {time.monotonic() - started:.0f} s; look at {RUN.relative_to(HERE.parent) / 'curve.png'}")

@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("config", nargs="?", type=Path, metavar="CONFIG.toml")
     train.add_argument("--out", type=Path, metavar="RUN", help="folder of the new run")
     train.add_argument("--resume", type=Path, metavar="RUN", help="go on from the newest valid checkpoint of RUN")
-    train.add_argument("--nproc", type=int, help="processes here (default: parallel.tp, else one a GPU, else 1)")
+    train.add_argument("--nproc", type=int, help="processes here (default: tp x dp, or one a GPU)")
     train.add_argument("--settings", action="store_true", help="list every setting with its default, and end")
 
     evaluate = add("eval", _eval, "loss of a run's model on held-out tokens")
@@ -166,14 +166,13 @@ def _train(options: argparse.Namespace) -> int:
     if (options.config is None) == (options.resume is None):
         raise ConfigError("train: name either a CONFIG.toml and --out RUN, or --resume RUN")
     if options.resume is not None:
-        # A checkpoint loads into any layout: --nproc alone is enough to go on with another number of processes.
-        layout = [] if options.nproc is None else [f"--parallel.tp={options.nproc}"]
-        config, folder = run.open_run(options.resume, [*layout, *options.overrides]), options.resume
+        config, folder = run.open_run(options.resume, options.overrides), options.resume
+        config = run.fit_layout(config, options.nproc, options.overrides)
     else:
         require(options.out is not None, "train: name the folder of the new run with --out RUN")
         config, folder = load_config(options.config, options.overrides), options.out
     world = launch.joined_world()
-    nproc = int(world["WORLD_SIZE"]) if world else options.nproc or config.parallel.tp or launch.default_processes()
+    nproc = int(world["WORLD_SIZE"]) if world else options.nproc or launch.default_processes(config.parallel)
     require(nproc >= 1, f"--nproc must be 1 or more, got {nproc}")
     new = run.resumed_run(config, folder, nproc) if options.resume else run.new_run(config, folder, nproc)
     if world or nproc == 1:

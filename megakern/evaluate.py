@@ -26,8 +26,8 @@ def evaluate_run(run: Path, *, data: Path | None = None, batches: int | None = N
         other_tokenizer(prepared.folder, prepared.tokenizer, run, loaded.tokenizer),
     )
     check_vocabulary(prepared.validation, loaded.config.model.vocab_size)
-    loss = evaluate(loaded.model, prepared, loaded.config.train.rows, loaded.device, batches)
-    window = loaded.config.train.rows * loaded.config.model.sequence_length
-    tokens = None if batches is None else batches * window + 1
+    batch = loaded.config.train.batch
+    loss = evaluate(loaded.model, prepared, batch, loaded.device, windows=None if batches is None else batches * batch)
+    tokens = None if batches is None else batches * batch * loaded.config.model.sequence_length + 1
     rows = [("checkpoint", str(loaded.checkpoint)), *HeldOut.of(loss, prepared, tokens).lines()]
     return "\n".join(f"  {name:<16} {value}" for name, value in rows)

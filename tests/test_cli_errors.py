@@ -63,12 +63,16 @@ def train_words(trained, tmp_path, *more: object) -> list[object]:
     [
         (["--model.layrs", "3"], r"unknown key 'model.layrs'; did you mean 'model.layers'\?"),
         (["--layers", "3"], r"did you mean --model.layers\?"),
-        (["--model.heads", "3", "--model.width", "48"], "kv_heads = 3 is not divisible by parallel.tp = 2"),
         (
-            ["--parallel.sequence_parallel", "true", "--model.sequence_length", "31"],
+            ["--model.heads", "3", "--model.width", "48", "--parallel.tp", "2"],
+            "kv_heads = 3 is not divisible by parallel.tp = 2",
+        ),
+        (
+            ["--parallel.tp", "2", "--parallel.sequence_parallel", "true", "--model.sequence_length", "31"],
             "model.sequence_length = 31 is not divisible by parallel.tp = 2, which parallel.sequence_parallel needs",
         ),
-        (["--parallel.tp", "4"], "parallel.tp = 4, but 2 processes were asked for"),
+        (["--parallel.tp", "4"], "parallel.tp = 4 x parallel.dp = 1 needs 4 processes, but there are 2"),
+        (["--parallel.dp", "2", "--train.batch", "3"], r"batch = 3 must be a multiple of parallel.dp = 2; .*: 2, 4"),
         (["--data.path", "/nowhere"], "/nowhere"),
         (["--model.vocab_size", "100"], "model.vocab_size = 100 is less than the vocabulary"),
         (["--model.sequence_length", "10000000"], "10,000,001 tokens"),

@@ -14,6 +14,7 @@ from megakern.config import ConfigError
 from megakern.parallel import trace
 from megakern.parallel.context import ParallelContext
 from megakern.train import launch
+from megakern.train.config import ParallelConfig
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_STEP_ID", "SLURM_NTASKS", "MASTER_ADDR", "MASTER_PORT")
 
@@ -59,12 +60,14 @@ def test_first_host_of_a_node_list(nodes, first):
     assert launch.first_host(nodes) == first
 
 
-def test_tp_must_be_the_number_of_processes(environment):
-    with pytest.raises(ConfigError, match=r"parallel\.tp = 2 needs 2 processes; start them with --nproc 2"):
-        launch.join(60, tp=2)
+def test_the_layout_must_have_the_number_of_processes(environment):
+    with pytest.raises(ConfigError, match=r"parallel.tp = 2 x parallel.dp = 1 needs 2 processes, but there are 1;"):
+        launch.join(ParallelConfig(tp=2))
     environment(RANK="0", WORLD_SIZE="2")
-    with pytest.raises(ConfigError, match=r"parallel\.tp = 4, but 2 processes were started"):
-        launch.join(60, tp=4)
+    with pytest.raises(ConfigError, match=r"tp = 1 x parallel.dp = 4 needs 4 processes, but there are 2; .*--nproc 4"):
+        launch.join(ParallelConfig(dp=4))
+    with pytest.raises(ConfigError, match=r"parallel.replicas = 4 does not divide parallel.dp = 2"):
+        launch.join(ParallelConfig(replicas=4))
 
 
 def test_stop_request_remembers_the_signal():

@@ -25,6 +25,8 @@ vocab_size = 257
 sequence_length = 32
 [data]
 path = "{data}"
+[parallel]
+tp = 2
 [optimizer]
 lr = 3e-3
 warmup_steps = 2
@@ -93,7 +95,13 @@ def test_files_of_a_run(unbroken):
 
 
 @pytest.mark.parametrize(
-    "layout", [("--nproc", 1), ("--nproc", 2, "--parallel.sequence_parallel", "true")], ids=["one", "sequence"]
+    "layout",
+    [
+        ("--parallel.tp", 1),
+        ("--parallel.sequence_parallel", "true"),
+        ("--parallel.tp", 1, "--parallel.dp", 2, "--train.micro_batch", 1, "--parallel.zero", 3),
+    ],
+    ids=["one", "sequence", "data"],
 )
 def test_other_layouts_give_the_losses_of_two_ranks(unbroken, config, tmp_path, layout):
     finish(start("train", config, "--out", tmp_path / "run", *layout))
@@ -143,13 +151,19 @@ def test_signal_saves_at_the_next_step_and_resume_goes_on(unbroken, config, tmp_
     assert losses(run) == losses(unbroken)
 
 
-def test_resume_under_another_number_of_processes(unbroken, config, tmp_path):
+@pytest.mark.parametrize(
+    ("more", "layout"),
+    [(("--nproc", 1), "tp 1 x dp 1"), (("--parallel.tp", 1, "--parallel.dp", 2), None)],
+    ids=["fewer", "data"],
+)
+def test_resume_under_another_layout(unbroken, config, tmp_path, more, layout):
     run = tmp_path / "run"
     process = start("train", config, "--out", run, "--nproc", 2)
     wait_for_step(run, 5, process)
     process.send_signal(signal.SIGTERM)
     finish(process, 143)
-    finish(start("train", "--resume", run, "--nproc", 1))
+    output = finish(start("train", "--resume", run, *more))
+    assert layout is None or f"layout for 1 processes: {layout} (was tp 2 x dp 1)" in output
     assert losses(run) == pytest.approx(losses(unbroken), rel=1e-5)
 
 

@@ -100,28 +100,37 @@ class Loader:
 
 
 def validation_batches(
-    dataset: IndexedDataset, sequence_length: int, batch: int, *, shard: tuple[int, int] = (0, 1)
+    dataset: IndexedDataset,
+    sequence_length: int,
+    batch: int,
+    *,
+    limit: int | None = None,
+    shard: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(tokens, targets) of the whole dataset in file order, in windows of T that do not overlap.
+    """(tokens, targets) of the dataset in file order, in windows of T that do not overlap; the first `limit` of them.
 
     Each is (b, T) int64, b = `batch` but for the last. Every token is predicted once, except the first of all; the last
-    window is filled up with token 0 and target IGNORE. shard: (rank, ranks) gives every ranks-th window from rank on.
-    Raises ConfigError: sequence_length, batch or shard out of range. DataError: fewer than two tokens.
+    window is filled up with token 0 and target IGNORE. shard: (rank, ranks) gives every ranks-th window from rank on,
+    and as many batches of the same shapes on every rank: a window too few is one of IGNORE.
+    Raises ConfigError: sequence_length, batch, limit or shard out of range. DataError: fewer than two tokens.
     """
     rank, ranks = shard
     require(sequence_length >= 1, f"sequence_length must be 1 or more, got {sequence_length}")
     require(batch >= 1, f"a batch must have 1 window or more, got {batch}")
+    require(limit is None or limit >= 1, f"limit must be 1 window or more, got {limit}")
     require(0 <= rank < ranks, f"shard must be (rank, ranks) with 0 <= rank < ranks, got {shard}")
     if dataset.token_count < 2:
         raise DataError(f"{dataset.bin_path}: validation needs 2 tokens or more, there are {dataset.token_count}")
-    return _windows(dataset.tokens, sequence_length, batch, rank, ranks)
+    return _windows(dataset.tokens, sequence_length, batch, limit, rank, ranks)
 
 
-def _windows(stream, sequence_length, batch, rank, ranks):
-    starts = range(rank * sequence_length, len(stream) - 1, ranks * sequence_length)
-    for i in range(0, len(starts), batch):
+def _windows(stream, sequence_length, batch, limit, rank, ranks):
+    starts = range(0, len(stream) - 1, sequence_length)[:limit]
+    each = -(-len(starts) // ranks)
+    starts = starts[rank::ranks]
+    for i in range(0, each, batch):
         some = starts[i : i + batch]
-        tokens = torch.zeros(len(some), sequence_length, dtype=torch.int64)
+        tokens = torch.zeros(min(batch, each - i), sequence_length, dtype=torch.int64)
         targets = torch.full_like(tokens, IGNORE)
         for row, start in enumerate(some):
             window = torch.from_numpy(stream[start : start + sequence_length + 1].astype(np.int64))

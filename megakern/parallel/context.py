@@ -19,6 +19,8 @@ DIMS = ("pp", "dp", "cp", "tp")  # slowest to fastest: the ranks of one tp group
 class ParallelContext:
     """A `DeviceMesh` with dims (pp, dp, cp, tp), or no mesh at all for a single process.
 
+    With replicas > 1, the mesh's dims are (pp, replica, shard, cp, tp), and dp is replica x shard.
+
     At size 1 each collective is the identity, and parameters are plain tensors. Make one with `create` after
     `torch.distributed.init_process_group`; `ParallelContext()` is the single process.
     """
@@ -28,6 +30,9 @@ class ParallelContext:
     """Under tp > 1, shard the residual stream over time between the tensor-parallel regions (arXiv 2205.05198) while
     gradients are recorded. T must be divisible by tp then; without gradients nothing is kept, so nothing is sharded."""
 
+    flat_dp: DeviceMesh | None = None
+    """dp as one dim, where the mesh has it as two."""
+
     @classmethod
     def create(
         cls,
@@ -36,12 +41,14 @@ class ParallelContext:
         dp: int | None = None,
         cp: int = 1,
         pp: int = 1,
+        replicas: int = 1,
         device_type: str = "cpu",
         sequence_parallel: bool = False,
     ) -> ParallelContext:
         """A context over the whole world; `dp=None` takes what the other dims leave.
 
-        Raises ValueError when the sizes do not multiply to the world size.
+        replicas: how many copies of the training state the dp ranks hold together; each is sharded over the other
+        dp / replicas. Raises ValueError when the sizes do not multiply to the world size.
         """
         world = dist.get_world_size() if dist.is_initialized() else 1
         rest = tp * cp * pp
@@ -52,21 +59,38 @@ class ParallelContext:
                 f"pp={pp} x dp={dp or 'rest'} x cp={cp} x tp={tp} does not give the {world} processes "
                 f"that were started; start {rest * (dp or 1)}, or change a size"
             )
+        dp = world // rest
+        if replicas < 1 or dp % replicas:
+            raise ValueError(f"replicas = {replicas} does not divide dp = {dp}; choose one that does")
         if world == 1:
             return cls(sequence_parallel=sequence_parallel)
-        mesh = init_device_mesh(device_type, (pp, world // rest, cp, tp), mesh_dim_names=DIMS)
+        if replicas == 1:
+            mesh, flat = init_device_mesh(device_type, (pp, dp, cp, tp), mesh_dim_names=DIMS), None
+        else:
+            names = ("pp", "replica", "shard", "cp", "tp")
+            mesh = init_device_mesh(device_type, (pp, replicas, dp // replicas, cp, tp), mesh_dim_names=names)
+            flat = mesh["replica", "shard"]._flatten("dp")
+            _bound_by_default_timeout(flat)
         _bound_by_default_timeout(mesh)
-        return cls(mesh, sequence_parallel=sequence_parallel)
+        return cls(mesh, sequence_parallel=sequence_parallel, flat_dp=flat)
+
+    def _along(self, dim: str) -> DeviceMesh:
+        return self.flat_dp if dim == "dp" and self.flat_dp is not None else self.mesh[dim]
 
     def size(self, dim: str) -> int:
-        return 1 if self.mesh is None else self.mesh[dim].size()
+        return 1 if self.mesh is None else self._along(dim).size()
 
     def rank(self, dim: str) -> int:
-        return 0 if self.mesh is None else self.mesh[dim].get_local_rank()
+        return 0 if self.mesh is None else self._along(dim).get_local_rank()
 
     def group(self, dim: str) -> dist.ProcessGroup | None:
         """The process group of `dim`, or None when it has one member (a collective over it is the identity)."""
-        return None if self.size(dim) == 1 else self.mesh[dim].get_group()
+        return None if self.size(dim) == 1 else self._along(dim).get_group()
+
+    @property
+    def data_mesh(self) -> DeviceMesh:
+        """What FSDP2 shards over: dp, or (replica, shard), replicated along the first."""
+        return self.mesh["dp"] if self.flat_dp is None else self.mesh["replica", "shard"]
 
     @property
     def tp_size(self) -> int:

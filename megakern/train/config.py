@@ -21,6 +21,7 @@ from megakern.config import (
     require,
 )
 from megakern.model.presets import presets
+from megakern.parallel.data import ZERO
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -45,16 +46,39 @@ class DataConfig:
 class ParallelConfig:
     """How the model is split over processes."""
 
-    tp: int | None = None
-    """Tensor-parallel size. None: the number of processes."""
+    tp: int = 1
+    """Tensor-parallel size: processes that share the weights of each layer."""
+    dp: int | None = None
+    """Data-parallel size: groups of tp processes with samples of their own. None: what tp leaves of the processes."""
+    replicas: int = 1
+    """Copies of the training state over dp; each is sharded over dp / replicas. With dp copies nothing is sharded."""
+    zero: int = 1
+    """What dp shards: 1 optimizer states; 2 also gradients between micro-batches; 3 also weights between passes."""
     sequence_parallel: bool = False
     """Split activations between tensor-parallel layers over the sequence: less memory, the same traffic and losses."""
     timeout: float = 600.0
     """Seconds after which a collective that does not finish ends the run."""
 
     def __post_init__(self) -> None:
-        require(self.tp is None or self.tp >= 1, f"parallel.tp must be 1 or more, got {self.tp}")
+        require(self.tp >= 1, f"parallel.tp must be 1 or more, got {self.tp}")
+        require(self.dp is None or self.dp >= 1, f"parallel.dp must be 1 or more, got {self.dp}")
+        require(self.replicas >= 1, f"parallel.replicas must be 1 or more, got {self.replicas}")
+        require(self.zero in ZERO, f"parallel.zero must be 1, 2 or 3, got {self.zero}")
         require(self.timeout > 0, f"parallel.timeout must be above 0 seconds, got {self.timeout}")
+
+    def over(self, processes: int) -> ParallelConfig:
+        """These settings with dp filled in for this many processes. Raises ConfigError when they do not fit."""
+        dp = max(1, processes // self.tp) if self.dp is None else self.dp
+        require(
+            self.tp * dp == processes,
+            f"parallel.tp = {self.tp} x parallel.dp = {dp} needs {self.tp * dp} processes, but there are {processes}; "
+            f"start {self.tp * dp} with --nproc {self.tp * dp}, or change one of the two",
+        )
+        require(
+            dp % self.replicas == 0,
+            f"parallel.replicas = {self.replicas} does not divide parallel.dp = {dp}; choose one that does",
+        )
+        return dataclasses.replace(self, dp=dp)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +143,7 @@ class TrainConfig:
     batch: int = 16
     """Sequences a step, over all processes and micro-batches."""
     micro_batch: int | None = None
-    """Sequences in one forward and backward pass. None: `batch`, no gradient accumulation."""
+    """Sequences of one dp rank in one forward and backward pass. None: `batch` / dp, no gradient accumulation."""
     precision: str = "auto"
     """fp32, bf16, fp16 (with loss scaling), or auto: bf16 on GPUs that have it and on CPUs where it measures faster."""
     recompute: str = "none"
@@ -133,7 +157,7 @@ class TrainConfig:
     eval_every: int = 0
     """Steps between evaluations on held-out tokens. 0: only at the end."""
     eval_batches: int = 8
-    """Micro-batches of an evaluation during training; the last evaluation reads all held-out tokens."""
+    """Batches of an evaluation during training; the last evaluation reads all held-out tokens."""
     save_every: int = 0
     """Steps between checkpoints. 0: only at the end, and when interrupted."""
     keep: int = 2
@@ -165,10 +189,17 @@ class TrainConfig:
             f"train.recompute_modules must be some of {', '.join(RECOMPUTE_MODULES)}, got {list(modules)}",
         )
 
-    @property
-    def rows(self) -> int:
-        """Sequences in one forward pass."""
-        return self.micro_batch or self.batch
+    def rows(self, dp: int) -> int:
+        """Sequences of one of `dp` ranks in a forward pass. Raises ConfigError when the batch cannot be shared out."""
+        unit = (self.micro_batch or 1) * dp
+        if self.batch % unit:
+            near = [size for size in (self.batch // unit * unit, (self.batch // unit + 1) * unit) if size]
+            raise ConfigError(
+                f"train.batch = {self.batch} must be a multiple of parallel.dp = {dp}"
+                + ("" if self.micro_batch is None else f" x train.micro_batch = {self.micro_batch}")
+                + f"; the nearest that are: {', '.join(map(str, near))}"
+            )
+        return self.micro_batch or self.batch // dp
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,6 +27,7 @@ from megakern.config import require
 from megakern.parallel import trace
 from megakern.parallel.context import ParallelContext
 from megakern.train import machine
+from megakern.train.config import ParallelConfig
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 GRACE = 15.0  # seconds that other workers get to leave after the first has ended a stop
@@ -49,9 +50,10 @@ def joined_world() -> dict[str, str] | None:
     return None
 
 
-def default_processes() -> int:
-    """One a GPU; one on a machine without."""
-    return max(1, torch.cuda.device_count()) if torch.cuda.is_available() else 1
+def default_processes(settings: ParallelConfig) -> int:
+    """tp x dp; without dp, as many groups of tp as there are GPUs for, and at least one."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return settings.tp * (settings.dp or max(1, gpus // settings.tp))
 
 
 def first_host(nodelist: str) -> str:
@@ -132,21 +134,21 @@ def _wait(context, received: list[int]) -> int:
         time.sleep(0.05)
 
 
-def join(timeout: float, tp: int | None, *, sequence_parallel: bool = False) -> ParallelContext:
+def join(settings: ParallelConfig) -> ParallelContext:
     """Join the world that the environment describes (or be alone), set this process's device and threads.
 
-    `timeout` seconds bound every collective. Raises ConfigError when `tp` does not fit the number of processes.
+    `settings.timeout` bounds every collective. Raises ConfigError when the layout is not one of this many processes.
     """
     machine.keep_freed_memory()
     _die_with_parent()
     world = joined_world()
     device = machine.device_type()
     if world is None:
-        require(tp in (None, 1), f"parallel.tp = {tp} needs {tp} processes; start them with --nproc {tp}")
+        settings.over(1)
         return ParallelContext()
     os.environ.update(world)
     size, local = int(world["WORLD_SIZE"]), int(world["LOCAL_RANK"])
-    require(tp in (None, size), f"parallel.tp = {tp}, but {size} processes were started; make them equal")
+    settings = settings.over(size)
     if device == "cuda":
         count = torch.cuda.device_count()
         require(local < count, f"local rank {local} has no GPU of its own: this machine has {count}; start fewer")
@@ -156,8 +158,14 @@ def join(timeout: float, tp: int | None, *, sequence_parallel: bool = False) -> 
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", max(1, machine.cores() // local_size))))
     if size == 1:
         return ParallelContext()
-    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(seconds=timeout))
-    return ParallelContext.create(tp=size, device_type=device, sequence_parallel=sequence_parallel)
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(seconds=settings.timeout))
+    return ParallelContext.create(
+        tp=settings.tp,
+        dp=settings.dp,
+        replicas=settings.replicas,
+        device_type=device,
+        sequence_parallel=settings.sequence_parallel,
+    )
 
 
 def _die_with_parent() -> None:

@@ -8,6 +8,7 @@ RUN/ckpt/         checkpoints
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -61,14 +62,14 @@ def check_run(config: RunConfig, nproc: int) -> RunConfig:
 
     Raises ConfigError, or DataError for unusable data.
     """
-    tp = nproc if config.parallel.tp is None else config.parallel.tp
-    require(tp == nproc, f"parallel.tp = {tp}, but {nproc} processes were asked for; make them equal")
-    config.model.check_tensor_parallel(tp)
+    parallel = config.parallel.over(nproc)
+    config.model.check_tensor_parallel(parallel.tp)
+    config.train.rows(parallel.dp)
     tokens = config.model.sequence_length
     require(
-        not config.parallel.sequence_parallel or tokens % tp == 0,
-        f"model.sequence_length = {tokens} is not divisible by parallel.tp = {tp}, which parallel.sequence_parallel "
-        f"needs; change one of the three",
+        not parallel.sequence_parallel or tokens % parallel.tp == 0,
+        f"model.sequence_length = {tokens} is not divisible by parallel.tp = {parallel.tp}, which "
+        f"parallel.sequence_parallel needs; change one of the three",
     )
     require(bool(config.data.path), "data.path is not set; name a folder that `megakern prepare` made")
     data = PreparedData(config.data.path)
@@ -87,7 +88,7 @@ def check_run(config: RunConfig, nproc: int) -> RunConfig:
     return dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, path=str(Path(config.data.path).resolve())),
-        parallel=dataclasses.replace(config.parallel, tp=tp),
+        parallel=parallel,
         train=dataclasses.replace(config.train, precision=precision),
     )
 
@@ -105,6 +106,23 @@ def resumed_run(config: RunConfig, run: Path, nproc: int) -> NewRun:
     wanted, found = Tokenizer.load(run / "tokenizer.json"), PreparedData(config.data.path).tokenizer
     require(wanted.sha256 == found.sha256, other_tokenizer(config.data.path, found, run, wanted))
     return new
+
+
+def fit_layout(config: RunConfig, nproc: int | None, overrides: list[str]) -> RunConfig:
+    """A run's settings for `nproc` processes, where neither tp nor dp is among the overrides.
+
+    A checkpoint loads into any layout, so --nproc alone is enough to go on with another number of processes: tp becomes
+    the largest part of the old tp that divides it, dp the rest.
+    """
+    named = any(word.startswith(("--parallel.tp", "--parallel.dp")) for word in overrides)
+    old = config.parallel
+    if nproc is None or named or old.tp * (old.dp or 1) == nproc or nproc < 1:
+        return config
+    tp = math.gcd(old.tp, nproc)
+    dp = nproc // tp
+    print(f"layout for {nproc} processes: tp {tp} x dp {dp} (was tp {old.tp} x dp {old.dp})", flush=True)
+    parallel = dataclasses.replace(old, tp=tp, dp=dp, replicas=math.gcd(old.replicas, dp))
+    return dataclasses.replace(config, parallel=parallel)
 
 
 def other_tokenizer(data: str | Path, found: Tokenizer, run: Path, wanted: Tokenizer) -> str:

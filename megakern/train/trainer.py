@@ -15,12 +15,13 @@ from megakern.data.manifest import PreparedData
 from megakern.layers.dropout import DropoutKey
 from megakern.model.flops import flops_per_token
 from megakern.model.gpt import GPT
-from megakern.ops.adamw import AdamW
 from megakern.ops.grad_norm import clip_coefficient, gradient_norm
 from megakern.parallel import trace
-from megakern.parallel.collectives import finish_gradients
+from megakern.parallel.collectives import all_reduce, finish_gradients
 from megakern.parallel.context import ParallelContext
+from megakern.parallel.data import begin_pass, release
 from megakern.train import checkpoint, machine
+from megakern.train.build import make_model, make_optimizer
 from megakern.train.config import RunConfig, as_table
 from megakern.train.launch import StopRequest
 from megakern.train.metrics import MetricsFile, ProgressLine
@@ -48,16 +49,8 @@ class Trainer:
         model, seed = config.model, config.train.seed
         self.loader = Loader(self.data.train, model.sequence_length, seed, vocab_size=model.vocab_size)
         precision = machine.DTYPES[config.train.precision]
-        self.model = GPT(
-            config.model,
-            parallel,
-            seed=config.train.seed,
-            device=self.device,
-            compute_dtype=precision,
-            recompute=config.train.recompute,
-            recompute_modules=config.train.recompute_modules,
-        )
-        self.optimizer = _make_optimizer(self.model, config)
+        self.model = make_model(config, parallel, self.device)
+        self.optimizer = make_optimizer(self.model, config)
         self.scaler = LossScaler() if precision == torch.float16 else None
         self.step = 0
         self.updates = 0  # steps that were not skipped
@@ -124,7 +117,7 @@ class Trainer:
         if self.scaler:
             norm = norm / self.scaler.scale
         norm_value = norm.item()
-        finite = math.isfinite(norm_value)
+        loss, finite = self._agree(loss, math.isfinite(norm_value))
         if finite:
             trace.phase("optimizer step")
             for group in self.optimizer.param_groups:
@@ -153,14 +146,31 @@ class Trainer:
         scale = clip_coefficient(norm, clip) if clips else torch.ones_like(norm)
         return scale / self.scaler.scale if self.scaler else scale
 
+    def _agree(self, loss: float, finite: bool) -> tuple[float, bool]:
+        """The mean loss over all ranks, and whether the gradient is finite on every one of them.
+
+        A replicated parameter has a gradient on each rank of its own: one of them can be broken alone.
+        """
+        if self.parallel.mesh is None:
+            return loss, finite
+        sums = torch.tensor([loss, float(not finite)], dtype=torch.float64, device=self.device)
+        sums = all_reduce(sums, dist.group.WORLD)
+        total, broken = sums.tolist()
+        return total / self.parallel.world_size, broken == 0
+
     def _gradients(self) -> float:
-        """Forward and backward over the micro-batches of one step; returns the mean loss in nats a token."""
-        settings = self.config.train
-        passes = settings.batch // settings.rows
+        """Forward and backward over this rank's micro-batches of one step; returns their mean loss in nats a token.
+
+        Pass i of dp rank d takes the samples from (i dp + d) rows on, so that each layout trains on the same ones.
+        """
+        settings, dp = self.config.train, self.parallel.size("dp")
+        rows = settings.rows(dp)
+        passes = settings.batch // (rows * dp)
         total = torch.zeros((), device=self.device)
         for index in range(passes):
-            first = index * settings.rows
-            tokens, targets = self.loader.batch(self.samples + first, settings.rows)
+            first = (index * dp + self.parallel.rank("dp")) * rows
+            tokens, targets = self.loader.batch(self.samples + first, rows)
+            begin_pass(self.model, zero=self.config.parallel.zero, last=index == passes - 1)
             key = DropoutKey(seed=settings.seed, step=self.step, first_sample=first)
             trace.phase(f"forward of micro-batch {index + 1} of {passes}")
             loss = self.model(tokens.to(self.device), targets.to(self.device), dropout_key=key) / passes
@@ -175,7 +185,10 @@ class Trainer:
     def evaluate(self, batches: int | None = None) -> float:
         """Mean loss in nats a token over the first `batches` batches of the held-out tokens; None: over all."""
         trace.phase("evaluation")
-        return evaluate(self.model, self.data, self.config.train.rows, self.device, batches)
+        train = self.config.train
+        windows = None if batches is None else batches * train.batch
+        rows = train.rows(self.parallel.size("dp"))
+        return evaluate(self.model, self.data, rows, self.device, windows=windows, parallel=self.parallel)
 
     # --- checkpoints ---
 
@@ -293,34 +306,30 @@ class Trainer:
             summary.write(self.run)
 
 
-def evaluate(model: GPT, data: PreparedData, rows: int, device: torch.device, batches: int | None = None) -> float:
-    """Mean loss of `model` in nats a token over `batches` batches of `rows` held-out windows; None: over all."""
+def evaluate(
+    model: GPT,
+    data: PreparedData,
+    rows: int,
+    device: torch.device,
+    *,
+    windows: int | None = None,
+    parallel: ParallelContext | None = None,
+) -> float:
+    """Mean loss of `model` in nats a token over the first `windows` held-out windows, None: all; the same on all ranks.
+
+    Each dp rank of `parallel` reads its part of them, `rows` at a time.
+    """
+    parallel = parallel or ParallelContext()
+    shard = parallel.rank("dp"), parallel.size("dp")
     model.eval()
     total, count = 0.0, 0
-    for index, (tokens, targets) in enumerate(validation_batches(data.validation, model.config.sequence_length, rows)):
-        if index == batches:
-            break
+    length = model.config.sequence_length
+    for tokens, targets in validation_batches(data.validation, length, rows, limit=windows, shard=shard):
         total += model(tokens.to(device), targets.to(device), reduction="sum").item()
         count += int((targets != -100).sum())
     model.train()
+    release(model)
+    if parallel.group("dp") is not None:
+        sums = all_reduce(torch.tensor([total, count], dtype=torch.float64, device=device), parallel.group("dp"))
+        total, count = sums.tolist()
     return total / count
-
-
-def _make_optimizer(model: GPT, config: RunConfig) -> AdamW:
-    """AdamW with weight decay on matrices and embeddings only, and the token embedding's own learning rate."""
-    settings = config.optimizer
-    embedding = model.embedding.weight
-    rest = [p for p in model.parameters() if p is not embedding]
-    decay = {"weight_decay": settings.weight_decay}
-    groups = [
-        {"params": [embedding], "lr_scale": settings.embedding_lr_scale, **decay},
-        {"params": [p for p in rest if p.ndim >= 2], "lr_scale": 1.0, **decay},
-        {"params": [p for p in rest if p.ndim < 2], "lr_scale": 1.0, "weight_decay": 0.0},
-    ]
-    return AdamW(
-        groups,
-        lr=settings.lr,
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.eps,
-        state_dtype=getattr(torch, settings.state_dtype),
-    )

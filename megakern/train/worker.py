@@ -39,7 +39,7 @@ def work(run: Path, new: NewRun | None = None) -> int:
             if new is not None and rank == 0:
                 new.create()
             settings = load_config(run / "config.toml").parallel if new is None else new.config.parallel
-            parallel = join(settings.timeout, settings.tp, sequence_parallel=settings.sequence_parallel)
+            parallel = join(settings)
             parallel.barrier()
             trainer = Trainer(load_config(run / "config.toml"), run, parallel)
             signal_number = trainer.fit(stop)

@@ -1,0 +1,48 @@
+"""The model and optimizer of a run's settings, split over the ranks of a layout: no rank makes more than its shards."""
+
+from __future__ import annotations
+
+import torch
+
+from megakern.model.gpt import GPT
+from megakern.ops.adamw import AdamW
+from megakern.parallel.context import ParallelContext
+from megakern.parallel.data import shard_data_parallel
+from megakern.train.config import RunConfig
+from megakern.train.machine import DTYPES
+
+
+def make_model(config: RunConfig, parallel: ParallelContext, device: torch.device | str) -> GPT:
+    """The model of `config`, sharded over tp and dp; on "meta" shapes only, until `materialize`."""
+    model = GPT(
+        config.model,
+        parallel,
+        device="meta",
+        compute_dtype=DTYPES[config.train.precision],
+        recompute=config.train.recompute,
+        recompute_modules=config.train.recompute_modules,
+    )
+    shard_data_parallel(model, parallel, model.blocks, zero=config.parallel.zero)
+    if torch.device(device).type != "meta":
+        model.materialize(device, seed=config.train.seed)
+    return model
+
+
+def make_optimizer(model: GPT, config: RunConfig) -> AdamW:
+    """AdamW with weight decay on matrices and embeddings only, and the token embedding's own learning rate."""
+    settings = config.optimizer
+    embedding = model.embedding.weight
+    rest = [p for p in model.parameters() if p is not embedding]
+    decay = {"weight_decay": settings.weight_decay}
+    groups = [
+        {"params": [embedding], "lr_scale": settings.embedding_lr_scale, **decay},
+        {"params": [p for p in rest if p.ndim >= 2], "lr_scale": 1.0, **decay},
+        {"params": [p for p in rest if p.ndim < 2], "lr_scale": 1.0, "weight_decay": 0.0},
+    ]
+    return AdamW(
+        groups,
+        lr=settings.lr,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.eps,
+        state_dtype=getattr(torch, settings.state_dtype),
+    )
