@@ -1,7 +1,8 @@
 """A whole checkpoint in one safetensors file, and back. The file is read by anything that reads safetensors.
 
 Tensors have their global names and whole shapes. The metadata key `megakern` holds the manifest of the checkpoint,
-which signs itself and has a CRC-32 of each piece; `split` checks the tensors by it. Both work on blocks of bounded size.
+which signs itself and has a CRC-32 of each piece; `split` checks the tensors by it. Both work in blocks of bounded
+size.
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@
 The C++ kernel (csrc/cpu/attention*) takes fp32 and bf16 with any mask, dropout and grouped heads, but no score cap and
 no few rows (decoding). On one Zen 4 core, (12, 256, 6, 64), forward | backward, CPU ms: bf16 6.2 | 13, fp32 11 | 24.
 
-Between the other two, the choice, by ms of forward | backward on one AVX-512 core without AMX (Xeon, torch 2.13), 2048 tokens,
-causal, D = 64, 6 heads (12 from T = 512 on). "as fp32": half-precision input widened first, as such cores multiply fp32 faster.
+Between the other two, the choice, by ms of forward | backward on one AVX-512 core without AMX (Xeon, torch 2.13), 2048
+tokens, causal, D = 64, 6 heads (12 from T = 512 on). "as fp32": half-precision input widened first, as such cores
+multiply fp32 faster.
 
                     T = 16        64            128           256           512           1024
     fp32  tiles     5.4 | 9.9     7.3 | 13      10  | 19      13  | 26      35 | 76       59 | 126
