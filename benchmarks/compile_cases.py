@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from megakern.kernels.triton import activation, cross_entropy, dropout, norm, rope
+from megakern.kernels.triton import activation, adamw, cross_entropy, dropout, grad_norm, norm, rope
 from megakern.ops.activation import KINDS
 
 CASES: dict[str, Callable[[], object]] = {}
@@ -57,8 +57,8 @@ def _add_elementwise() -> None:
             CASES[f"gelu {kind} {short}"] = partial(_activation, flat, kind)
         CASES[f"swiglu {short}"] = partial(_swiglu, flat, flat)
         CASES[f"swiglu halves {short}"] = partial(_swiglu, *tensor(ROWS, 2048, dtype=dtype).chunk(2, -1))
-        CASES[f"dropout {short}"] = partial(dropout.dropout, flat, None, 0.1, 12345, 0)
-        CASES[f"dropout residual {short}"] = partial(dropout.dropout, flat, flat, 0.1, 12345, 0)
+        CASES[f"dropout {short}"] = partial(dropout.dropout, flat, None, 0.1, 12345, (0, 1, 1))
+        CASES[f"dropout residual {short}"] = partial(dropout.dropout, flat, flat, 0.1, 12345, (0, 64, 512))
     for C in (16, 128, 512):
         CASES[f"swiglu halves {C}"] = partial(_swiglu, *tensor(ROWS, 2 * C).chunk(2, -1))
 
@@ -90,7 +90,29 @@ def _add_cross_entropy() -> None:
             CASES[name] = partial(_cross_entropy, tensor(ROWS, 32000, dtype=dtype), smoothing)
 
 
+def _adamw(param: torch.Tensor, grad: torch.Tensor, moment: torch.Tensor, master: torch.Tensor | None) -> None:
+    masters = [] if master is None else [master]
+    options = (3, 1e-3, 0.9, 0.95, 1e-8, 0.1)
+    adamw.adamw([param], [grad], [moment], [moment], masters, tensor(1, dtype=torch.float32), *options)
+
+
+def _add_optimizer() -> None:
+    fp32, bf16, fp16, int16 = (
+        tensor(ROWS, dtype=d) for d in (torch.float32, torch.bfloat16, torch.float16, torch.int16)
+    )
+    kinds = {"fp32": (fp32, None), "bf16": (bf16, fp32), "bf16 split": (bf16, int16), "fp16": (fp16, fp32)}
+    for name, (param, master) in kinds.items():
+        for moment in (fp32, bf16):
+            short = SHORT[moment.dtype]
+            CASES[f"AdamW {name} moments {short}"] = partial(_adamw, param, param, moment, master)
+            if param is bf16:
+                CASES[f"AdamW {name} moments {short} gradients fp32"] = partial(_adamw, param, fp32, moment, master)
+    for value in (fp32, bf16, fp16):
+        CASES[f"clip_grad_norm_ {SHORT[value.dtype]}"] = partial(grad_norm.sum_of_squares, [value])
+
+
 _add_norms()
+_add_optimizer()
 _add_elementwise()
 _add_rope()
 _add_cross_entropy()

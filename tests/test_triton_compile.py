@@ -103,7 +103,7 @@ def test_inductor_sees_the_other_kernels(fake):
 
     def function(x, q, table, targets):
         gated = ops.swiglu.default(ops.activation.default(x, "gelu", "triton"), x, "triton")
-        dropped = ops.dropout.default(gated, x, 0.1, 7, 0, "triton")
+        dropped = ops.dropout.default(gated, x, 0.1, 7, [0, 1, 1], "triton")
         loss, _ = ops.cross_entropy.default(dropped, targets, -100, 0.1, 0.0, 40, "", "triton")
         turned, _ = ops.rope.default(q, q, table, table, None, False, False, "triton")
         return loss, turned

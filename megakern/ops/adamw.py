@@ -77,6 +77,7 @@ _adamw = register(
     " -> ()",
     forward=_forward,
     fake=lambda *arguments: None,
+    opaque=lambda *arguments: True,  # some backends need the tensors' addresses
 )
 
 

@@ -30,8 +30,9 @@ def gradient_norm_reference(gradients: Iterable[torch.Tensor]) -> torch.Tensor:
 def _problem(params, max_norm=float("inf"), *, scale_in_place=True) -> Problem:
     gradients = [_local(gradient) for gradient in _gradients(params)]
     first = gradients[0] if gradients else torch.empty(0)
+    dtype = torch.float64 if any(gradient.dtype == torch.float64 for gradient in gradients) else first.dtype
     sizes = {"tensors": len(gradients), "elements": sum(gradient.numel() for gradient in gradients)}
-    return Problem("clip_grad_norm_", first.device.type, first.dtype, sizes)
+    return Problem("clip_grad_norm_", first.device.type, dtype, sizes)
 
 
 def _fake(tensors, backend):
@@ -44,6 +45,7 @@ _sum_of_squares = register(
     "(Tensor[] tensors, str backend) -> Tensor",
     forward=lambda tensors, backend: launcher(backend, "grad_norm", "sum_of_squares")(tensors),
     fake=_fake,
+    opaque=lambda *arguments: True,  # some backends need the tensors' addresses
 )
 
 

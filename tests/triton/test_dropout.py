@@ -23,6 +23,12 @@ def test_the_mask_is_that_of_the_definition(shape, p, seed, row_offset, device):
     assert torch.equal(ours != 0, dropout(x, p, seed, row_offset=row_offset, backend="torch") != 0)
 
 
+def test_rows_in_blocks(device):
+    x = torch.ones(10, 40, device=device)
+    options = {"row_offset": 3, "row_blocks": (4, 9)}
+    torch.testing.assert_close(dropout(x, 0.5, 7, **options, **TRITON), dropout_reference(x, 0.5, 7, **options))
+
+
 def test_the_mask_of_a_large_tensor_is_that_of_the_torch_backend(device):
     x = torch.ones(150, 1500, device=device)
     masks = [dropout(x, 0.3, 99, backend=backend) != 0 for backend in ("torch", "triton")]
@@ -53,7 +59,7 @@ def test_nan_beside_the_rows_never_leaks_in(device):
 
 def test_opcheck_and_compile(device, unguarded):
     x = draw(3, 5, 7, device=device).requires_grad_()
-    torch.library.opcheck(torch.ops.megakern.dropout.default, (x, x.detach(), 0.25, 3, 1, "triton"))
+    torch.library.opcheck(torch.ops.megakern.dropout.default, (x, x.detach(), 0.25, 3, [1, 1, 1], "triton"))
     op = partial(dropout, p=0.25, seed=3, **TRITON)
     compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), op(x))

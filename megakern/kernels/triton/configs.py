@@ -141,7 +141,22 @@ def _cross_entropy(problem) -> dict[str, Config]:
     return {"forward and backward": CROSS_ENTROPY} | ({"between ranks": ROW_SUMS} if ranks > 1 else {})
 
 
+# --- many tensors in one launch ---
+
+MANY_TENSORS = Config(
+    "pieces-8192", {"PIECE": 8192, "TILE": 1024}, 4,
+    why="8 elements of each tensor a thread at a time; 8 tiles share one reading of the tables",
+)  # fmt: skip
+TOTAL = Config("total", {"LANES": 4096}, 8, why="one program for what many left")
+
+
+def _many(problem) -> dict[str, Config]:
+    return {"step" if problem.op == "AdamW" else "pieces": MANY_TENSORS}
+
+
 OPS = {
+    "AdamW": Op(_many),
+    "clip_grad_norm_": Op(_many),
     "cross_entropy": Op(_cross_entropy),
     "dropout": Op(_dropout),
     "gelu": Op(_gelu),

@@ -16,6 +16,7 @@ from megakern.kernels.torch.cross_entropy import check_targets, shard_of
 from megakern.kernels.triton import INTERPRETED, configs
 from megakern.kernels.triton.configs import cdiv
 from megakern.kernels.triton.launch import empty, empty_like, launch, rows_of
+from megakern.parallel import trace
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # of fp32: the maximum of a row of -inf, or of nothing but padding
 
@@ -149,10 +150,12 @@ def row_losses(logits, targets, ignore_index, label_smoothing, z_loss, vocab_siz
     sums = empty((3 if smooth else 2, M), torch.float32, logits.device)
     launch(_forward, (M,), logits, targets, None, None, peaks, sums, *sizes, *options, FINISH=False, **constants)
     highest = peaks.clone()
+    trace.collective("all_reduce", highest, shard.group)
     dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=shard.group)
     rows = {"config": configs.ROW_SUMS, "SMOOTH": smooth}
     grid = (cdiv(M, configs.ROW_SUMS.tiles["ROWS"]),)
     launch(_shift, grid, sums, peaks, highest, targets, M, shard.start, shard.real, ignore_index, **rows)
+    trace.collective("all_reduce", sums, shard.group)
     dist.all_reduce(sums, group=shard.group)
     launch(_finish, grid, sums, highest, targets, loss, lse, M, vocab_size, *options, **rows)
     return loss, lse

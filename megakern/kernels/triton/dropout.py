@@ -46,14 +46,15 @@ def keep(key, column, threshold):
     return x.to(tl.int32, bitcast=True) >= threshold
 
 
-@triton.jit(do_not_specialize=["seed", "row_offset", "threshold"])
+@triton.jit(do_not_specialize=["seed", "offset", "threshold"])
 def _dropout(
-    x, residual, out, M, C, x_stride, residual_stride, seed, row_offset, threshold, scale,
+    x, residual, out, M, C, x_stride, residual_stride, seed, offset, length, distance, threshold, scale,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """Program i: tile i of out."""
     rows, cols, mask = tile(M, C, ROWS, COLS)
-    kept = keep(fold(seed_key(seed), rows + row_offset), cols, threshold)
+    logical = offset + rows // length * distance + rows % length
+    kept = keep(fold(seed_key(seed), logical), cols, threshold)
     value = tl.load(x + rows * x_stride + cols, mask, 0.0).to(tl.float32)
     value *= tl.where(kept, scale, 0.0)  # a product, as the definition says: a dropped NaN stays NaN
     if residual is not None:
@@ -69,14 +70,14 @@ def threshold_of(p: float) -> int:
     return math.floor(p * 2.0**32) - (1 << 31)
 
 
-def dropout(x, residual, p, seed, row_offset):
-    """-> contiguous (..., C) of x's dtype: x with elements dropped and the rest scaled, plus residual if given."""
+def dropout(x, residual, p, seed, rows):
+    """rows (offset, length, stride) -> contiguous, like x: some elements 0, the others scaled, plus residual."""
     out = empty_like(x)
     x = rows_of(x)
     M, C = x.shape
     added = None if residual is None else rows_of(residual)
     config = configs.elementwise(C)
     strides = (x.stride(0), 0 if added is None else added.stride(0))
-    key = (seed, row_offset, threshold_of(p), 1.0 / (1.0 - p))
+    key = (seed, *rows, threshold_of(p), 1.0 / (1.0 - p))
     launch(_dropout, (configs.tile_count(M, C, config),), x, added, out, M, C, *strides, *key, config=config)
     return out

@@ -1,0 +1,161 @@
+"""The Triton AdamW and gradient norm against float64 and the other backend. Interpreter, or a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import megakern as mk
+from megakern.kernels.triton import configs
+from megakern.kernels.triton.adamw import adamw
+from megakern.kernels.triton.grad_norm import sum_of_squares
+from megakern.ops.adamw import adamw_reference
+from megakern.ops.grad_norm import gradient_norm
+from tests.triton.inputs import draw, fenced
+
+# Smallest, primes, beside one tile and one piece (1024 and 8192 elements), several pieces, empty.
+SHAPES = [(1,), (7, 13), (1025,), (8193,), (3, 40), (2, 8192), (0, 4)]
+OPTIONS = {"lr": 3e-2, "betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.1}
+STEPS = 4
+
+
+def parameters(dtype, device, shapes=SHAPES):
+    values = [draw(*shape, dtype=dtype, device=device, seed=i) for i, shape in enumerate(shapes)]
+    return [torch.nn.Parameter(value) for value in values]
+
+
+def train(params, grad_dtype, grad_scale, **options):
+    for param in params:
+        param.grad_dtype = grad_dtype
+    optimizer = mk.AdamW(params, **OPTIONS, **options)
+    scale = None if grad_scale is None else torch.tensor(grad_scale, device=params[0].device)
+    for step in range(STEPS):
+        for i, param in enumerate(params):
+            param.grad = draw(*param.shape, dtype=grad_dtype, device=param.device, seed=100 * step + i)
+        optimizer.step(grad_scale=scale)
+    return optimizer
+
+
+def reference(dtype, grad_dtype, device, grad_scale):
+    """The trajectories in float64, from the same rounded starts and gradients."""
+    values = [param.detach().double() for param in parameters(dtype, device)]
+    moments = [(torch.zeros_like(value), torch.zeros_like(value)) for value in values]
+    for step in range(STEPS):
+        for i, value in enumerate(values):
+            grad = draw(*value.shape, dtype=grad_dtype, device=device, seed=100 * step + i).double()
+            values[i], *moments[i] = adamw_reference(
+                value, grad, *moments[i], step + 1, grad_scale=grad_scale or 1.0, **OPTIONS
+            )
+    return values, moments
+
+
+@pytest.mark.parametrize("grad_scale", [None, 0.25])
+@pytest.mark.parametrize(
+    "dtype, grad_dtype",
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.float16, torch.float16)],
+)
+def test_parameters_and_masters_follow_float64(dtype, grad_dtype, grad_scale, device):
+    params = parameters(dtype, device)
+    optimizer = train(params, grad_dtype, grad_scale, backend="triton")
+    values, moments = reference(dtype, grad_dtype, device, grad_scale)
+    for param, wide, (exp_avg, exp_avg_sq) in zip(params, values, moments, strict=True):
+        state = optimizer.state[param]
+        exact = state.get("master", param).double()
+        torch.testing.assert_close(exact, wide, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(state["exp_avg"].double(), exp_avg, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(state["exp_avg_sq"].double(), exp_avg_sq, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(param.double(), wide, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_bf16_moments(device):
+    runs = {}
+    for backend in ("torch", "triton"):
+        params = parameters(torch.bfloat16, device)
+        optimizer = train(params, torch.bfloat16, None, backend=backend, state_dtype=torch.bfloat16)
+        runs[backend] = [optimizer.state[param] for param in params]
+    for ours, theirs in zip(runs["triton"], runs["torch"], strict=True):
+        assert ours["exp_avg"].dtype == torch.bfloat16
+        # The interpreter cuts bf16 where a GPU rounds: up to one unit, 2^-7, lost in each step.
+        torch.testing.assert_close(ours["master"], theirs["master"], rtol=4e-3, atol=4e-3)
+        for name in ("exp_avg", "exp_avg_sq"):
+            torch.testing.assert_close(ours[name].float(), theirs[name].float(), rtol=STEPS * 2**-7, atol=1e-2)
+
+
+def test_a_split_master_trains_bit_for_bit_like_a_whole_one(device):
+    whole, split = parameters(torch.bfloat16, device), parameters(torch.bfloat16, device)
+    masters = train(whole, torch.float32, 0.5, backend="triton").state
+    halves = train(split, torch.float32, 0.5, backend="triton", master="split").state
+    for one, other in zip(whole, split, strict=True):
+        assert torch.equal(one, other)
+        bits = (other.view(torch.int16).int() << 16) + halves[other]["low"].int()
+        assert torch.equal(bits.view(torch.float32), masters[one]["master"])
+
+
+def test_rounding_of_every_kind_of_number(device):
+    """Ties, subnormals, infinities and both zeros survive a split and a join; a step of nothing changes no bit."""
+    bits = torch.tensor([0, 0x8000, 0x7FFF, 0x18000, -(2**31), 0x3F808000, 0x7F800000, 0x007FFFFF, -1 << 23])
+    master = bits.int().view(torch.float32).to(device)
+    param = ((bits + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16).to(device)
+    low, before = bits.to(torch.int16).to(device), param.clone()
+    zeros = torch.zeros(len(bits), device=device)
+    adamw([param], [zeros], [zeros.clone()], [zeros.clone()], [low], None, 1, 0.0, 0.9, 0.9, 1e-8, 0.0)
+    assert torch.equal(param.view(torch.int16), before.view(torch.int16))
+    finite = bits.int().ne(-1 << 23).to(device)
+    joined = ((param.view(torch.int16).int() << 16) + low.int()).view(torch.float32)
+    assert torch.equal(joined[finite], master[finite])
+
+
+def test_neighbours_in_memory_stay_and_strides_are_kept(device):
+    """Parameters cut from one buffer at odd offsets, transposed ones, and gradients that are views."""
+    buffer = torch.full((64,), float("nan"), device=device)
+    odd, straight = buffer[3:20], buffer[32:48]
+    odd.copy_(draw(17, device=device))
+    straight.copy_(draw(16, device=device, seed=1))
+    params = [odd, straight.view(4, 4).t()]
+    grads = [fenced(draw(1, 17, device=device, seed=2))[0], draw(1, 1, device=device, seed=3).expand(4, 4)]
+    expected = [
+        adamw_reference(p.double(), g.double(), torch.zeros_like(p), torch.zeros_like(p), 1, **OPTIONS)[0]
+        for p, g in zip(params, grads, strict=True)
+    ]
+    moments = [[torch.zeros(p.shape, device=device) for p in params] for _ in range(2)]
+    adamw(params, grads, *moments, [], None, 1, 3e-2, 0.8, 0.9, 1e-6, 0.1)
+    for param, wide in zip(params, expected, strict=True):
+        torch.testing.assert_close(param.double(), wide, rtol=1e-6, atol=1e-6)
+    assert buffer[:3].isnan().all() and buffer[20:32].isnan().all() and buffer[48:].isnan().all()
+
+
+def test_few_launches(device, monkeypatch):
+    from megakern.kernels.triton import adamw as module
+
+    calls, real = [], module.launch
+    monkeypatch.setattr(module, "launch", lambda *a, **k: (calls.append(a), real(*a, **k)))
+    train(parameters(torch.bfloat16, device), torch.bfloat16, None, backend="triton")
+    assert len(calls) == STEPS
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32,), (torch.bfloat16, torch.float32, torch.float16)])
+def test_gradient_norm(dtypes, device):
+    params = []
+    for i, shape in enumerate(SHAPES):
+        param = torch.nn.Parameter(torch.zeros(shape, dtype=dtypes[i % len(dtypes)], device=device))
+        param.grad = draw(*shape, dtype=param.dtype, device=device, seed=i)
+        params.append(param)
+    expected = sum(param.grad.double().square().sum() for param in params).sqrt()
+    ours = gradient_norm(params, backend="triton")
+    torch.testing.assert_close(ours.double(), expected, rtol=1e-6, atol=0)
+    assert ours.shape == () and torch.equal(ours, gradient_norm(params, backend="triton"))
+
+
+def test_squares_of_views_and_of_nothing(device):
+    field = draw(5, 9, device=device)
+    torch.testing.assert_close(sum_of_squares([fenced(field)]), field.square().sum())
+    torch.testing.assert_close(
+        sum_of_squares([field.t(), field[:0], field[0, 1:4]]), field.square().sum() + field[0, 1:4].square().sum()
+    )
+    assert sum_of_squares([field[:0]]) == 0
+    assert sum_of_squares([torch.full((3,), float("nan"), device=device)]).isnan()
+
+
+def test_explain_names_the_configuration(device):
+    with mk.use_backend("triton"):
+        assert configs.MANY_TENSORS.name in str(mk.explain("AdamW", parameters(torch.float32, device)))
