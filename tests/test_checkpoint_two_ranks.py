@@ -172,7 +172,8 @@ def test_a_rank_finds_the_disk_full_at_each_operation(before, tmp_path, trials, 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_real_limit_on_the_size_of_files(before, tmp_path, trials, victim, every):
     """EFBIG from the system, at each 8 bytes of the largest file of that rank."""
-    largest = max(path.stat().st_size for path in before.rglob(f"rank-{victim:05d}-*"))
+    operations(before, tmp_path / "counted", 2)
+    largest = max(path.stat().st_size for path in (tmp_path / "counted").rglob(f"step-00000002/rank-{victim:05d}-*"))
 
     def refused(folder: Path, limit: int, rank: int, parallel: mk.ParallelContext) -> str:
         if rank == victim:
