@@ -40,7 +40,8 @@ def load_run(run: Path, *, step: int | None = None) -> Loaded:
     folder = run / "ckpt"
     path = checkpoint.newest(folder) if step is None else folder / checkpoint.folder_name(step)
     dtype = machine.DTYPES[config.train.precision]
-    model = GPT(config.model, device=device, compute_dtype=dtype)
+    stored = machine.DTYPES[config.parameter_precision]
+    model = GPT(config.model, device=device, dtype=stored, compute_dtype=dtype)
     tensors = {f"model.{name}": parameter for name, parameter in model.named_parameters()}
     state = checkpoint.load(path, tensors, ParallelContext(), only="model.")
     checkpoint.require_tokenizer(state, tokenizer.sha256, path)

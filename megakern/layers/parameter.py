@@ -15,6 +15,7 @@ starts from the same model, bit for bit, and each rank computes its slice alone.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -123,14 +124,26 @@ def accumulate_in_fp32(module: nn.Module) -> None:
     Call it after `fully_shard`. All ranks must call it.
     """
     sharded = [child for child in module.modules() if isinstance(child, FSDPModule)]
-    for child in sharded:
+    if not sharded:
+        _accumulate(module.parameters())
+    for child in sharded:  # one at a time: what is gathered for it is never more than one
         child.unshard()
-    for parameter in module.parameters():
-        wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-        parameter.grad_dtype = wide
-        parameter.accumulates = True
-    for child in sharded:
+        _accumulate(_own_parameters(child))
         child.reshard()
+
+
+def _accumulate(parameters: Iterable[nn.Parameter]) -> None:
+    for parameter in parameters:
+        parameter.grad_dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+        parameter.accumulates = True
+
+
+def _own_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+    """Those that FSDP2 gathers with `module`: without what is below another FSDP module."""
+    yield from module.parameters(recurse=False)
+    for child in module.children():
+        if not isinstance(child, FSDPModule):
+            yield from _own_parameters(child)
 
 
 def initialize(module: nn.Module, seed: int) -> None:
@@ -142,7 +155,24 @@ def initialize(module: nn.Module, seed: int) -> None:
         for name, initializer in getattr(child, "initializers", {}).items():
             parameter = child.get_parameter(name)
             if not parameter.is_meta:
-                _fill(parameter, initializer, fold(seed, f"{path}.{name}" if path else name))
+                _fill(parameter, local_of(parameter), initializer, _key(seed, path, name))
+
+
+def initial_values(module: nn.Module, seed: int) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
+    """Each parameter that `initialize` fills, with this rank's slice of its values in fp32, one after the other.
+
+    For masters of narrow parameters: they start from the same bits as fp32 parameters do.
+    """
+    for path, child in module.named_modules():
+        for name, initializer in getattr(child, "initializers", {}).items():
+            parameter = child.get_parameter(name)
+            values = torch.empty_like(local_of(parameter), dtype=torch.float32)
+            _fill(parameter, values, initializer, _key(seed, path, name))
+            yield parameter, values
+
+
+def _key(seed: int, path: str, name: str) -> int:
+    return fold(seed, f"{path}.{name}" if path else name)
 
 
 def initialize_standalone(module: nn.Module) -> None:
@@ -155,12 +185,13 @@ def initialize_standalone(module: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _fill(parameter: torch.Tensor, initializer: Constant | Normal, key: int) -> None:
+def _fill(parameter: torch.Tensor, into: torch.Tensor, initializer: Constant | Normal, key: int) -> None:
+    """`into` has the shape of this rank's slice of `parameter`."""
     if isinstance(initializer, Constant):
-        local_of(parameter).fill_(initializer.value)
+        into.fill_(initializer.value)
         return
     for block in blocks_of("parameter", parameter):
-        values = block.of(local_of(parameter))
+        values = block.of(into)
         fill_normal(values, key, initializer.std, full_shape=tuple(parameter.shape), offsets=block.offsets)
         if initializer.rows is not None:
             values[max(0, initializer.rows - block.offsets[0]) :].zero_()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from megakern.layers.parameter import accumulate_in_fp32, initial_values
 from megakern.model.gpt import GPT
 from megakern.ops.adamw import AdamW
 from megakern.parallel.context import ParallelContext
@@ -18,6 +19,7 @@ def make_model(config: RunConfig, parallel: ParallelContext, device: torch.devic
         config.model,
         parallel,
         device="meta",
+        dtype=DTYPES[config.parameter_precision],
         compute_dtype=DTYPES[config.train.precision],
         recompute=config.train.recompute,
         recompute_modules=config.train.recompute_modules,
@@ -25,6 +27,7 @@ def make_model(config: RunConfig, parallel: ParallelContext, device: torch.devic
     shard_data_parallel(model, parallel, model.blocks, zero=config.parallel.zero)
     if torch.device(device).type != "meta":
         model.materialize(device, seed=config.train.seed)
+        accumulate_in_fp32(model)
     return model
 
 
@@ -45,4 +48,12 @@ def make_optimizer(model: GPT, config: RunConfig) -> AdamW:
         betas=(settings.beta1, settings.beta2),
         eps=settings.eps,
         state_dtype=getattr(torch, settings.state_dtype),
+        master="split" if settings.master == "split" else "fp32",
     )
+
+
+def start_masters(model: GPT, optimizer: AdamW, config: RunConfig) -> None:
+    """Start the masters of narrow parameters from the fp32 initial values, not from their rounding."""
+    if config.optimizer.master != "none":
+        for parameter, values in initial_values(model, config.train.seed):
+            optimizer.set_master(parameter, values)

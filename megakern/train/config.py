@@ -32,6 +32,7 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
 ON_SAVE_ERROR = ("stop", "continue")
 STATE_DTYPES = ("float32", "bfloat16")
+MASTERS = ("none", "fp32", "split")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +110,9 @@ class OptimizerConfig:
     """Largest global gradient norm; larger gradients are scaled down to it. 0: no clipping."""
     state_dtype: str = "float32"
     """dtype of both moments: float32 or bfloat16."""
+    master: str = "none"
+    """none: fp32 parameters, cast as they are read. fp32: parameters in the precision of training, fp32 masters beside
+    them. split: bf16 parameters and the 16 bits that they lack, 2 bytes a parameter less, the same bits trained."""
 
     def __post_init__(self) -> None:
         require(self.lr > 0, f"optimizer.lr must be above 0, got {self.lr}")
@@ -132,6 +136,7 @@ class OptimizerConfig:
             self.state_dtype in STATE_DTYPES,
             f"optimizer.state_dtype must be one of {', '.join(STATE_DTYPES)}, got {self.state_dtype!r}",
         )
+        require(self.master in MASTERS, f"optimizer.master must be one of {', '.join(MASTERS)}, got {self.master!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,6 +216,20 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        master, precision = self.optimizer.master, self.train.precision
+        allowed = {"none": PRECISIONS, "fp32": ("auto", "bf16", "fp16"), "split": ("auto", "bf16")}[master]
+        require(
+            precision in allowed,
+            f"optimizer.master = {master!r} needs train.precision {' or '.join(allowed[1:])}, got {precision} (given, "
+            f"or chosen for this machine); change one of the two",
+        )
+
+    @property
+    def parameter_precision(self) -> str:
+        """What the parameters are stored in: fp32, or with masters beside them the precision of training."""
+        return "fp32" if self.optimizer.master == "none" else self.train.precision
 
 
 def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:

@@ -21,13 +21,14 @@ from megakern.parallel.collectives import all_reduce, finish_gradients
 from megakern.parallel.context import ParallelContext
 from megakern.parallel.data import begin_pass, release
 from megakern.train import checkpoint, machine
-from megakern.train.build import make_model, make_optimizer
+from megakern.train.build import make_model, make_optimizer, start_masters
 from megakern.train.config import RunConfig, as_table
 from megakern.train.launch import StopRequest
 from megakern.train.metrics import MetricsFile, ProgressLine
 from megakern.train.saver import Saver
 from megakern.train.scaler import LossScaler
 from megakern.train.schedule import learning_rate
+from megakern.train.state_bytes import state_bytes
 from megakern.train.summary import Summary
 
 
@@ -59,6 +60,10 @@ class Trainer:
         self.saver = Saver(run / "ckpt", parallel, config.train, config.parallel, self._log_failed_save)
         self._restore()
         first = parallel.world_rank == 0
+        if first:
+            shards = parallel.size("dp") // config.parallel.replicas
+            states = state_bytes(config.model, config.optimizer, tp=parallel.tp_size, shards=shards)
+            print(f"states: {states}", flush=True)
         self.metrics = MetricsFile(run / "metrics.jsonl", self.step) if first else None
         self.progress = ProgressLine(config.train.steps, config.train.log_every) if first else None
         peak, self.peak_source = machine.peak_rate(precision, self.device)
@@ -225,6 +230,7 @@ class Trainer:
         try:
             path = checkpoint.newest(self.run / "ckpt", self.parallel)
         except checkpoint.NoCheckpointError:
+            start_masters(self.model, self.optimizer, self.config)
             return  # a new run
         self.optimizer.start_state(0)
         state = checkpoint.load(path, self._tensors(), self.parallel)
