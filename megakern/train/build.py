@@ -27,7 +27,9 @@ def make_model(config: RunConfig, parallel: ParallelContext, device: torch.devic
     shard_data_parallel(model, parallel, model.blocks, zero=config.parallel.zero)
     if torch.device(device).type != "meta":
         model.materialize(device, seed=config.train.seed)
-        accumulate_in_fp32(model)
+        dp, train = parallel.size("dp"), config.train
+        if config.optimizer.master != "none" or train.batch > train.rows(dp) * dp:
+            accumulate_in_fp32(model)
     return model
 
 
