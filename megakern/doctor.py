@@ -11,6 +11,7 @@ import torch
 from megakern import __version__
 from megakern.kernels.torch import native
 from megakern.ops.dispatch import UNAVAILABLE
+from megakern.parallel.overlap import why_not_fused
 from megakern.train import machine
 from megakern.train.metrics import quantity
 from megakern.train.plot import have_matplotlib
@@ -29,6 +30,8 @@ def report() -> str:
     lines += ["", "other"]
     distributed = "gloo" + (", nccl" if torch.distributed.is_nccl_available() else "")
     lines.append(f"  {'collectives':<14}{distributed}")
+    fused = why_not_fused(machine.device_type(), max(2, torch.cuda.device_count()))
+    lines.append(f"  {'fused tp':<14}{'symmetric memory' if fused is None else 'no: ' + fused}")
     plots = "yes" if have_matplotlib() else "no: install matplotlib with: pip install 'megakern[plot]'"
     lines.append(f"  {'plots':<14}{plots}")
     lines.append(f"  {'threads':<14}{torch.get_num_threads()} of {machine.cores()} cores; OMP_NUM_THREADS="

@@ -15,11 +15,14 @@ OPERATORS = {
     "reduce_from_tensor_parallel": lambda xs, r: sum(xs),
     "gather_from_tensor_parallel": lambda xs, r: torch.cat(xs, -1),
     "scatter_to_tensor_parallel": lambda xs, r: xs[r].chunk(len(xs), -1)[r],
+    "gather_sequence": lambda xs, r: torch.cat(xs, -2),
+    "reduce_scatter_sequence": lambda xs, r: sum(xs).chunk(len(xs), -2)[r],
+    "scatter_sequence": lambda xs, r: xs[r].chunk(len(xs), -2)[r],
 }
 
 
 def inputs_of(rank: int) -> torch.Tensor:
-    return torch.randn(3, 8, generator=torch.Generator().manual_seed(rank), dtype=torch.float64)
+    return torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(rank), dtype=torch.float64)
 
 
 def run_operator(name: str) -> tuple:
@@ -47,6 +50,9 @@ def test_operator_and_adjoint(ranks, name, size):
         "reduce_from_tensor_parallel": lambda r: weights[r],
         "gather_from_tensor_parallel": lambda r: weights[r].chunk(size, -1)[r],
         "scatter_to_tensor_parallel": lambda r: torch.cat(weights, -1),
+        "gather_sequence": lambda r: sum(weights).chunk(size, -2)[r],
+        "reduce_scatter_sequence": lambda r: torch.cat(weights, -2),
+        "scatter_sequence": lambda r: torch.cat(weights, -2),
     }
     for rank, (out, gradient, _) in enumerate(results):
         torch.testing.assert_close(out, dense(xs, rank), rtol=0, atol=1e-14)

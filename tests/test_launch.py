@@ -68,6 +68,9 @@ def test_the_layout_must_have_the_number_of_processes(environment):
         launch.join(ParallelConfig(dp=4))
     with pytest.raises(ConfigError, match=r"parallel.replicas = 4 does not divide parallel.dp = 2"):
         launch.join(ParallelConfig(replicas=4))
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match=r"parallel.fused_collectives was asked for, but symmetric memory needs"):
+            launch.join(ParallelConfig(tp=2, fused_collectives=True))
 
 
 def test_stop_request_remembers_the_signal():

@@ -57,6 +57,7 @@ def test_overrides_are_toml_values():
         ('[model]\npreset = "gpt2"\n', [], "gpt2-124m"),
         ("[model]\npreset = 3\n", [], "model.preset must be a name, got 3"),
         ("[train]\nbatch = 6\nmicro_batch = 4\n", [], "train.batch = 6 must be a multiple of train.micro_batch = 4"),
+        ("[parallel]\noverlap_rows = -1\n", [], r"parallel.overlap_rows must be 0 \(never\) or more, got -1"),
         ('[train]\nrecompute_modules = ["moe"]\n', [], "train.recompute_modules must be some of attention, mlp, norm"),
         ('[train]\nprecision = "fp8"\n', [], "train.precision must be one of auto, fp32, bf16, fp16, got 'fp8'"),
         ('[optimizer]\nschedule = "cos"\n', [], "optimizer.schedule must be one of"),

@@ -10,6 +10,10 @@ Letters: K in, N out, R ranks, T tokens, s = T/R under sequence parallelism and 
     row, forward       y = x W^T                         reduce-scatter y (sequence) or all-reduce y
     row, backward      sequence: all-gather dy           dx = dy W, dW = dy^T x
 
+A sequence-parallel collective with nothing beside it (x and y in forward, dy in backward) is cut into pieces that
+overlap with the product that reads or makes it, from `overlap_rows` rows on; or is one operator with it
+(`fused_collectives`).
+
 Saved: of the column-parallel layer the sharded x (..., s, K), the weights as they are and the pre-activations; of the
 row-parallel layer x (..., T, K/R) and the weight. Weights may be fp32 for narrower x: they are cast when they are read,
 in forward and in backward, so that no cast copy lives between the two.
@@ -22,30 +26,44 @@ from torch.autograd.function import once_differentiable
 
 from megakern.ops.activation import activation_backward
 from megakern.ops.gradients import target_of
-from megakern.ops.linear import forward_pieces, input_gradient, linear, parameter_gradients
+from megakern.ops.linear import chosen_backend, forward_pieces, input_gradient, linear, parameter_gradients
 from megakern.parallel.collectives import (
     start_all_reduce,
     start_gather_sequence,
     start_reduce_scatter_sequence,
+)
+from megakern.parallel.overlap import (
+    fused_gather_matmul,
+    fused_matmul_reduce_scatter,
+    gather_then,
+    then_reduce_scatter,
 )
 from megakern.parallel.region import TensorRegion
 
 
 class _ColumnParallel(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, group, sequence, activation, *parameters):
+    def forward(ctx, x, region, sequence, activation, *parameters):
         weights, biases = parameters[0::2], parameters[1::2]
-        ctx.group, ctx.sequence, ctx.activation = group, sequence, activation
+        ctx.group, ctx.sequence, ctx.activation = region.group, sequence, activation
         ctx.targets = [target_of(weight) for weight in weights]
         ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in biases]
-        whole = start_gather_sequence(x, group).wait() if sequence else x
-        outputs, pres = [], []
-        for weight, bias in zip(weights, biases, strict=True):
-            y, pre, ctx.backend = forward_pieces(whole, weight, bias, activation, keep=activation is not None)
-            outputs.append(y)
-            pres.append(pre)
-        ctx.save_for_backward(x, *weights, *(pres if activation else ()))
-        return tuple(outputs)
+        ctx.backend = chosen_backend(x, weights[0], biases[0], activation)
+        keep = activation is not None
+
+        def outputs_of(rows):
+            results = [forward_pieces(rows, *pair, activation, keep=keep) for pair in zip(weights, biases, strict=True)]
+            return (*(y for y, _, _ in results), *(pre for _, pre, _ in results if keep))
+
+        if not sequence:
+            outputs = outputs_of(x)
+        elif region.fused_collectives and not activation:
+            _, outputs = fused_gather_matmul(x, [weight.to(x.dtype).t() for weight in weights], region.group)
+            outputs = [y if bias is None else y.add_(bias) for y, bias in zip(outputs, biases, strict=True)]
+        else:
+            outputs = gather_then(x, region.group, outputs_of, region.pieces(x[..., 0].numel(), x.device))
+        ctx.save_for_backward(x, *weights, *outputs[len(weights) :])
+        return tuple(outputs[: len(weights)])
 
     @staticmethod
     @once_differentiable
@@ -76,21 +94,43 @@ class _ColumnParallel(torch.autograd.Function):
 
 class _RowParallel(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, group, sequence):
-        ctx.group, ctx.sequence, ctx.target = group, sequence, target_of(weight)
-        y, _, ctx.backend = forward_pieces(x, weight, None, None, keep=False)
+    def forward(ctx, x, weight, region, sequence):
+        ctx.region, ctx.sequence, ctx.target = region, sequence, target_of(weight)
+        ctx.backend = chosen_backend(x, weight, None, None)
         ctx.save_for_backward(x, weight)
-        return (start_reduce_scatter_sequence if sequence else start_all_reduce)(y, group).wait()
+
+        def product(rows):
+            return forward_pieces(rows, weight, None, None, keep=False)[0]
+
+        if not sequence:
+            return start_all_reduce(product(x), region.group).wait()
+        if region.fused_collectives:
+            return fused_matmul_reduce_scatter(x, weight.to(x.dtype).t(), region.group)
+        rows = x[..., 0].numel() // region.size
+        return then_reduce_scatter(x, region.group, product, region.pieces(rows, x.device))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         needs_x, needs_weight = ctx.needs_input_grad[:2]
-        dy = start_gather_sequence(dy, ctx.group).wait() if ctx.sequence else dy
-        dx = input_gradient(dy, weight.to(dy.dtype), ctx.backend) if needs_x else None
+        dy, dx = _whole_and_product(ctx, dy, weight.to(dy.dtype) if needs_x else None)
         dweight, _ = parameter_gradients(dy, x, ctx.target if needs_weight else None, None, ctx.backend)
         return dx, dweight, None, None
+
+
+def _whole_and_product(ctx, dy: torch.Tensor, weight: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """dy of all tokens (..., T, N), and dx = dy W (..., T, K/R), None without a weight."""
+    region = ctx.region
+    if not ctx.sequence:
+        return dy, None if weight is None else input_gradient(dy, weight, ctx.backend)
+    if weight is None:
+        return start_gather_sequence(dy, region.group).wait(), None
+    if region.fused_collectives:
+        whole, (dx,) = fused_gather_matmul(dy, [weight], region.group, with_x=True)
+        return whole, dx
+    pieces = region.pieces(dy[..., 0].numel(), dy.device)
+    return gather_then(dy, region.group, lambda rows: (rows, input_gradient(rows, weight, ctx.backend)), pieces)
 
 
 def column_parallel_linear(
@@ -107,11 +147,11 @@ def column_parallel_linear(
     if region.group is None or not torch.is_grad_enabled():
         return tuple(linear(x, weight, bias, activation=activation) for weight, bias in parameters)
     flat = [tensor for pair in parameters for tensor in pair]
-    return _ColumnParallel.apply(x, region.group, region.shards_sequence, activation, *flat)
+    return _ColumnParallel.apply(x, region, region.shards_sequence, activation, *flat)
 
 
 def row_parallel_linear(x: torch.Tensor, weight: torch.Tensor, region: TensorRegion) -> torch.Tensor:
     """leave(x W^T): x (..., T, K/R) -> (..., N) in the residual stream's layout."""
     if region.group is None or not torch.is_grad_enabled():
         return region.leave(linear(x, weight))
-    return _RowParallel.apply(x, weight, region.group, region.shards_sequence)
+    return _RowParallel.apply(x, weight, region, region.shards_sequence)

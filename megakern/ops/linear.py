@@ -192,6 +192,12 @@ def linear(
     return y
 
 
+def chosen_backend(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None) -> str:
+    """The backend that `linear` would take. Raises as `linear` does."""
+    _check(x, weight, bias, activation, None)
+    return resolve(_problem(x, weight, bias, activation=activation))
+
+
 def forward_pieces(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None, *, keep: bool
 ) -> tuple[torch.Tensor, torch.Tensor, str]:
@@ -200,7 +206,6 @@ def forward_pieces(
     Their backward calls `activation_backward`, `input_gradient` and `parameter_gradients` with that backend. Shapes,
     dtypes and errors are those of `linear`. To be called where no gradients are recorded.
     """
-    _check(x, weight, bias, activation, None)
-    chosen = resolve(_problem(x, weight, bias, activation=activation))
+    chosen = chosen_backend(x, weight, bias, activation)
     y, pre = _linear(x, weight, bias, None, activation or "", keep, chosen)
     return y, pre, chosen

@@ -5,8 +5,13 @@
     reduce_from_tensor_parallel       all-reduce              identity
     gather_from_tensor_parallel       all-gather, last dim    take own slice
     scatter_to_tensor_parallel        take own slice          all-gather, last dim
+    gather_sequence                   all-gather, T           reduce-scatter, T
+    reduce_scatter_sequence           reduce-scatter, T       all-gather, T
+    scatter_sequence                  take own tokens         all-gather, T
 
-All take (x, group) and return x itself when `group` is None (one rank).
+All take (x, group) and return x itself when `group` is None (one rank). T is the last dim but one: x (..., T, C). The
+`start_...` functions return at once, for work beside the collective. `finish_gradients` makes, once a step, the sums
+that gradients of shared parameters lack.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from megakern.parallel import trace
+from megakern.parallel.overlap import why_not_fused
 from megakern.parallel.region import TensorRegion
 
 DIMS = ("pp", "dp", "cp", "tp")  # slowest to fastest: the ranks of one tp group are neighbours
@@ -29,9 +30,21 @@ class ParallelContext:
     sequence_parallel: bool = False
     """Under tp > 1, shard the residual stream over time between the tensor-parallel regions (arXiv 2205.05198) while
     gradients are recorded. T must be divisible by tp then; without gradients nothing is kept, so nothing is sharded."""
-
+    overlap_rows: int | None = None
+    """From this many rows a rank on, sequence-parallel collectives are cut into pieces that overlap with the products
+    (overlap.py). None: 512 on GPUs, never on CPUs. 0: never."""
+    fused_collectives: bool = False
+    """Use torch's fused symmetric-memory operators for sequence-parallel collectives and products, at any size."""
     flat_dp: DeviceMesh | None = None
     """dp as one dim, where the mesh has it as two."""
+
+    def __post_init__(self) -> None:
+        if self.overlap_rows is not None and self.overlap_rows < 0:
+            raise ValueError(f"overlap_rows must be 0 (never) or more, got {self.overlap_rows}")
+        if self.fused_collectives and self.tp_size > 1:
+            reason = why_not_fused(self.mesh.device_type, self.tp_size)
+            if reason is not None:
+                raise ValueError(f"fused_collectives was asked for, but {reason}")
 
     @classmethod
     def create(
@@ -43,12 +56,13 @@ class ParallelContext:
         pp: int = 1,
         replicas: int = 1,
         device_type: str = "cpu",
-        sequence_parallel: bool = False,
+        **choices,
     ) -> ParallelContext:
-        """A context over the whole world; `dp=None` takes what the other dims leave.
+        """A context over the whole world; `dp=None` takes what the other dims leave. `choices` are fields of the class.
 
         replicas: how many copies of the training state the dp ranks hold together; each is sharded over the other
-        dp / replicas. Raises ValueError when the sizes do not multiply to the world size.
+        dp / replicas. Raises ValueError when the sizes do not multiply to the world size, and for fused_collectives
+        that cannot run, with the reason.
         """
         world = dist.get_world_size() if dist.is_initialized() else 1
         rest = tp * cp * pp
@@ -63,7 +77,7 @@ class ParallelContext:
         if replicas < 1 or dp % replicas:
             raise ValueError(f"replicas = {replicas} does not divide dp = {dp}; choose one that does")
         if world == 1:
-            return cls(sequence_parallel=sequence_parallel)
+            return cls(**choices)
         if replicas == 1:
             mesh, flat = init_device_mesh(device_type, (pp, dp, cp, tp), mesh_dim_names=DIMS), None
         else:
@@ -72,7 +86,7 @@ class ParallelContext:
             flat = mesh["replica", "shard"]._flatten("dp")
             _bound_by_default_timeout(flat)
         _bound_by_default_timeout(mesh)
-        return cls(mesh, sequence_parallel=sequence_parallel, flat_dp=flat)
+        return cls(mesh, flat_dp=flat, **choices)
 
     def _along(self, dim: str) -> DeviceMesh:
         return self.flat_dp if dim == "dp" and self.flat_dp is not None else self.mesh[dim]
@@ -107,7 +121,8 @@ class ParallelContext:
     @property
     def tensor_region(self) -> TensorRegion:
         """What a tensor-parallel layer needs to know of this context: looked up once, at construction."""
-        return TensorRegion(self.tp_group, sequence_parallel=self.sequence_parallel and self.tp_size > 1)
+        split = self.sequence_parallel and self.tp_size > 1
+        return TensorRegion(self.tp_group, split, self.overlap_rows, self.fused_collectives)
 
     @property
     def world_rank(self) -> int:

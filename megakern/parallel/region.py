@@ -25,14 +25,17 @@ from megakern.parallel.collectives import (
     reduce_scatter_sequence,
     tokens_each,
 )
+from megakern.parallel.overlap import pieces_for
 
 
 @dataclass(frozen=True)
 class TensorRegion:
-    """The tensor-parallel group (None: one rank) and whether the sequence is sharded outside of it."""
+    """The tensor-parallel group (None: one rank) and the choices of `ParallelContext` that its layers follow."""
 
     group: dist.ProcessGroup | None = None
     sequence_parallel: bool = False
+    overlap_rows: int | None = None
+    fused_collectives: bool = False
 
     @property
     def shards_sequence(self) -> bool:
@@ -46,6 +49,10 @@ class TensorRegion:
     @property
     def rank(self) -> int:
         return 0 if self.group is None else self.group.rank()
+
+    def pieces(self, rows: int, device: torch.device) -> int:
+        """Into how many pieces a sequence-parallel collective of `rows` rows a rank is cut."""
+        return pieces_for(rows, self.overlap_rows, device)
 
     def enter(self, x: torch.Tensor) -> torch.Tensor:
         """The residual stream's layout -> (..., T, C), whose gradient is summed over the ranks."""

@@ -57,6 +57,10 @@ class ParallelConfig:
     """What dp shards: 1 optimizer states; 2 also gradients between micro-batches; 3 also weights between passes."""
     sequence_parallel: bool = False
     """Split activations between tensor-parallel layers over the sequence: less memory, the same traffic and losses."""
+    overlap_rows: int | None = None
+    """Rows a rank from which sequence-parallel collectives go in pieces beside products. None: 512 on GPUs; 0: never."""
+    fused_collectives: bool = False
+    """PyTorch's fused symmetric-memory operators for them instead; refused, with the reason, where they cannot run."""
     timeout: float = 600.0
     """Seconds after which a collective that does not finish ends the run."""
 
@@ -65,6 +69,8 @@ class ParallelConfig:
         require(self.dp is None or self.dp >= 1, f"parallel.dp must be 1 or more, got {self.dp}")
         require(self.replicas >= 1, f"parallel.replicas must be 1 or more, got {self.replicas}")
         require(self.zero in ZERO, f"parallel.zero must be 1, 2 or 3, got {self.zero}")
+        rows = self.overlap_rows
+        require(rows is None or rows >= 0, f"parallel.overlap_rows must be 0 (never) or more, got {rows}")
         require(self.timeout > 0, f"parallel.timeout must be above 0 seconds, got {self.timeout}")
 
     def over(self, processes: int) -> ParallelConfig:

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from megakern.config import require
 from megakern.parallel import trace
 from megakern.parallel.context import ParallelContext
+from megakern.parallel.overlap import why_not_fused
 from megakern.train import machine
 from megakern.train.config import ParallelConfig
 
@@ -158,6 +159,9 @@ def join(settings: ParallelConfig) -> ParallelContext:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", max(1, machine.cores() // local_size))))
     if size == 1:
         return ParallelContext()
+    if settings.fused_collectives and settings.tp > 1:
+        reason = why_not_fused(device, settings.tp)
+        require(reason is None, f"parallel.fused_collectives was asked for, but {reason}")
     dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(seconds=settings.timeout))
     return ParallelContext.create(
         tp=settings.tp,
@@ -165,6 +169,8 @@ def join(settings: ParallelConfig) -> ParallelContext:
         replicas=settings.replicas,
         device_type=device,
         sequence_parallel=settings.sequence_parallel,
+        overlap_rows=settings.overlap_rows,
+        fused_collectives=settings.fused_collectives,
     )
 
 
