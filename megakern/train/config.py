@@ -58,7 +58,7 @@ class ParallelConfig:
     sequence_parallel: bool = False
     """Split activations between tensor-parallel layers over the sequence: less memory, the same traffic and losses."""
     overlap_rows: int | None = None
-    """Rows a rank from which sequence-parallel collectives go in pieces beside products. None: 512 on GPUs; 0: never."""
+    """From so many rows a rank on, sequence-parallel collectives overlap in pieces. None: 512 on GPUs. 0: never."""
     fused_collectives: bool = False
     """PyTorch's fused symmetric-memory operators for them instead; refused, with the reason, where they cannot run."""
     timeout: float = 600.0
