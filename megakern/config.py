@@ -84,6 +84,7 @@ ACTIVATIONS = ("gelu", "gelu_tanh", "relu_squared", "swiglu")
 POSITIONS = ("learned", "rope", "none")
 RECOMPUTE = ("none", "selective", "full")
 RECOMPUTE_MODULES = ("attention", "mlp", "norm")
+RECOMPUTE_DEFAULT = ("attention", "norm")  # what costs little to compute again
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -128,7 +128,7 @@ def test_a_block_keeps_what_the_formula_says(ranks, name, tp, sequence_parallel)
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_autograd_saves_what_the_formula_says(name):
-    assert saved_by_a_block(name) == pytest.approx(expected(name, 1, False)[0], rel=0.1)
+    assert saved_by_a_block(name) == pytest.approx(expected(name, 1, False)[0], rel=0.01)
 
 
 @pytest.mark.parametrize("t", [1, 2, 8])
@@ -139,7 +139,8 @@ def test_formulas_are_the_papers_with_its_masks_and_scores(t):
     sbh = s * b * h
 
     def theirs(sequence_parallel: bool, recompute: str, scores: bool) -> float:
-        bytes_ = activation_bytes(config, b, tp=t, sequence_parallel=sequence_parallel, recompute=recompute)
+        how = {"recompute": recompute, "recompute_modules": ("attention",)}  # theirs is of the core alone
+        bytes_ = activation_bytes(config, b, tp=t, sequence_parallel=sequence_parallel, **how)
         kept = sum(size for term, size in bytes_.layer.items() if term not in ("norm statistics", "log-sum-exp"))
         masks = 0 if recompute == "full" else 2 * sbh / (t if sequence_parallel else 1)
         return kept + masks + (5 * a * s * s * b / t if scores else 0)

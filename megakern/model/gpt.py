@@ -17,7 +17,7 @@ import math
 import torch
 from torch import nn
 
-from megakern.config import GPTConfig
+from megakern.config import RECOMPUTE_DEFAULT, GPTConfig
 from megakern.layers.block import TransformerBlock, make_norm
 from megakern.layers.dropout import DropoutKey, checked_key, drop_branch
 from megakern.layers.embedding import (
@@ -74,7 +74,7 @@ class GPT(nn.Module):
         dtype: torch.dtype = torch.float32,
         compute_dtype: torch.dtype | None = None,
         recompute: str = "none",
-        recompute_modules: tuple[str, ...] = ("attention",),
+        recompute_modules: tuple[str, ...] = RECOMPUTE_DEFAULT,
     ):
         super().__init__()
         modules = chosen_modules(recompute, recompute_modules)

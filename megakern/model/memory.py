@@ -34,7 +34,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from megakern.config import RECOMPUTE, RECOMPUTE_MODULES, GPTConfig, require
+from megakern.config import RECOMPUTE, RECOMPUTE_DEFAULT, RECOMPUTE_MODULES, GPTConfig, require
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def activation_bytes(
     tp: int = 1,
     sequence_parallel: bool = False,
     recompute: str = "none",
-    recompute_modules: Iterable[str] = ("attention",),
+    recompute_modules: Iterable[str] = RECOMPUTE_DEFAULT,
     element: int = 2,
 ) -> ActivationBytes:
     """What a forward pass of `batch` sequences of `tokens` (None: the model's length) keeps on one of `tp` ranks.

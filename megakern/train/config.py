@@ -12,6 +12,7 @@ import tomli_w
 
 from megakern.config import (
     RECOMPUTE,
+    RECOMPUTE_DEFAULT,
     RECOMPUTE_MODULES,
     ConfigError,
     GPTConfig,
@@ -159,7 +160,7 @@ class TrainConfig:
     """fp32, bf16, fp16 (with loss scaling), or auto: bf16 on GPUs that have it and on CPUs where it measures faster."""
     recompute: str = "none"
     """What backward computes again to save memory: none, selective (`recompute_modules`), or full (each block)."""
-    recompute_modules: tuple[str, ...] = ("attention",)
+    recompute_modules: tuple[str, ...] = RECOMPUTE_DEFAULT
     """selective recomputes these: attention (its core), mlp, norm."""
     seed: int = 1234
     """Seed of the initial weights, dropout and data order."""
