@@ -12,7 +12,7 @@ import torch
 
 import megakern as mk
 from megakern import doctor
-from megakern.kernels.torch import activation, attention, linear, native
+from megakern.kernels.torch import activation, attention, cross_entropy, linear, native, norm
 from megakern.ops.activation import KINDS, activation_reference
 from megakern.ops.linear import linear_reference
 from tests.closeness import assert_close_to_ref
@@ -167,6 +167,77 @@ def test_rounding_to_bf16_is_that_of_torch():
     z = torch.zeros(1, len(bias), dtype=torch.bfloat16)
     native.linear_epilogue(z, bias, None, "", z)
     torch.testing.assert_close(z[0], bias.to(torch.bfloat16) + 0.0, rtol=0, atol=0, equal_nan=True)
+
+
+# --- norm ---
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("centre, bias, residual", [(True, True, True), (True, False, False), (False, False, True)])
+def test_norm(shape, dtype, centre, bias, residual):
+    """Both passes against float64 composites. A mean far from 0, which squares before centring would not survive."""
+    x, dy = draw(*shape, dtype=dtype) + 20, draw(*shape, dtype=dtype, seed=1)
+    added, dh = (draw(*shape, dtype=dtype, seed=i) if residual else None for i in (2, 3))
+    weight = draw(shape[1], seed=4)
+    shift = draw(shape[1], seed=5) if bias else None
+
+    def run(dtype):
+        inputs = [None if t is None else t.to(dtype) for t in (x, shift, added, dy, dh)]
+        w = weight.to(torch.promote_types(dtype, torch.float32))
+        y, h, mean, rstd = norm.norm_forward(inputs[0], w, inputs[1], inputs[2], 1e-5, centre)
+        stored = h if residual else inputs[0]
+        return y, h, mean, rstd, *norm.norm_backward(inputs[3], inputs[4], stored, w, mean, rstd, bias, centre)
+
+    ours = same_bits_with_three_threads(lambda: run(dtype))
+    with native.composites_only():
+        reference, composite = run(torch.float64), run(dtype)
+    # With one column rstd is 1 / sqrt(eps), and multiplies rounding errors.
+    names = ["y", "h", "mean", "rstd", "dx", "dweight", "dbias"]
+    for name, *results in zip(names, ours, reference, composite, strict=True):
+        if not (shape[1] == 1 and name in ("dx", "dweight", "y")):
+            assert_close_to_ref(*results, name=name, floor=1e-5 if dtype == torch.float32 else None)
+
+
+# --- cross-entropy ---
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("smoothing, z_loss", [(0.0, 0.0), (0.1, 1e-2)])
+def test_cross_entropy(shape, dtype, smoothing, z_loss):
+    """Losses and gradients; ignored rows; logits whose rows are apart; the gradient in place and beside."""
+    M, V = shape
+    wide_logits = draw(M, V + 5, dtype=dtype)
+    targets = torch.randint(0, V, (M,), generator=torch.Generator().manual_seed(6))
+    targets[M // 2] = -100
+    scale = draw(M, seed=7)
+    options = (-100, smoothing, z_loss, V, cross_entropy.Shard(None, 0, V))
+
+    def run(dtype, in_place):
+        logits = wide_logits.to(dtype).clone()[:, :V]
+        loss, lse = cross_entropy.row_losses(logits, targets, *options)
+        out = logits if in_place else torch.empty(M, V, dtype=dtype)
+        cross_entropy.write_gradient(out, scale.to(lse.dtype), logits, targets, lse, *options)
+        return loss, lse, out.contiguous()
+
+    ours = same_bits_with_three_threads(lambda: run(dtype, True))
+    for a, b in zip(ours, run(dtype, False), strict=True):
+        assert torch.equal(a, b)
+    with native.composites_only():
+        reference, composite = run(torch.float64, False), run(dtype, False)
+    for name, *results in zip(["loss", "lse", "gradient"], ours, reference, composite, strict=True):
+        # A loss near 0 is a difference of larger numbers; the exponentials of bf16 logits are good to 3e-6.
+        assert_close_to_ref(*results, name=name, floor=1e-5 if name != "gradient" else None)
+
+
+@needs_kernels
+def test_a_column_outside_of_the_logits_is_refused():
+    logits, column = draw(3, 7), torch.tensor([0, 7, 1])
+    with pytest.raises(ValueError, match=r"column must be in \[0, 7\), got 7 in row 1"):
+        native.cross_entropy_sums(logits, column, torch.empty(3), torch.empty(2, 3))
 
 
 # --- attention ---

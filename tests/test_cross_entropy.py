@@ -19,6 +19,8 @@ from tests.closeness import FLOOR, assert_close_to_ref, assert_gradients_close
 SHAPES = [((1,), 1), ((1,), 768), ((7,), 13), ((3, 5), 127), ((129,), 33), ((0,), 8), ((), 5)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
+pytestmark = pytest.mark.usefixtures("with_and_without_cpu_kernels")
+
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):

@@ -16,6 +16,8 @@ from tests.closeness import assert_close_to_ref, assert_gradients_close
 # (shape of targets, K, V): smallest, one row, primes, several chunks (their size is lowered), no rows, no leading dim.
 SHAPES = [((1,), 1, 2), ((1,), 64, 33), ((7,), 5, 13), ((3, 5), 17, 127), ((65,), 8, 31), ((0,), 4, 8), ((), 3, 5)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+pytestmark = pytest.mark.usefixtures("with_and_without_cpu_kernels")
 ALL = {"label_smoothing": 0.1, "z_loss": 1e-2}
 
 

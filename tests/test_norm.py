@@ -14,6 +14,8 @@ from tests.closeness import assert_gradients_close
 SHAPES = [(1, 3), (1, 768), (7, 13), (3, 5, 127), (2, 128), (2, 129), (0, 16)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
+pytestmark = pytest.mark.usefixtures("with_and_without_cpu_kernels")
+
 
 def make(shape, dtype, *, bias, residual, seed=0, weight_dtype=None):
     g = torch.Generator().manual_seed(seed)

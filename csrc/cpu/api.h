@@ -29,6 +29,26 @@ void column_sum(Address x, Address out, int dtype, int64_t M, int64_t N, int64_t
 // dx = dy act'(x), all contiguous with `elements` elements; dx may be dy or x.
 void activation_backward(Address dy, Address x, Address dx, int dtype, int activation, int64_t elements, int threads);
 
+// For each row of logits (M, V), rows `stride` apart: its maximum, the sum of exp(x - maximum), x[column] - maximum, and
+// (unless 0) the sum of x - maximum; each (M,) fp32. column (M,) int64 in [0, V).
+void cross_entropy_sums(Address logits, Address column, Address peak, Address exponentials, Address target,
+                        Address shifted, int dtype, int64_t M, int64_t V, int64_t stride, int threads);
+
+// out = factor exp(logits - lse) - uniform (none if 0), plus at_target at `column`; lse to at_target (M,) fp32. out may
+// be logits.
+void cross_entropy_gradient(Address logits, Address column, Address lse, Address factor, Address uniform,
+                            Address at_target, Address out, int dtype, int64_t M, int64_t V, int64_t stride,
+                            int64_t out_stride, int threads);
+
+// y (M, C) = (h - mean) rstd weight + bias with h = x + residual; centre 0: RMSNorm, without mean. x, residual, h, y
+// contiguous, h written if there is a residual; weight, bias (C,) fp32, mean, rstd (M,) fp32.
+void norm_forward(Address x, Address residual, Address weight, Address bias, Address h, Address y, Address mean,
+                  Address rstd, int dtype, int64_t M, int64_t C, float eps, bool centre, int threads);
+
+// dx = gradient of the norm (+ dh); dweight, dbias (C,) fp32. dbias may be 0.
+void norm_backward(Address dy, Address dh, Address h, Address weight, Address mean, Address rstd, Address dx,
+                   Address dweight, Address dbias, int dtype, int64_t M, int64_t C, bool centre, int threads);
+
 // out, lse of attention; product: the dtype of the matrix products. dq, dk, dv of attention, from out and lse.
 struct AttentionProblem;
 struct AttentionForward;

@@ -14,6 +14,10 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("linear_epilogue", &megakern::linear_epilogue, unlocked(), "y = act(z + bias) + residual, pre = z + bias.");
   m.def("column_sum", &megakern::column_sum, unlocked(), "Sums over rows, in fp32.");
   m.def("activation_backward", &megakern::activation_backward, unlocked(), "dx = dy act'(x).");
+  m.def("cross_entropy_sums", &megakern::cross_entropy_sums, unlocked(), "Maximum and sums of each row.");
+  m.def("cross_entropy_gradient", &megakern::cross_entropy_gradient, unlocked(), "Gradient of the logits.");
+  m.def("norm_forward", &megakern::norm_forward, unlocked(), "LayerNorm or RMSNorm of x + residual.");
+  m.def("norm_backward", &megakern::norm_backward, unlocked(), "dx, dweight, dbias.");
   m.def("attention_forward", &megakern::attention_forward, unlocked(), "out and lse.");
   m.def("attention_backward", &megakern::attention_backward, unlocked(), "dq, dk, dv.");
 

@@ -92,12 +92,10 @@ def linear_epilogue(z, bias, residual, activation: str, y, pre=None):
 
 def column_sum(x) -> torch.Tensor:
     """x (M, N), any stride between rows -> fp32 (N,)."""
-    if x.stride(1) != 1 or x.stride(0) < x.shape[1]:
-        x = x.contiguous()
+    x = _dense_rows(x)
     out = torch.empty(x.shape[1], dtype=torch.float32)
-    M, N = x.shape
-    stride = N if M == 1 else x.stride(0)
-    _cpu.column_sum(x.data_ptr(), _address(out), DTYPES[x.dtype], M, N, stride, torch.get_num_threads())
+    stride, threads = _rows_apart(x), torch.get_num_threads()
+    _cpu.column_sum(x.data_ptr(), _address(out), DTYPES[x.dtype], *x.shape, stride, threads)
     return out
 
 
@@ -113,6 +111,81 @@ def activation_backward(dy, x, activation: str, dx):
     addresses = (_address(t) for t in (dy, x, dx))
     _cpu.activation_backward(*addresses, DTYPES[x.dtype], ACTIVATIONS[activation], x.numel(), torch.get_num_threads())
     return dx
+
+
+def _rows_apart(x) -> int:
+    """Elements from one row of x (M, N) to the next."""
+    return x.shape[1] if x.shape[0] == 1 else x.stride(0)
+
+
+def _dense_rows(x):
+    """x (M, N) with elements of a row side by side."""
+    return x if x.stride(1) == 1 and _rows_apart(x) >= x.shape[1] else x.contiguous()
+
+
+def cross_entropy_sums(logits, column, peak, sums) -> None:
+    """Fill peak (M,) and sums (2 or 3, M), fp32, as `row_losses` has them. logits (M, V), column (M,) int64."""
+    logits = _dense_rows(logits)
+    _cpu.cross_entropy_sums(
+        logits.data_ptr(),
+        _address(column.contiguous()),
+        _address(peak),
+        *(_address(row) for row in sums),
+        *([0] if len(sums) == 2 else []),
+        DTYPES[logits.dtype],
+        *logits.shape,
+        _rows_apart(logits),
+        torch.get_num_threads(),
+    )
+
+
+def cross_entropy_gradient(logits, column, lse, factor, uniform, at_target, out) -> None:
+    """out (M, V) = factor exp(logits - lse) - uniform, plus at_target at each row's column. out may be logits."""
+    if out.stride(1) != 1 or _rows_apart(out) < out.shape[1]:
+        dense = torch.empty(out.shape, dtype=out.dtype)
+        cross_entropy_gradient(logits, column, lse, factor, uniform, at_target, dense)
+        out.copy_(dense)
+        return
+    logits = _dense_rows(logits)
+    M = logits.shape[0]
+    by_row = (lse, factor, uniform, at_target)
+    keep = [column.contiguous(), *(None if t is None else t.expand(M).float().contiguous() for t in by_row)]
+    _cpu.cross_entropy_gradient(
+        logits.data_ptr(),
+        *(_address(t) for t in keep),
+        out.data_ptr(),
+        DTYPES[logits.dtype],
+        *logits.shape,
+        _rows_apart(logits),
+        _rows_apart(out),
+        torch.get_num_threads(),
+    )
+
+
+def norm_forward(x, residual, weight, bias, eps: float, centre: bool, h, y, mean, rstd) -> None:
+    """Write y (M, C), rstd (M,), with `centre` mean (M,), with a residual h = x + residual."""
+    keep = [None if t is None else t.contiguous() for t in (x, residual)]
+    keep += [None if t is None else t.float().contiguous() for t in (weight, bias)]
+    _cpu.norm_forward(
+        *(_address(t) for t in (*keep, h, y, mean, rstd)),
+        DTYPES[x.dtype],
+        *y.shape,
+        eps,
+        centre,
+        torch.get_num_threads(),
+    )
+
+
+def norm_backward(dy, dh, h, weight, mean, rstd, dx, dweight, dbias, centre: bool) -> None:
+    """Write dx (M, C) with dh added, and fp32 dweight, dbias (C,); dbias may be None."""
+    keep = [None if t is None else t.contiguous() for t in (dy, dh, h, weight.float(), mean, rstd)]
+    _cpu.norm_backward(
+        *(_address(t) for t in (*keep, dx, dweight, dbias)),
+        DTYPES[dy.dtype],
+        *dx.shape,
+        centre,
+        torch.get_num_threads(),
+    )
 
 
 def takes_attention(q, k, v, product: torch.dtype, softcap: float) -> bool:
