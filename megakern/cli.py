@@ -11,8 +11,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code (0 done, 1 error, 2 wrong input, 128 + n stopped by signal n)."""
     words = list(sys.argv[1:] if argv is None else argv)
     settings: list[str] = []
-    if words[:1] == ["train"]:
-        words, settings = _split_settings(words)
+    if words[:1] and words[0] in OPTIONS_BESIDE_SETTINGS:
+        words, settings = _split_settings(words, OPTIONS_BESIDE_SETTINGS[words[0]])
     parser = _parser()
     options, rest = parser.parse_known_args(words)
     if rest:
@@ -38,15 +38,18 @@ def main(argv: list[str] | None = None) -> int:
         raise
 
 
-TRAIN_OPTIONS = ("--out", "--resume", "--nproc", "--settings", "--help")
+OPTIONS_BESIDE_SETTINGS = {
+    "train": ("--out", "--resume", "--nproc", "--settings", "--help"),
+    "verify": ("--preset", "--steps", "--layouts", "--precisions", "--backends", "--full-size", "--json", "--help"),
+}
 
 
-def _split_settings(words: list[str]) -> tuple[list[str], list[str]]:
+def _split_settings(words: list[str], options: tuple[str, ...]) -> tuple[list[str], list[str]]:
     """Take `--section.key value` out of the words: argparse would read a value as CONFIG.toml."""
     kept, settings = [], []
     rest = iter(words)
     for word in rest:
-        if not word.startswith("--") or word.partition("=")[0] in TRAIN_OPTIONS:
+        if not word.startswith("--") or word.partition("=")[0] in options:
             kept.append(word)
             continue
         settings.append(word)
@@ -118,6 +121,22 @@ def _parser() -> argparse.ArgumentParser:
     plot = add("plot", _plot, "draw the loss curve of a run")
     plot.add_argument("run", type=Path, metavar="RUN")
     plot.add_argument("--out", type=Path, help="picture to write: .png, .svg, .pdf (default RUN/curve.png)")
+
+    verify = add(
+        "verify",
+        _verify,
+        "prove here that layouts do not change the result: train under each, compare losses, gradients and weights",
+        usage="megakern verify [CONFIG.toml | RUN] [options] [--section.key value ...]",
+        epilog="Exit code: 0 all agree, 1 one does not, 2 wrong input.",
+    )
+    verify.add_argument("source", nargs="?", type=Path, metavar="CONFIG.toml | RUN", help="default: --preset")
+    verify.add_argument("--preset", help="a model on made-up text (default: tiny-llama)")
+    verify.add_argument("--steps", type=int, default=5, help="optimizer steps of each run")
+    verify.add_argument("--layouts", nargs="+", metavar="tp=2,sp", help="default: all that fit model and machine")
+    verify.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], metavar="PRECISION")
+    verify.add_argument("--backends", nargs="+", metavar="BACKEND", help="kernels to use; auto: the automatic choice")
+    verify.add_argument("--full-size", action="store_true", help="do not reduce a model above 20 million parameters")
+    verify.add_argument("--json", type=Path, metavar="FILE", help="write the table there too")
 
     ckpt = add("ckpt", _ckpt, "list, describe or verify checkpoints; merge one into a file, and split it again")
     ckpt.add_argument("action", choices=("ls", "show", "verify", "merge", "split"))
@@ -208,6 +227,28 @@ def _generate(options: argparse.Namespace) -> None:
     for piece in pieces:
         print(piece, end="", flush=True)
     print()
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from megakern.config import require
+    from megakern.verify.run import verify
+
+    target = options.json
+    require(target is None or target.parent.is_dir(), f"--json: there is no folder {target and target.parent}")
+    report = verify(
+        options.source,
+        preset=options.preset,
+        steps=options.steps,
+        layouts=options.layouts,
+        precisions=options.precisions,
+        backends=options.backends,
+        full_size=options.full_size,
+        overrides=options.overrides,
+    )
+    print(f"{report.table()}\n{report.conclusion()}")
+    if target is not None:
+        target.write_text(report.as_json())
+    return 0 if report.passed else 1
 
 
 def _plot(options: argparse.Namespace) -> None:

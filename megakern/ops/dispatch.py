@@ -6,6 +6,7 @@ in `megakern/kernels/<backend>/`; each offers
     unavailable() -> None | str          why this machine cannot use it at all
     supports(problem) -> None | str      why it cannot compute this problem
     configuration(problem) -> str        optional: what it runs this problem with, for `explain`
+    OPS: names of public ops             optional: those it has kernels for; without it, all
     TRACEABLE: bool                      optional: under torch.compile its launchers go into the graph, not the op
 
 and, in a module with the op's stem, launchers that share one signature over all backends.
@@ -98,6 +99,13 @@ def refusal(backend: str, problem: Problem) -> str | None:
     if backend not in UNAVAILABLE:
         raise ValueError(f"unknown backend {backend!r}; the backends are {', '.join(BACKENDS)}")
     return UNAVAILABLE[backend] or _MODULES[backend].supports(problem)
+
+
+def ops_of(backend: str) -> list[str]:
+    """The public ops that `backend` has kernels for, on this machine or another. Raises ValueError: unknown backend."""
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; the backends are {', '.join(BACKENDS)}")
+    return sorted(set(OPS) & set(getattr(_MODULES[backend], "OPS", OPS))) if _MODULES[backend] else []
 
 
 @functools.cache

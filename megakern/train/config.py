@@ -250,10 +250,15 @@ def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
         raise ConfigError(f"{path}: there is no such configuration file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from error
-    changes = parse_overrides(overrides or [])
-    for source, layer in ((str(path), table), ("command line", changes)):
-        _check_alone(layer, source)
-    return from_table(RunConfig, _with_preset(_merge(table, changes), str(path)), str(path))
+    return make_config(table, overrides or [], str(path))
+
+
+def make_config(table: dict[str, Any], overrides: list[str], source: str) -> RunConfig:
+    """The settings in `table`, as TOML gives it, with overrides. Raises ConfigError that names `source`."""
+    changes = parse_overrides(overrides)
+    for where, layer in ((source, table), ("command line", changes)):
+        _check_alone(layer, where)
+    return from_table(RunConfig, _with_preset(_merge(table, changes), source), source)
 
 
 def parse_overrides(words: list[str]) -> dict[str, Any]:

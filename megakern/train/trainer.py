@@ -92,7 +92,7 @@ class Trainer:
     def _loop(self, stop: StopRequest) -> int:
         settings = self.config.train
         while self.step < settings.steps:
-            self._train_step()
+            self.train_step()
             # Before anything is saved: ranks that did not make the same collectives may hold garbage.
             number = stop.agreed(self.parallel)
             self.saver.poll()
@@ -110,7 +110,8 @@ class Trainer:
                 self.save()
         return 0
 
-    def _train_step(self) -> None:
+    def train_step(self) -> None:
+        """One step on the next batch: gradients, update (or a skip, when they are not finite), a line of metrics."""
         settings, optimizer = self.config.train, self.config.optimizer
         started = time.perf_counter()
         trace.begin_step(self.step)

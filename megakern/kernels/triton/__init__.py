@@ -16,6 +16,7 @@ from megakern.kernels.triton import configs
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 OLDEST = (8, 0)
+OPS = tuple(configs.OPS)
 TRACEABLE = not INTERPRETED  # the interpreter's functions are not kernels that a compiler can take
 
 
