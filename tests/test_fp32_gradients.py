@@ -207,6 +207,7 @@ def run_fsdp(config):
             seen |= {parameter.grad.dtype for parameter in (model.embedding.weight, model.norm.weight)}
             model.reshard()
     assert seen == {torch.float32}, seen
+    assert all(parameter.grad.dtype == torch.bfloat16 for parameter in model.parameters())
     return {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
 
 

@@ -209,7 +209,7 @@ def count_on_ranks(model: GPTConfig, tp: int) -> tuple[int, int]:
         fully_shard(block, mesh=parallel.mesh["dp"])
     fully_shard(gpt, mesh=parallel.mesh["dp"])
     held = sum(parameter.to_local().numel() for parameter in gpt.parameters())
-    said = state_bytes(model, OptimizerConfig(), tp=tp, shards=shards, shard=parallel.rank("dp"))
+    said = state_bytes(model, OptimizerConfig(), tp=tp, dp=shards, shard=parallel.rank("dp"))
     return held, said.parameters
 
 
@@ -222,9 +222,9 @@ def test_shards_are_those_of_fsdp(ranks, model, tp):
 
 def test_bytes_of_a_large_model_need_no_model():
     model = mk.presets["megatron-8.3b"]
-    lean = state_bytes(model, OptimizerConfig(master="split", state_dtype="bfloat16"), tp=8, shards=64)
-    assert lean.each == 12
-    assert lean.total == pytest.approx(12 * 8.3e9 / 512, rel=0.02)
+    lean = state_bytes(model, OptimizerConfig(master="split", state_dtype="bfloat16"), tp=8, dp=64)
+    assert lean.each == 10
+    assert lean.total == pytest.approx(10 * 8.3e9 / 512, rel=0.02)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
     component      "none"      "fp32"      "split"      bytes a parameter, by `optimizer.master`
     weight         4           2           2
     master         -           4           2            fp32, or the int16 low half
-    gradient       4           4           4
+    gradient       4           4 (2)       4 (2)        (dp > 1: FSDP2 keeps reduced gradients in the weight's dtype)
     exp_avg        4 (2)       4 (2)       4 (2)        (optimizer.state_dtype = "bfloat16")
     exp_avg_sq     4 (2)       4 (2)       4 (2)
 
@@ -50,20 +50,21 @@ class StateBytes:
 
 
 def state_bytes(
-    model: GPTConfig, optimizer: OptimizerConfig, *, tp: int = 1, shards: int = 1, shard: int = 0
+    model: GPTConfig, optimizer: OptimizerConfig, *, tp: int = 1, dp: int = 1, replicas: int = 1, shard: int = 0
 ) -> StateBytes:
-    """Of dp rank `shard` of `shards` that data parallelism shards the states over (1: not at all), in any tp rank.
+    """Of shard number `shard` of the dp / replicas that data parallelism cuts the states into, in any tp rank.
 
     The first shard is the largest: each tensor is cut along dim 0 into equal parts, the last ones smaller or empty.
     """
+    narrow = optimizer.master != "none"
     moment = {"float32": 4, "bfloat16": 2}[optimizer.state_dtype]
     return StateBytes(
-        weight=4 if optimizer.master == "none" else 2,
+        weight=2 if narrow else 4,
         master={"none": 0, "fp32": 4, "split": 2}[optimizer.master],
-        gradient=4,
+        gradient=2 if narrow and dp > 1 else 4,
         exp_avg=moment,
         exp_avg_sq=moment,
-        parameters=sum(_elements(shape, cut, tp, shards, shard) for shape, cut in parameter_shapes(model)),
+        parameters=sum(_elements(shape, cut, tp, dp // replicas, shard) for shape, cut in parameter_shapes(model)),
     )
 
 

@@ -61,8 +61,8 @@ class Trainer:
         self._restore()
         first = parallel.world_rank == 0
         if first:
-            shards = parallel.size("dp") // config.parallel.replicas
-            states = state_bytes(config.model, config.optimizer, tp=parallel.tp_size, shards=shards)
+            layout = {"tp": parallel.tp_size, "dp": parallel.size("dp"), "replicas": config.parallel.replicas}
+            states = state_bytes(config.model, config.optimizer, **layout)
             print(f"states: {states}", flush=True)
         self.metrics = MetricsFile(run / "metrics.jsonl", self.step) if first else None
         self.progress = ProgressLine(config.train.steps, config.train.log_every) if first else None
