@@ -122,6 +122,17 @@ def test_a_model_in_bf16_compute(config, dtype):
     assert total < 0.8 * total_plain
 
 
+def test_a_gradient_made_in_fp32_reaches_the_parameter_unrounded():
+    """The rows of tokens that come more than once are fp32 sums on every device: bf16 cannot hold them."""
+    model = build(ROPE, torch.bfloat16)
+    accumulate_in_fp32(model)
+    tokens, targets = (batch[0] for batch in batches(ROPE))
+    model(tokens, targets).backward()
+    often = model.embedding.weight.grad[tokens.flatten().bincount(minlength=len(model.embedding.weight)) > 1]
+    assert len(often) > 3
+    assert (often.bfloat16() != often).float().mean() > 0.2
+
+
 def test_the_sum_over_micro_batches_is_that_of_their_gradients_bit_for_bit():
     """Each micro-batch alone, added up in fp32 by plain PyTorch."""
     model = build(MODEL, torch.bfloat16)
