@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 OPTIONS_BESIDE_SETTINGS = {
-    "train": ("--out", "--resume", "--nproc", "--settings", "--help"),
+    "train": ("--out", "--resume", "--nproc", "--restarts", "--settings", "--help"),
     "verify": ("--preset", "--steps", "--layouts", "--precisions", "--backends", "--full-size", "--json", "--help"),
 }
 
@@ -100,6 +100,14 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--out", type=Path, metavar="RUN", help="folder of the new run")
     train.add_argument("--resume", type=Path, metavar="RUN", help="go on from the newest valid checkpoint of RUN")
     train.add_argument("--nproc", type=int, help="processes here (default: tp x dp, or one a GPU)")
+    train.add_argument(
+        "--restarts",
+        type=int,
+        default=3,
+        metavar="N",
+        help="after a crash or hang, go on from the newest checkpoint; give up after N times without a newer one "
+        "(default 3; 0: end at once; under torchrun and Slurm restarting is their part)",
+    )
     train.add_argument("--settings", action="store_true", help="list every setting with its default, and end")
 
     evaluate = add("eval", _eval, "loss of a run's model on held-out tokens")
@@ -177,6 +185,7 @@ def _train(options: argparse.Namespace) -> int:
     from megakern.config import ConfigError, require
     from megakern.train import launch, run
     from megakern.train.config import describe_settings, load_config
+    from megakern.train.supervisor import Supervisor
     from megakern.train.worker import work
 
     if options.settings:
@@ -192,13 +201,14 @@ def _train(options: argparse.Namespace) -> int:
         config, folder = load_config(options.config, options.overrides), options.out
     world = launch.joined_world()
     nproc = int(world["WORLD_SIZE"]) if world else options.nproc or launch.default_processes(config.parallel)
+    require(options.restarts >= 0, f"--restarts must be 0 or more, got {options.restarts}")
     require(nproc >= 1, f"--nproc must be 1 or more, got {nproc}")
     new = run.resumed_run(config, folder, nproc) if options.resume else run.new_run(config, folder, nproc)
-    if world or nproc == 1:
+    if world:
         return work(folder, new)
     with new.locked():
         new.create()
-        return launch.start_workers(folder, nproc)
+        return Supervisor(folder, nproc, restarts=options.restarts).train()
 
 
 def _eval(options: argparse.Namespace) -> None:

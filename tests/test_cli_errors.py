@@ -9,7 +9,7 @@ import struct
 import pytest
 
 from megakern.cli import main
-from megakern.train import launch
+from megakern.train import supervisor
 
 CONFIG = """
 [model]
@@ -38,10 +38,10 @@ def trained(tiny_data, tmp_path_factory):
 def refused(monkeypatch, capsys):
     """Run a command that must be refused: returns the message; fails if a worker was started."""
 
-    def no_workers(*_):
+    def no_workers(*_, **__):
         raise AssertionError("a worker was started")
 
-    monkeypatch.setattr(launch, "start_workers", no_workers)
+    monkeypatch.setattr(supervisor, "Supervisor", no_workers)
 
     def run(*words: object, code: int = 2) -> str:
         capsys.readouterr()

@@ -131,10 +131,10 @@ COLLECTIVES = {
 
 
 def collectives_of(function: ast.AST) -> tuple[int, int]:
-    """How many calls of torch's collectives and of `trace.collective` a function holds."""
+    """How many calls of torch's collectives, and how many records of one, a function holds."""
     calls = [ast.unparse(n.func) for n in ast.walk(function) if isinstance(n, ast.Call)]
     made = sum(call.removeprefix("dist.") in COLLECTIVES and call.startswith(("dist.", "_")) for call in calls)
-    return made, calls.count("trace.collective")
+    return made, calls.count("trace.collective") + calls.count("_record")
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))

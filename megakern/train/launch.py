@@ -1,11 +1,14 @@
-"""How processes start and end: our own workers through torch's launcher, or joining those of torchrun or Slurm.
+"""How a process joins the others of a run, those of `megakern train`, torchrun or Slurm, and how it is asked to stop.
 
 exit code   meaning
 0           the run is complete
-1           an error; the message says what and where
+1           an error, or a lost or hanging process; the message says which rank, where and why
 2           wrong settings, data or options; nothing was started
 3           too many steps in a row with a non-finite gradient
-128 + n     stopped by signal n after saving a checkpoint (130: Ctrl-C, 143: SIGTERM)
+4           given up: restarts in a row brought no newer checkpoint
+141         the reader of the output has gone
+128 + n     stopped by signal n after saving a checkpoint (130: Ctrl-C, 143: SIGTERM); at once after a second signal;
+            with --restarts 0 also: a process was killed by signal n, nothing was saved
 """
 
 from __future__ import annotations
@@ -18,10 +21,10 @@ import sys
 import threading
 import time
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from megakern.config import require
 from megakern.parallel import trace
@@ -31,7 +34,8 @@ from megakern.train import machine
 from megakern.train.config import ParallelConfig
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-GRACE = 15.0  # seconds that other workers get to leave after the first has ended a stop
+START_TIMEOUT = 120.0  # seconds, at least, that ranks wait for each other to start
+LOST, BAD_SETTINGS, NON_FINITE, GAVE_UP, NO_READER = 1, 2, 3, 4, 141  # exit codes
 
 
 def joined_world() -> dict[str, str] | None:
@@ -64,81 +68,11 @@ def first_host(nodelist: str) -> str:
     return match.group(1) + (match.group(2) or "")
 
 
-def start_workers(run: Path, nproc: int) -> int:
-    """Run `python -m megakern.train.worker RUN` in `nproc` processes until they end; returns the exit code for this
-    one.
-
-    Signals are passed on. When a worker fails, the others are ended at once.
-    """
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
-
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    threads = max(1, machine.cores() // nproc)
-    common = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(store.port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",  # workers join this process's store: no port to race for
-        "WORLD_SIZE": str(nproc),
-        "LOCAL_WORLD_SIZE": str(nproc),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
-        "MEGAKERN_PARENT": str(os.getpid()),
-    }
-    context = start_processes(
-        name="megakern",
-        entrypoint=sys.executable,
-        args={rank: ("-m", "megakern.train.worker", str(run)) for rank in range(nproc)},
-        envs={rank: {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(nproc)},
-        logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
-    )
-    received: list[int] = []
-
-    def forward(number: int, _frame) -> None:
-        received.append(number)
-        for pid in context.pids().values():
-            try:
-                os.kill(pid, number)
-            except ProcessLookupError:
-                continue  # that worker has ended already
-
-    before = {number: signal.signal(number, forward) for number in FORWARDED}
-    try:
-        return _wait(context, received)
-    finally:
-        context.close(signal.SIGKILL)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _wait(context, received: list[int]) -> int:
-    processes = [handler.proc for _, handler in sorted(context.subprocess_handlers.items())]
-    first_end = None
-    while True:
-        codes = [process.poll() for process in processes]
-        ended = [code for code in codes if code is not None]
-        stopped = {128 + number for number in received}
-        failures = [code for code in ended if code != 0 and code not in stopped]
-        if failures:
-            # A process killed by a signal has a negative code; a shell would show 128 + n.
-            rank = codes.index(failures[0])
-            if failures[0] < 0:
-                name = signal.Signals(-failures[0]).name
-                print(f"megakern: worker {rank} was ended by {name}; the other workers are stopped", file=sys.stderr)
-                return 128 - failures[0]
-            return failures[0]
-        if len(ended) == len(processes):
-            return max(ended)
-        if ended and first_end is None:
-            first_end = time.monotonic()
-        if first_end is not None and time.monotonic() - first_end > GRACE:
-            print(f"megakern: workers still run {GRACE:.0f} s after the first ended; they are stopped", file=sys.stderr)
-            return 1
-        time.sleep(0.05)
-
-
 def join(settings: ParallelConfig) -> ParallelContext:
     """Join the world that the environment describes (or be alone), set this process's device and threads.
 
-    `settings.timeout` bounds every collective. Raises ConfigError when the layout is not one of this many processes.
+    `settings.timeout` bounds every collective after the first. Raises ConfigError when the layout is not one of this
+    many processes.
     """
     machine.keep_freed_memory()
     _die_with_parent()
@@ -162,7 +96,13 @@ def join(settings: ParallelConfig) -> ParallelContext:
     if settings.fused_collectives and settings.tp > 1:
         reason = why_not_fused(device, settings.tp)
         require(reason is None, f"parallel.fused_collectives was asked for, but {reason}")
-    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(seconds=settings.timeout))
+    # Ranks do not start at the same moment: imports and slow disks are waited for longer than a collective is.
+    dist.init_process_group(
+        "nccl" if device == "cuda" else "gloo", timeout=timedelta(seconds=max(settings.timeout, START_TIMEOUT))
+    )
+    trace.collective("barrier", None, None)
+    dist.barrier()
+    _set_pg_timeout(timedelta(seconds=settings.timeout), dist.group.WORLD)
     return ParallelContext.create(
         tp=settings.tp,
         dp=settings.dp,

@@ -1,0 +1,81 @@
+"""A short run of tiny workers, one of which fails on purpose (tests/faulty_worker.py), and how that run ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from megakern.config import GPTConfig
+from megakern.train.config import DataConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainConfig
+from megakern.train.run import new_run
+
+ROOT = Path(__file__).resolve().parent.parent
+TIMEOUT = 4.0  # seconds, of each collective
+MODEL = GPTConfig(layers=2, width=32, heads=2, vocab_size=257, sequence_length=32, dropout=0.1)
+
+
+def limit(seconds: float) -> float:
+    """`seconds` on a machine with nothing else to do; much more when other programs want its cores too."""
+    load = os.getloadavg()[0] / os.cpu_count()
+    return seconds if load < 1.2 else 2 * load * seconds + 10
+
+
+@dataclass
+class Ended:
+    """A run that met a fault. `seconds`: from the fault to the end of the last of its processes."""
+
+    run: Path
+    code: int
+    output: str
+    seconds: float
+    report: str
+
+
+def run_with_fault(
+    data: Path, run: Path, *, nproc: int = 2, restarts: int = 0, steps: int = 8, save_every: int = 3, **fault
+) -> Ended:
+    """`fault`: what tests/faulty_worker.py reads, as rank=1, step=3, kind="kill", where="step"."""
+    config = RunConfig(
+        model=MODEL,
+        data=DataConfig(path=str(data)),
+        parallel=ParallelConfig(timeout=TIMEOUT),
+        optimizer=OptimizerConfig(lr=3e-3),
+        train=TrainConfig(steps=steps, batch=2, precision="fp32", save_every=save_every, log_every=1),
+    )
+    new = new_run(config, run, nproc)
+    new.create()
+    (run / "fault.json").write_text(json.dumps(fault))
+    return _finish(run, nproc, restarts)
+
+
+def _finish(run: Path, nproc: int, restarts: int) -> Ended:
+    command = [sys.executable, "-m", "tests.faulty_worker", run, nproc, restarts]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=150, check=False
+    )
+    ended = time.time()
+    output = done.stdout + done.stderr
+    assert (run / "fault.moment").exists(), f"the fault did not happen:\n{output}"
+    seconds = ended - float((run / "fault.moment").read_text())
+    reports = sorted(run.glob("failure-*.txt"))
+    assert not _left_over(run), f"processes outlive the run:\n{output}"
+    return Ended(run, done.returncode, output, seconds, reports[-1].read_text() if reports else "")
+
+
+def _left_over(run: Path) -> list[str]:
+    """Command lines of living processes that name the run."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().decode(errors="replace").split("\0")
+        except OSError:
+            continue
+        if str(run) in words and int(path.parent.name) != os.getpid():
+            found.append(" ".join(words))
+    return found

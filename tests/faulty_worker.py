@@ -1,0 +1,129 @@
+"""A run whose workers fail on purpose, as RUN/fault.json says: python -m tests.faulty_worker RUN NPROC RESTARTS
+
+    {"rank": 1, "step": 3, "kind": "kill", "where": "step" or "save", "times": 1}
+
+kind: kill, stop, raise, oom (what torch raises on a GPU), memory (a real limit on this process's memory), skip (a
+collective that the others make), shape (of one of them), garbage (as shape, where gloo does not notice).
+"times": how many starts of the process meet the fault.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from megakern.parallel import collectives, trace
+from megakern.train import checkpoint_commit, checkpoint_ranks, worker
+from megakern.train.supervisor import Supervisor
+from megakern.train.trainer import Trainer
+
+
+def fail(kind: str, moment: Path) -> None:
+    """End or stop this process in the way of `kind`; the time of it is left in the file `moment`."""
+    moment.write_text(str(time.time()))
+    if kind == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif kind == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif kind == "raise":
+        raise ArithmeticError("a fault of the test")
+    elif kind == "oom":
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    elif kind == "memory":
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + 2**20, used + 2**20))
+        torch.zeros(2**28)
+    else:
+        raise ValueError(f"no fault {kind!r}")
+
+
+def _changed_all_reduce(trainer: dict[str, Trainer], fault: dict) -> Callable:
+    """An all-reduce of which the second one of the step is skipped, or made with another shape."""
+    real, calls = collectives.all_reduce, []
+
+    def all_reduce(x, group, *rest, **more):
+        if trainer["it"].step != fault["step"]:
+            return real(x, group, *rest, **more)
+        calls.append(1)
+        if len(calls) != 2 or fault["kind"] not in ("skip", "shape", "garbage"):
+            if len(calls) == 2:
+                fail(fault["kind"], fault["moment"])
+            return real(x, group, *rest, **more)
+        fault["moment"].write_text(str(time.time()))
+        if fault["kind"] == "skip":
+            return x
+        if fault["kind"] == "garbage":  # as many elements in another order: gloo adds them up without a word
+            return real(x.transpose(0, 1).contiguous(), group, *rest, **more).view_as(x)
+        return real(x.flatten()[: x.numel() // 2], group, *rest, **more).repeat(2).view_as(x)
+
+    return all_reduce
+
+
+def _fail_in_step(fault: dict) -> None:
+    trainer: dict[str, Trainer] = {}
+    start = Trainer._gradients
+
+    def gradients(self: Trainer) -> float:
+        trainer["it"] = self
+        if self.parallel.mesh is None and self.step == fault["step"]:
+            trace.phase("forward of micro-batch 1 of 1")
+            fail(fault["kind"], fault["moment"])
+        return start(self)
+
+    Trainer._gradients = gradients
+    if os.environ["WORLD_SIZE"] != "1":
+        collectives.all_reduce = _changed_all_reduce(trainer, fault)
+
+
+def _fail_in_save(fault: dict) -> None:
+    real_write, real_gather = checkpoint_commit._write_parts, checkpoint_ranks.gather
+    saving = {"now": False}
+
+    def write(temporary, *rest):
+        if temporary.name.startswith(f"step-{fault['step']:08d}"):
+            saving["now"] = True
+            if fault["kind"] not in ("skip", "shape"):
+                fail(fault["kind"], fault["moment"])
+        return real_write(temporary, *rest)
+
+    def gather(parallel, report, group=None):
+        if not saving["now"]:
+            return real_gather(parallel, report, group)
+        fault["moment"].write_text(str(time.time()))
+        if fault["kind"] == "skip":
+            return [report] * parallel.world_size
+        wide = torch.zeros(8, dtype=torch.int64)
+        trace.collective("all_gather", wide, None)
+        torch.distributed.all_gather([torch.empty_like(wide) for _ in range(parallel.world_size)], wide)
+        return [report] * parallel.world_size
+
+    checkpoint_commit._write_parts = write
+    if fault["kind"] in ("skip", "shape"):
+        checkpoint_ranks.gather = gather
+
+
+def faulty_work(run: Path) -> int:
+    fault = json.loads((run / "fault.json").read_text())
+    if int(os.environ["RANK"]) == fault["rank"]:
+        met = run / "fault.times"
+        times = int(met.read_text()) if met.exists() else 0
+        met.write_text(str(times + 1))
+        fault["moment"] = run / "fault.moment"
+        if times < fault.get("times", 1):
+            {"step": _fail_in_step, "save": _fail_in_save}[fault["where"]](fault)
+    return worker.work(run)
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    if len(sys.argv) == 2:  # as the supervisor starts it
+        sys.exit(faulty_work(folder))
+    sys.exit(Supervisor(folder, int(sys.argv[2]), restarts=int(sys.argv[3]), worker="tests.faulty_worker").train())
