@@ -37,19 +37,27 @@ class Ended:
 
 
 def run_with_fault(
-    data: Path, run: Path, *, nproc: int = 2, restarts: int = 0, steps: int = 8, save_every: int = 3, **fault
+    data: Path,
+    run: Path,
+    *,
+    nproc: int = 2,
+    dp: int = 1,
+    restarts: int = 0,
+    steps: int = 8,
+    save_every: int = 3,
+    **fault,
 ) -> Ended:
     """`fault`: what tests/faulty_worker.py reads, as rank=1, step=3, kind="kill", where="step"."""
     config = RunConfig(
         model=MODEL,
         data=DataConfig(path=str(data)),
-        parallel=ParallelConfig(timeout=TIMEOUT),
+        parallel=ParallelConfig(tp=nproc // dp, dp=dp, timeout=TIMEOUT),
         optimizer=OptimizerConfig(lr=3e-3),
         train=TrainConfig(steps=steps, batch=2, precision="fp32", save_every=save_every, log_every=1),
     )
     new = new_run(config, run, nproc)
     new.create()
-    (run / "fault.json").write_text(json.dumps(fault))
+    (run / "fault.json").write_text(json.dumps({**fault, "tp": nproc // dp}))
     return _finish(run, nproc, restarts)
 
 

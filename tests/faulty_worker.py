@@ -22,6 +22,7 @@ import torch
 
 from megakern.parallel import collectives, trace
 from megakern.train import checkpoint_commit, checkpoint_ranks, worker
+from megakern.train import trainer as trainer_module
 from megakern.train.supervisor import Supervisor
 from megakern.train.trainer import Trainer
 
@@ -45,23 +46,23 @@ def fail(kind: str, moment: Path) -> None:
         raise ValueError(f"no fault {kind!r}")
 
 
-def _changed_all_reduce(trainer: dict[str, Trainer], fault: dict) -> Callable:
-    """An all-reduce of which the second one of the step is skipped, or made with another shape."""
+def _changed_all_reduce(trainer: dict[str, Trainer], fault: dict, chosen: int) -> Callable:
+    """An all-reduce of which number `chosen` of the step fails, is skipped, or is made with another shape."""
     real, calls = collectives.all_reduce, []
 
     def all_reduce(x, group, *rest, **more):
-        if trainer["it"].step != fault["step"]:
+        if "it" not in trainer or trainer["it"].step != fault["step"]:
             return real(x, group, *rest, **more)
         calls.append(1)
-        if len(calls) != 2 or fault["kind"] not in ("skip", "shape", "garbage"):
-            if len(calls) == 2:
-                fail(fault["kind"], fault["moment"])
+        if len(calls) != chosen:
             return real(x, group, *rest, **more)
+        if fault["kind"] not in ("skip", "shape", "garbage"):
+            fail(fault["kind"], fault["moment"])
         fault["moment"].write_text(str(time.time()))
         if fault["kind"] == "skip":
             return x
         if fault["kind"] == "garbage":  # as many elements in another order: gloo adds them up without a word
-            return real(x.transpose(0, 1).contiguous(), group, *rest, **more).view_as(x)
+            return real(x.flatten(), group, *rest, **more).view_as(x)
         return real(x.flatten()[: x.numel() // 2], group, *rest, **more).repeat(2).view_as(x)
 
     return all_reduce
@@ -74,13 +75,14 @@ def _fail_in_step(fault: dict) -> None:
     def gradients(self: Trainer) -> float:
         trainer["it"] = self
         if self.parallel.mesh is None and self.step == fault["step"]:
-            trace.phase("forward of micro-batch 1 of 1")
             fail(fault["kind"], fault["moment"])
         return start(self)
 
     Trainer._gradients = gradients
     if os.environ["WORLD_SIZE"] != "1":
-        collectives.all_reduce = _changed_all_reduce(trainer, fault)
+        layers = fault["tp"] > 1  # else the first and only one of ours in a step is that of the loss
+        changed = _changed_all_reduce(trainer, fault, chosen=2 if layers else 1)
+        trainer_module.all_reduce = collectives.all_reduce = changed
 
 
 def _fail_in_save(fault: dict) -> None:

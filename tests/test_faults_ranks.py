@@ -28,8 +28,15 @@ SAYS = {
     "shape": r"rank 1 called .*; rank 0 called .* there: the ranks no longer do the same",
     "garbage": r"rank 1 called .*; rank 0 called .* there: the ranks no longer do the same",
 }
-SHORT = [("kill", "step"), ("stop", "step"), ("shape", "step"), ("raise", "save")]
-FULL = [(kind, where) for kind in SAYS for where in ("step", "save") if (kind, where) != ("garbage", "save")]
+# What happens, where, and the data-parallel size of two ranks; tensor-parallel is the rest.
+SHORT = [("kill", "step", 2), ("stop", "step", 1), ("garbage", "step", 1), ("raise", "save", 1)]
+FULL = [
+    (kind, where, dp)
+    for kind in SAYS
+    for where in ("step", "save")
+    for dp in (1, 2)
+    if (kind, where) != ("garbage", "save")
+]
 
 
 def check(ended: Ended, kind: str, where: str) -> None:
@@ -53,13 +60,13 @@ def check(ended: Ended, kind: str, where: str) -> None:
 
 
 @pytest.mark.promise("R9")
-@pytest.mark.parametrize(("kind", "where"), SHORT)
-def test_a_failing_rank_ends_every_process_and_is_named(broken, kind, where):
-    check(broken(rank=1, step=4 if where == "step" else 6, kind=kind, where=where), kind, where)
+@pytest.mark.parametrize(("kind", "where", "dp"), SHORT)
+def test_a_failing_rank_ends_every_process_and_is_named(broken, kind, where, dp):
+    check(broken(rank=1, step=4 if where == "step" else 6, kind=kind, where=where, dp=dp), kind, where)
 
 
 @pytest.mark.slow
 @pytest.mark.promise("R9")
-@pytest.mark.parametrize(("kind", "where"), FULL)
-def test_every_fault_everywhere(broken, kind, where):
-    check(broken(rank=1, step=4 if where == "step" else 6, kind=kind, where=where), kind, where)
+@pytest.mark.parametrize(("kind", "where", "dp"), FULL)
+def test_every_fault_everywhere(broken, kind, where, dp):
+    check(broken(rank=1, step=4 if where == "step" else 6, kind=kind, where=where, dp=dp), kind, where)

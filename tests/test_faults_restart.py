@@ -53,15 +53,15 @@ def config(tiny_data, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def unbroken(config, tmp_path_factory):
-    """`unbroken(nproc)`: the state of a run of so many processes from start to end."""
-    made: dict[int, dict] = {}
+    """`unbroken(nproc, tp)`: the state of a run under this layout from start to end."""
+    made: dict[tuple[int, int], dict] = {}
 
-    def state(nproc: int) -> dict:
-        if nproc not in made:
+    def state(nproc: int, tp: int) -> dict:
+        if (nproc, tp) not in made:
             run = tmp_path_factory.mktemp("unbroken") / "run"
-            finish(start("train", config, "--out", run, "--nproc", nproc))
-            made[nproc] = final_state(run)
-        return made[nproc]
+            finish(start("train", config, "--out", run, "--nproc", nproc, "--parallel.tp", tp))
+            made[nproc, tp] = final_state(run)
+        return made[nproc, tp]
 
     return state
 
@@ -83,9 +83,9 @@ def final_state(run: Path) -> dict:
     }
 
 
-def kill_somebody(chance: random.Random, config: Path, run: Path, nproc: int, who: str) -> str:
+def kill_somebody(chance: random.Random, config: Path, run: Path, nproc: int, tp: int, who: str) -> str:
     """Train; kill -9 `who` at a random step: the launcher, one worker (it restarts by itself), or all at once."""
-    process = start("train", config, "--out", run, "--nproc", nproc)
+    process = start("train", config, "--out", run, "--nproc", nproc, "--parallel.tp", tp)
     wait_for_step(run, chance.randrange(STEPS - 4), process)
     time.sleep(chance.random() * 0.2)
     workers = children(process.pid)
@@ -97,22 +97,23 @@ def kill_somebody(chance: random.Random, config: Path, run: Path, nproc: int, wh
         return finish(process)
     process.communicate(timeout=60)
     wait_gone(workers)
-    return finish(start("train", "--resume", run, "--nproc", nproc))
+    return finish(start("train", "--resume", run))
 
 
 def check_kill(seed: int, config: Path, unbroken, tmp_path: Path) -> None:
     chance = random.Random(seed)
-    who, nproc = ("worker", "launcher", "all")[seed % 3], 2 if seed % 2 == 0 else 1
+    who = ("worker", "launcher", "all")[seed % 3]
+    nproc, tp = ((2, 2), (1, 1), (2, 1))[seed // 3 % 3]
     run = tmp_path / "run"
-    output = kill_somebody(chance, config, run, nproc, who)
-    assert final_state(run) == unbroken(nproc), output
+    output = kill_somebody(chance, config, run, nproc, tp, who)
+    assert final_state(run) == unbroken(nproc, tp), output
     if who == "worker":
         assert "died by SIGKILL" in output
         assert "fresh processes go on from" in output
 
 
 @pytest.mark.promise("R1")
-@pytest.mark.parametrize("seed", [0, 4, 2])
+@pytest.mark.parametrize("seed", [0, 7, 5])
 def test_kill_9_at_a_random_step_changes_no_bit(seed, config, unbroken, tmp_path):
     check_kill(seed, config, unbroken, tmp_path)
 

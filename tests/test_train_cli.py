@@ -12,8 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from megakern.parallel import trace
+from megakern.train import watch
 from megakern.train.checkpoint import newest
 from megakern.train.metrics import read_metrics
+from tests.faults import limit
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -126,14 +129,13 @@ def test_kill_9_and_resume_continue_bit_for_bit(unbroken, config, tmp_path):
 
 def test_killed_worker_ends_the_run_with_a_message(config, tmp_path):
     run = tmp_path / "run"
-    process = start("train", config, "--out", run, "--nproc", 2, "--train.steps", 2000)
+    process = start("train", config, "--out", run, "--nproc", 2, "--restarts", 0, "--train.steps", 2000)
     wait_for_step(run, 1, process)
     workers = children(process.pid)
     os.kill(workers[1], signal.SIGKILL)
     output, _ = process.communicate(timeout=20)
-    assert process.returncode != 0
-    assert "worker" in output
-    assert "SIGKILL" in output or "failed" in output
+    assert process.returncode == 137
+    assert "rank 1 died by SIGKILL" in output
     wait_gone(workers)
 
 
@@ -178,12 +180,33 @@ def test_torchrun_joins_instead_of_starting_workers(unbroken, config, tmp_path):
     assert losses(tmp_path / "run") == losses(unbroken)
 
 
+def test_under_torchrun_one_rank_reports_and_ends_those_that_are_stopped(config, tmp_path):
+    """torchrun itself would wait 30 s for a stopped process after its SIGTERM."""
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "megakern"]
+    words = ["train", str(config), "--out", str(run), "--train.steps", "5000", "--parallel.timeout", "4"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [*command, *words], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    wait_for_step(run, 1, process)
+    workers = [trace.read(watch.trace_file(run, rank)).pid for rank in range(2)]
+    os.kill(workers[1], signal.SIGSTOP)
+    stopped = time.monotonic()
+    wait_gone(workers, 4 + limit(2))
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 1, output
+    assert time.monotonic() - stopped < 4 + limit(10)
+    assert output.count("rank 1 is stopped (SIGSTOP, or a debugger), at step") == 1, output
+    assert "Python stack" in next(run.glob("failure-*.txt")).read_text()
+
+
 def children(pid: int) -> list[int]:
     return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def wait_gone(pids: list[int]) -> None:
-    end = time.monotonic() + 10
+def wait_gone(pids: list[int], seconds: float = 10.0) -> None:
+    end = time.monotonic() + seconds
     while any(alive(pid) for pid in pids):
         assert time.monotonic() < end, "workers outlive their launcher"
         time.sleep(0.05)
