@@ -55,10 +55,10 @@ def train_and_save(folder: Path, config: RunConfig, layout: tuple[int, int], seq
     """Two steps, saved, then a third that is not. Returns what was in memory when it was saved."""
     trainer = trainer_under(folder / name_of(layout, sequence_parallel), config, layout, sequence_parallel)
     for _ in range(STEP):
-        trainer._train_step()
+        trainer.train_step()
     before = gathered(trainer)
     trainer.save(last=True)
-    trainer._train_step()
+    trainer.train_step()
     return before
 
 
@@ -75,7 +75,7 @@ def load_and_step(
         trainer = trainer_under(run, config, layout, sequence_parallel)
         assert trainer.step == STEP and trainer.samples == STEP * config.train.batch
         found[source] = gathered(trainer)
-        trainer._train_step()
+        trainer.train_step()
     return found
 
 
