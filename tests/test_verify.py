@@ -132,7 +132,7 @@ def verify(ranks, monkeypatch, capsys, tmp_path):
 # --- what agrees ---
 
 
-@pytest.mark.parametrize("preset", ["tiny-gpt2", "tiny-llama"])
+@pytest.mark.parametrize("preset", ["tiny-llama", pytest.param("tiny-gpt2", marks=pytest.mark.slow)])
 def test_right_layouts_agree(verify, preset):
     code, output, report = verify(no_bug, "--preset", preset, "--steps", 2)
     assert code == 0, output
