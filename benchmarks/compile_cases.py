@@ -10,7 +10,17 @@ from functools import partial
 
 import torch
 
-from megakern.kernels.triton import activation, adamw, cross_entropy, dropout, grad_norm, norm, rope
+from megakern.kernels.triton import (
+    activation,
+    adamw,
+    cross_entropy,
+    dropout,
+    grad_norm,
+    linear,
+    linear_cross_entropy,
+    norm,
+    rope,
+)
 from megakern.ops.activation import KINDS
 
 CASES: dict[str, Callable[[], object]] = {}
@@ -111,6 +121,37 @@ def _add_optimizer() -> None:
         CASES[f"clip_grad_norm_ {SHORT[value.dtype]}"] = partial(grad_norm.sum_of_squares, [value])
 
 
+def _linear(size: int, dtype: torch.dtype, activation: str, full: bool) -> None:
+    x, weight = tensor(size, size, dtype=dtype), tensor(size, size, dtype=dtype)
+    bias = tensor(size, dtype=torch.float32) if full else None
+    y, _ = linear.linear_forward(x, weight, bias, x if full else None, activation, bool(activation))
+    linear.linear_input_gradient(y, weight)
+    linear.linear_weight_gradient(y, x, dtype, torch.float32 if full else None)
+    linear.linear_accumulate_weight_gradient(tensor(size, size, dtype=torch.float32), y, x)
+
+
+def _add_linear() -> None:
+    for size in (4096, 1536, 512):  # one for each configuration
+        for dtype, short in SHORT.items():
+            if dtype == torch.bfloat16 or size == 4096:
+                CASES[f"linear {size} {short}"] = partial(_linear, size, dtype, "", False)
+        CASES[f"linear {size} bf16 gelu_tanh bias residual"] = partial(_linear, size, torch.bfloat16, "gelu_tanh", True)
+    for kind in KINDS:
+        CASES[f"linear 4096 bf16 {kind}"] = partial(_linear, 4096, torch.bfloat16, kind, False)
+
+
+def _linear_cross_entropy(dtype: torch.dtype) -> None:
+    x, weight, targets = (
+        tensor(ROWS, 1024, dtype=dtype),
+        tensor(32000, 1024, dtype=dtype),
+        tensor(ROWS, dtype=torch.int64),
+    )
+    linear_cross_entropy.linear_cross_entropy_sum(x, weight, targets, True, True, -100, 0.0, 0.0, 32000, "")
+
+
+for dtype, short in SHORT.items():
+    CASES[f"linear_cross_entropy {short}"] = partial(_linear_cross_entropy, dtype)
+_add_linear()
 _add_norms()
 _add_optimizer()
 _add_elementwise()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from functools import partial
 
 import pytest
@@ -17,8 +18,10 @@ from triton.backends.compiler import GPUTarget
 
 from benchmarks import compile_report
 from benchmarks.compile_report import Need
+from megakern.kernels import triton as backend
 from megakern.kernels.triton import configs
-from megakern.ops import activation, cross_entropy, dropout, norm, rope  # noqa: F401 - they define the ops
+from megakern.ops import activation, cross_entropy, dropout, linear, norm, rope  # noqa: F401 - they define the ops
+from megakern.ops.dispatch import Problem
 
 NEED = Need(registers=40, spill=0, shared=1024, tensor_core="HGMMA")
 
@@ -58,6 +61,36 @@ def test_every_op_is_in_the_committed_budget_without_spills_that_nobody_allowed(
         names = budget["kernels"][f"sm_{arch}"]
         for op in configs.OPS:
             assert any(name.startswith(op) for name in names), f"no kernel of {op} in the budget of sm_{arch}"
+
+
+# --- what the backend refuses, and why ---
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"op": "attention"}, "there is no Triton kernel for this op in this version"),
+        ({"dtype": torch.float64}, "Triton kernels take float16, bfloat16 and float32, not torch.float64"),
+        ({"device": "mps"}, "Triton kernels run on NVIDIA GPUs, not on 'mps' tensors"),
+        ({"device": "cpu"}, "Triton kernels take CPU tensors only in the interpreter"),
+        ({"capability": (7, 5)}, "need compute capability 8.0 or newer, this GPU has 7.5"),
+        ({}, None),
+    ],
+)
+def test_a_refusal_says_why(changes, reason, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: changes.get("capability", (9, 0)))
+    fields = {"op": "rms_norm", "device": "cuda", "dtype": torch.bfloat16, "sizes": {"C": 64}, **changes}
+    fields.pop("capability", None)
+    found = backend.supports(Problem(**fields))
+    assert found is None if reason is None else reason in found
+
+
+def test_without_a_gpu_or_triton_the_backend_is_unavailable(monkeypatch):
+    monkeypatch.setattr(backend, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "needs an NVIDIA GPU" in backend.unavailable()
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert "triton is not installed; install it with: pip install 'megakern[gpu]'" in backend.unavailable()
 
 
 # --- the graph of a compiled model ---
@@ -111,3 +144,12 @@ def test_inductor_sees_the_other_kernels(fake):
     kernels = [name.lstrip("_") for name in traced(function, fake(6, 40), fake(1, 6, 2, 16), table, targets)]
     forward = ["forward", "swiglu_forward", "dropout", "forward", "rope"]
     assert kernels == [*forward, "rope", "gradient", "dropout", "swiglu_backward", "backward"]
+
+
+def test_inductor_sees_the_kernels_of_a_linear_layer(fake):
+    def function(x, weight, bias):
+        y, _ = torch.ops.megakern.linear.default(x, weight, bias, None, "silu", True, "triton")
+        return (y,)
+
+    kernels = [name.lstrip("_") for name in traced(function, fake(6, 40), fake(24, 40), fake(24))]
+    assert kernels == ["product", "backward", "product", "product", "column_sums", "sum_parts"]

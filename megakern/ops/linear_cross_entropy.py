@@ -87,6 +87,11 @@ def _empty_gradients(x, weight, with_dx, with_dweight, dweight_dtype):
 # --- one scalar loss: the gradients are outputs of the forward op ---
 
 
+def _in_chunks(*arguments):
+    """Always opaque to a compiler: it would unroll the loop over chunks."""
+    return True
+
+
 def _sum(x, weight, targets, with_dx, with_dweight, *options):
     *options, backend = options
     launch = launcher(backend, "linear_cross_entropy", "linear_cross_entropy_sum")
@@ -126,6 +131,7 @@ _linear_cross_entropy_sum = register(
     fake=_sum_fake,
     setup_context=_sum_setup_context,
     backward=_sum_backward,
+    opaque=_in_chunks,
 )
 
 
@@ -160,6 +166,7 @@ _linear_cross_entropy_rows_backward = register(
     f"{OPTIONS}) -> (Tensor, Tensor)",
     forward=_rows_backward,
     fake=_rows_backward_fake,
+    opaque=_in_chunks,
 )
 
 
@@ -187,6 +194,7 @@ _linear_cross_entropy_rows = register(
     fake=_rows_fake,
     setup_context=_rows_setup_context,
     backward=_rows_autograd_backward,
+    opaque=_in_chunks,
 )
 
 

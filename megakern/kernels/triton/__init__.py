@@ -33,10 +33,10 @@ def supports(problem) -> str | None:
         return "there is no Triton kernel for this op in this version"
     if problem.dtype not in DTYPES:
         return f"Triton kernels take float16, bfloat16 and float32, not {problem.dtype}"
-    if problem.device == "cpu":
-        return None if INTERPRETED else "Triton kernels take CPU tensors only in the interpreter (TRITON_INTERPRET=1)"
-    if problem.device != "cuda":
+    if problem.device not in ("cpu", "cuda"):
         return f"Triton kernels run on NVIDIA GPUs, not on {problem.device!r} tensors"
+    if problem.device == "cpu" and not INTERPRETED:
+        return "Triton kernels take CPU tensors only in the interpreter (TRITON_INTERPRET=1)"
     too_old = None if INTERPRETED else _too_old()
     return too_old or configs.OPS[problem.op].refusal(problem)
 

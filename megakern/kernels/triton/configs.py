@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
+
 
 @dataclass(frozen=True)
 class Config:
@@ -141,6 +143,69 @@ def _cross_entropy(problem) -> dict[str, Config]:
     return {"forward and backward": CROSS_ENTROPY} | ({"between ranks": ROW_SUMS} if ranks > 1 else {})
 
 
+# --- linear: BM x BN tiles of the output, BK of the sum at a time, bands of GROUP tile rows ---
+
+LINEAR = (  # the first that gives enough programs work
+    Config(
+        "256-wide", {"BM": 128, "BN": 256, "BK": 64, "GROUP": 8}, 8, 3,
+        why="most products for each byte of shared memory (147 KB); 128 fp32 sums a thread",
+    ),
+    Config(
+        "square", {"BM": 128, "BN": 128, "BK": 64, "GROUP": 8}, 8, 3,
+        why="twice the tiles of '256-wide' (98 KB of shared memory)",
+    ),
+    Config("small", {"BM": 64, "BN": 64, "BK": 64, "GROUP": 8}, 4, 4, why="8 times the tiles of '256-wide'"),
+)  # fmt: skip
+LINEAR_FP32 = Config(
+    "fp32", {"BM": 64, "BN": 64, "BK": 32, "GROUP": 8}, 4, 3, why="no tensor cores in full precision: 32 sums a thread"
+)
+ENOUGH_TILES = 132  # one for each SM of the largest sm_90; never the GPU's own count, so that results repeat anywhere
+
+
+def linear(M: int, N: int, dtype: torch.dtype, heavy: bool = False) -> Config:
+    """heavy: the epilogue is an exact gelu or adds to what is there; '256-wide' spills registers with these."""
+    if dtype == torch.float32:
+        return LINEAR_FP32
+    for config in LINEAR[heavy:-1]:
+        if cdiv(M, config.tiles["BM"]) * cdiv(N, config.tiles["BN"]) >= ENOUGH_TILES:
+            return config
+    return LINEAR[-1]
+
+
+def _linear(problem) -> dict[str, Config]:
+    sizes = problem.sizes
+    shapes = {"forward": ("M", "N"), "input gradient": ("M", "K"), "weight gradient": ("N", "K")}
+    heavy = {"forward": problem.options["activation"] == "gelu"}
+    return {role: linear(sizes[a], sizes[b], problem.dtype, heavy.get(role, False)) for role, (a, b) in shapes.items()}
+
+
+def no_bf16_products(problem) -> str | None:
+    if problem.device == "cpu" and problem.dtype == torch.bfloat16:
+        return "Triton's interpreter multiplies bfloat16 matrices wrongly; use float16 or float32 there"
+    return None
+
+
+# --- linear_cross_entropy: chunks of rows whose logits take this many bytes, in the dtype of x ---
+
+# Long products and few sums into dweight: for V = 131072 in bf16, 2048 rows.
+LOGITS_BYTES = 512 << 20
+
+
+def logits_rows(V: int, element_size: int) -> int:
+    return max(1, LOGITS_BYTES // (V * element_size))
+
+
+def _linear_cross_entropy(problem) -> dict[str, Config]:
+    M, K, V = (problem.sizes[name] for name in ("M", "K", "V"))
+    rows = min(M, logits_rows(V, problem.dtype.itemsize))
+    return {
+        f"logits of {rows} rows": linear(rows, V, problem.dtype),
+        "loss": CROSS_ENTROPY,
+        "input gradient": linear(rows, K, problem.dtype),
+        "weight gradient": linear(V, K, problem.dtype, heavy=True),
+    }
+
+
 # --- many tensors in one launch ---
 
 MANY_TENSORS = Config(
@@ -160,6 +225,8 @@ OPS = {
     "cross_entropy": Op(_cross_entropy),
     "dropout": Op(_dropout),
     "gelu": Op(_gelu),
+    "linear": Op(_linear, no_bf16_products),
+    "linear_cross_entropy": Op(_linear_cross_entropy, no_bf16_products),
     "rope": Op(_rope),
     "swiglu": Op(_gelu),
     "layer_norm": Op(_norm),
