@@ -297,6 +297,25 @@ def test_attention(monkeypatch, shape, options, dtype, product):
 
 
 @needs_kernels
+def test_packed_attention_counts_samples():
+    """Every sequence long enough for the kernel; the dropout mask depends on the sequence's number."""
+    q, k, v, dout = (draw(51, 2, 16, seed=i, scale=1.0) for i in range(4))
+    ends = torch.tensor([0, 19, 42, 51], dtype=torch.int32)
+    how = {"cu_seqlens": (ends, ends), "dropout_p": 0.3, "seed": 5, "dropout_offset": (2, 1)}
+
+    def run(dtype):
+        leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        out = mk.attention(*leaves, **how)
+        return [out.detach(), *torch.autograd.grad(out, leaves, dout.to(dtype))]
+
+    ours = run(torch.float32)
+    with native.composites_only():
+        reference, composite = run(torch.float64), run(torch.float32)
+    for name, *results in zip(["out", "dq", "dk", "dv"], ours, reference, composite, strict=True):
+        assert_close_to_ref(*results, name=name)
+
+
+@needs_kernels
 def test_attention_takes_strides_and_does_not_write_beside_its_outputs():
     """Views of one fused tensor, an expanded value, a transposed key; outputs between guard elements."""
     fused = draw(2, 40, 3, 3, 24)
