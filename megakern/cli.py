@@ -40,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
 
 OPTIONS_BESIDE_SETTINGS = {
     "train": ("--out", "--resume", "--nproc", "--restarts", "--settings", "--help"),
+    "plan": ("--help",),
     "verify": ("--preset", "--steps", "--layouts", "--precisions", "--backends", "--full-size", "--json", "--help"),
 }
 
@@ -125,6 +126,9 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--stop", action="append", default=[], help="end before this text; may be given again")
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--step", type=int, help="checkpoint to use (default: the newest valid one)")
+
+    plan = add("plan", _plan, "memory of one process under a layout that this machine does not have; any setting")
+    plan.add_argument("config", nargs="?", type=Path, metavar="CONFIG.toml", help="default: the default settings")
 
     plot = add("plot", _plot, "draw the loss curve of a run")
     plot.add_argument("run", type=Path, metavar="RUN")
@@ -259,6 +263,17 @@ def _verify(options: argparse.Namespace) -> int:
     if target is not None:
         target.write_text(report.as_json())
     return 0 if report.passed else 1
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from megakern.plan import plan
+    from megakern.train.config import load_config, make_config
+
+    if options.config is None:
+        config = make_config({}, options.overrides, "the default settings")
+    else:
+        config = load_config(options.config, options.overrides)
+    print(plan(config).describe())
 
 
 def _plot(options: argparse.Namespace) -> None:

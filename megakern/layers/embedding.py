@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import is_fake
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
@@ -95,7 +96,7 @@ class VocabParallelEmbedding(nn.Module):
     def _check(self, tokens: torch.Tensor) -> None:
         # A split vocabulary would turn a wrong token into a row of zeros in silence. Elsewhere than on a CPU, looking
         # at the values would stop the device's queue.
-        if tokens.device.type != "cpu" or tokens.numel() == 0 or torch.compiler.is_compiling():
+        if tokens.device.type != "cpu" or tokens.numel() == 0 or torch.compiler.is_compiling() or is_fake(tokens):
             return
         low, high = (int(value) for value in torch.aminmax(tokens))
         if low < 0 or high >= self.vocab_size:

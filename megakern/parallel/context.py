@@ -153,7 +153,8 @@ class ParallelContext:
 
 def _bound_by_default_timeout(mesh: DeviceMesh) -> None:
     """Groups of a mesh start with torch's own timeout (30 minutes for gloo), whatever the default group was given."""
-    device = torch.device(mesh.device_type)
-    timeout = dist.group.WORLD._get_backend(device).options._timeout
+    options = dist.group.WORLD._get_backend(torch.device(mesh.device_type)).options
+    if options is None:
+        return  # the backend of simulated worlds: nothing waits there
     for group in mesh.get_all_groups():
-        _set_pg_timeout(timeout, group)
+        _set_pg_timeout(options._timeout, group)

@@ -26,11 +26,16 @@ def make_model(config: RunConfig, parallel: ParallelContext, device: torch.devic
     )
     shard_data_parallel(model, parallel, model.blocks, zero=config.parallel.zero)
     if torch.device(device).type != "meta":
-        model.materialize(device, seed=config.train.seed)
-        dp, train = parallel.size("dp"), config.train
-        if config.optimizer.master != "none" or train.batch > train.rows(dp) * dp:
-            accumulate_in_fp32(model)
+        fill_model(model, config, device)
     return model
+
+
+def fill_model(model: GPT, config: RunConfig, device: torch.device | str) -> None:
+    """Allocate a model on "meta" and give it its initial weights, and its gradients their dtype."""
+    model.materialize(device, seed=config.train.seed)
+    dp, train = model.parallel.size("dp"), config.train
+    if config.optimizer.master != "none" or train.batch > train.rows(dp) * dp:
+        accumulate_in_fp32(model)
 
 
 def make_optimizer(model: GPT, config: RunConfig) -> AdamW:
