@@ -105,6 +105,8 @@ class Supervisor:
             envs={rank: {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(self.nproc)},
             logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
         )
+        for number in FORWARDED:
+            signal.signal(number, self._receive)  # torch's launcher has put its own in their place
         for number in self.received:  # came while there was nobody to pass it to
             self._pass_on(number)
         try:
