@@ -9,7 +9,7 @@ import tempfile
 import traceback
 from datetime import timedelta
 
-WORLD = 4
+WORLD = 8
 
 
 def _serve(rank: int, connection) -> None:
@@ -51,17 +51,18 @@ class RankPool:
     def __init__(self) -> None:
         self._workers: list = []
 
-    def _start(self) -> None:
+    def _start(self, size: int) -> None:
+        """Brings the pool to `size` processes; most tests need four or fewer."""
         context = multiprocessing.get_context("spawn")
-        for rank in range(WORLD):
+        for rank in range(len(self._workers), size):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, theirs), daemon=True)
             process.start()
             self._workers.append((process, ours))
 
     def run(self, function, size: int, *arguments, timeout: float = 120.0) -> list:
-        if not self._workers:
-            self._start()
+        assert size <= WORLD, f"a pool has at most {WORLD} ranks"
+        self._start(size)
         with tempfile.TemporaryDirectory() as folder:
             for _, connection in self._workers[:size]:
                 connection.send((function.__module__, function.__name__, size, f"{folder}/store", arguments))

@@ -109,7 +109,7 @@ def test_resume_goes_on_bit_for_bit(tiny_data, tmp_path, master):
     losses(straight)
     stopped = start(settings(tiny_data, master), tmp_path / "stopped")
     for _ in range(3):
-        stopped._train_step()
+        stopped.train_step()
     stopped.save(last=True)
     resumed = Trainer(stopped.config, stopped.run, ParallelContext())
     assert resumed.step == 3
@@ -120,7 +120,7 @@ def test_resume_goes_on_bit_for_bit(tiny_data, tmp_path, master):
 
 def test_another_master_is_refused_with_the_dtypes(tiny_data, tmp_path):
     trainer = start(settings(tiny_data, "split"), tmp_path / "run")
-    trainer._train_step()
+    trainer.train_step()
     trainer.save(last=True)
     other = dataclasses.replace(trainer.config, optimizer=OptimizerConfig(master="fp32"))
     with pytest.raises(CheckpointError, match=r"optimizer\.low|optimizer\.master"):
@@ -140,7 +140,7 @@ def test_generation_reads_the_stored_weights(tiny_data, tmp_path):
 def train_on_ranks(config: RunConfig, run: str) -> tuple[dict, dict, int, int]:
     trainer = Trainer(config, Path(run), ParallelContext.create(tp=dist.get_world_size()))
     before = masters(trainer)
-    trainer._train_step()
+    trainer.train_step()
     trainer.save(last=True)
     trainer._gradients()
     return before, masters(trainer), allocated(trainer), announced(trainer)
@@ -165,7 +165,7 @@ def announced(trainer: Trainer) -> int:
 def test_other_numbers_of_ranks_go_on_from_the_same_bits(ranks, tiny_data, tmp_path, master):
     """1 -> 2 -> 1 processes; on the way, what is allocated on each of two ranks is what is announced."""
     alone = start(settings(tiny_data, master), tmp_path / "run")
-    alone._train_step()
+    alone.train_step()
     alone.save(last=True)
     results = ranks.run(train_on_ranks, 2, alone.config, str(alone.run))
     for before, _, held, said in results:
@@ -180,7 +180,7 @@ def test_other_numbers_of_ranks_go_on_from_the_same_bits(ranks, tiny_data, tmp_p
 @pytest.mark.parametrize("master", MASTERS)
 def test_announced_bytes_are_allocated(tiny_data, tmp_path, capsys, master, state_dtype):
     trainer = start(settings(tiny_data, master, state_dtype=state_dtype), tmp_path / "run")
-    trainer._train_step()
+    trainer.train_step()
     trainer._gradients()
     assert allocated(trainer) == announced(trainer)
     each = {"none": 8, "fp32": 10, "split": 8}[master] + (8 if state_dtype == "float32" else 4)

@@ -86,11 +86,11 @@ def test_training_goes_on_while_a_checkpoint_is_written(tiny_data, tmp_path):
     trainer = open_trainer(tmp_path / "run", config_of(tiny_data, steps=5, async_save=True, save_every=0))
     trainer.saver.files = held = Held()
     for _ in range(2):
-        trainer._train_step()
+        trainer.train_step()
     trainer.save()
     assert held.began.wait(30)
     for _ in range(2):  # each changes every weight and moment in place
-        trainer._train_step()
+        trainer.train_step()
         trainer.saver.poll()
     assert trainer.saved is None and not list((tmp_path / "run" / "ckpt").glob("step-0000000?"))
     held.go.set()
@@ -148,7 +148,7 @@ def test_a_run_goes_on_past_a_full_disk(tiny_data, tmp_path, caplog, trials, bes
     settings = {"async_save": beside, "on_save_error": "continue", "keep": 2}
     trainer = open_trainer(tmp_path / "run", config_of(tiny_data, steps=8, **settings))
     trainer.saver.files = full = Full()
-    original = trainer._train_step
+    original = trainer.train_step
 
     def step() -> None:
         if trainer.step == 3:
@@ -156,7 +156,7 @@ def test_a_run_goes_on_past_a_full_disk(tiny_data, tmp_path, caplog, trials, bes
             full.room = True
         original()
 
-    trainer._train_step = step
+    trainer.train_step = step
     trainer.fit(StopRequest())
     trials(3)
     assert losses(tmp_path / "run") == losses(tmp_path / "plain")
@@ -178,7 +178,7 @@ def test_a_run_goes_on_past_a_real_limit(tiny_data, tmp_path, beside):
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         config = config_of(tiny_data, steps=4, async_save=beside, on_save_error="continue")
         trainer = open_trainer(tmp_path / "run", config)
-        original = trainer._train_step
+        original = trainer.train_step
 
         def step() -> None:
             trainer.saver.wait()
@@ -186,7 +186,7 @@ def test_a_run_goes_on_past_a_real_limit(tiny_data, tmp_path, beside):
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000 if trainer.step == 1 else soft, hard))
             original()
 
-        trainer._train_step = step
+        trainer.train_step = step
         trainer.fit(StopRequest())
         return " ".join(r["error"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "save")
 

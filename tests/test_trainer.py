@@ -120,7 +120,7 @@ def test_non_finite_gradient_skips_the_step_and_changes_nothing_else(make):
     trainer = make(steps=5)
     poison(trainer, {2})
     before, after = {}, {}
-    original = trainer._train_step
+    original = trainer.train_step
 
     def watched() -> None:
         if trainer.step == 2:
@@ -129,7 +129,7 @@ def test_non_finite_gradient_skips_the_step_and_changes_nothing_else(make):
         if trainer.step == 3:
             after.update({n: p.detach().clone() for n, p in trainer.model.named_parameters()})
 
-    trainer._train_step = watched
+    trainer.train_step = watched
     trainer.fit(StopRequest())
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert before
@@ -150,13 +150,13 @@ def test_fp16_overflow_lowers_the_scale_and_training_goes_on(make):
     trainer = make(precision="fp16", steps=8)
     trainer.scaler.scale = 2.0**40
     scales = []
-    original = trainer._train_step
+    original = trainer.train_step
 
     def watched() -> None:
         original()
         scales.append(trainer.scaler.scale)
 
-    trainer._train_step = watched
+    trainer.train_step = watched
     trainer.fit(StopRequest())
     assert scales[0] == 2.0**40
     assert scales[-1] < 2.0**40
@@ -207,7 +207,7 @@ def test_fp16_gradients_reach_the_optimizer_unscaled_and_clipped(make, clip):
     moments = {}
     for precision in ("fp16", "fp32"):
         trainer = make(f"{precision}-{clip}", OptimizerConfig(lr=3e-3, clip=clip), precision=precision, steps=1)
-        trainer._train_step()
+        trainer.train_step()
         moments[precision] = torch.cat([s["exp_avg"].flatten() for s in trainer.optimizer.state.values()])
     torch.testing.assert_close(moments["fp16"].norm(), moments["fp32"].norm(), rtol=0.01, atol=0)
     if clip:
