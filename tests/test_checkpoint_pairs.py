@@ -84,7 +84,7 @@ def check(ranks, folder: Path, config: RunConfig, pairs: list, trials, sequence_
     saved = {}
     for layout in dict.fromkeys(source for source, _ in pairs):
         size = layout[0] * layout[1]
-        first, *others = ranks.run(train_and_save, size, folder, config, layout, sequence_parallel[0])
+        first, *others = ranks.run(train_and_save, size, folder, config, layout, sequence_parallel[0], timeout=600)
         assert all(other == first for other in others)
         assert any(name.startswith("optimizer.exp_avg_sq.") for name in first) and len(first) > 30
         saved[name_of(layout, sequence_parallel[0])] = first
@@ -95,7 +95,7 @@ def check(ranks, folder: Path, config: RunConfig, pairs: list, trials, sequence_
     for layout in dict.fromkeys(target for _, target in pairs):
         sources = [name_of(source, sequence_parallel[0]) for source, target in pairs if target == layout]
         size = layout[0] * layout[1]
-        for found in ranks.run(load_and_step, size, folder, config, sources, layout, sequence_parallel[1]):
+        for found in ranks.run(load_and_step, size, folder, config, sources, layout, sequence_parallel[1], timeout=600):
             for source in sources:
                 assert found[source] == saved[source], f"{source} into {name_of(layout)}"
         for source in sources:
