@@ -106,22 +106,26 @@ def test_rounding_of_every_kind_of_number(device):
 
 
 def test_neighbours_in_memory_stay_and_strides_are_kept(device):
-    """Parameters cut from one buffer at odd offsets, transposed ones, and gradients that are views."""
-    buffer = torch.full((64,), float("nan"), device=device)
-    odd, straight = buffer[3:20], buffer[32:48]
-    odd.copy_(draw(17, device=device))
-    straight.copy_(draw(16, device=device, seed=1))
-    params = [odd, straight.view(4, 4).t()]
+    """Parameters and moments cut from one buffer at odd offsets, a transposed parameter, gradients that are views.
+
+    The neighbours are numbers: a NaN that is read, updated and written back would still be NaN.
+    """
+    OTHER = 7.0
+    odd, exp_avgs, exp_avg_sqs = (torch.full((64,), OTHER, device=device) for _ in range(3))
+    cut = slice(3, 20)
+    odd[cut] = draw(17, device=device)
+    params = [odd[cut], draw(4, 4, device=device, seed=1).t()]
     grads = [fenced(draw(1, 17, device=device, seed=2))[0], draw(1, 1, device=device, seed=3).expand(4, 4)]
     expected = [
         adamw_reference(p.double(), g.double(), torch.zeros_like(p), torch.zeros_like(p), 1, **OPTIONS)[0]
         for p, g in zip(params, grads, strict=True)
     ]
-    moments = [[torch.zeros(p.shape, device=device) for p in params] for _ in range(2)]
+    moments = [[buffer[cut].zero_(), torch.zeros(4, 4, device=device)] for buffer in (exp_avgs, exp_avg_sqs)]
     adamw(params, grads, *moments, [], None, 1, 3e-2, 0.8, 0.9, 1e-6, 0.1)
     for param, wide in zip(params, expected, strict=True):
         torch.testing.assert_close(param.double(), wide, rtol=1e-6, atol=1e-6)
-    assert buffer[:3].isnan().all() and buffer[20:32].isnan().all() and buffer[48:].isnan().all()
+    for buffer in (odd, exp_avgs, exp_avg_sqs):
+        assert (buffer[: cut.start] == OTHER).all() and (buffer[cut.stop :] == OTHER).all()
 
 
 def test_few_launches(device, monkeypatch):
