@@ -24,7 +24,8 @@ SAYS = {
     "raise": r"rank 1 raised ArithmeticError: a fault of the test",
     "oom": r"rank 1 raised OutOfMemoryError: CUDA out of memory",
     "memory": r"rank 1 raised \w*Error: .*(alloc|memory)",
-    "skip": r"rank 1 called .*; rank 0 called .* there: the ranks no longer do the same",
+    # After a save there may be no collective left that both have made: then it tells where each of the two is.
+    "skip": r"rank 1 called .*; rank 0 called|rank 0 (died by SIGABRT.*; rank 1 was at|is behind.*; rank 1 waited in)",
     "shape": r"rank 1 called .*; rank 0 called .* there: the ranks no longer do the same",
     "garbage": r"rank 1 called .*; rank 0 called .* there: the ranks no longer do the same",
 }
@@ -35,7 +36,7 @@ FULL = [
     for kind in SAYS
     for where in ("step", "save")
     for dp in (1, 2)
-    if (kind, where) != ("garbage", "save")
+    if kind != "garbage" or (where, dp) == ("step", 1)
 ]
 
 

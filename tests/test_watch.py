@@ -73,6 +73,13 @@ def test_causes_come_before_consequences(ranks_at, tmp_path):
     ranks_at([4], [4])
     assert "rank 1 died by SIGKILL" in why(tmp_path, 2, [aborted, dead])
     assert "rank 0 died by SIGABRT" in why(tmp_path, 2, [aborted, 1])
+    recorders = ranks_at([4], [])  # rank 1 skipped the rest of step 5
+    recorders[1].begin_step(6)
+    recorders[1].phase("gradient norm")
+    said = why(tmp_path, 2, [aborted, 1])
+    assert re.match(
+        r"rank 0 died by SIGABRT, at step 5, .*; rank 1 was at step 6, in gradient norm: the ranks no", said
+    )
     ranks_at([4], [8])
     assert "the ranks no longer do the same" in why(tmp_path, 2, [aborted, 1])
     recorders = ranks_at([4], [8])

@@ -252,8 +252,16 @@ def _why(ranks: list[Rank]) -> str:
         [r for r in quiet if r.place is None],
     ):
         if these:
-            return "; ".join(f"rank {r.number} {r.what()}, {r.where()}" for r in these[:SHOWN])
+            said = "; ".join(f"rank {r.number} {r.what()}, {r.where()}" for r in these[:SHOWN])
+            return said + (_elsewhere(these[0], ranks) if these[0].code == aborted else "")
     return _behind(ranks)
+
+
+def _elsewhere(rank: Rank, ranks: list[Rank]) -> str:
+    """Ranks in another step than one that aborted: a collective was skipped, and none is left that both have made."""
+    steps = {r.number: r.place.step for r in ranks if r.place}
+    other = [r for r in ranks if r.number in steps and steps[r.number] != steps.get(rank.number, -1)]
+    return f"; rank {other[0].number} was {other[0].where()}: the ranks no longer do the same" if other else ""
 
 
 def divergence(calls: dict[int, list[Collective]]) -> str | None:
