@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import tables
-from megakern.cli import _parser, _split_settings
+from megakern.cli import OPTIONS_BESIDE_SETTINGS, _parser, _split_settings
 from megakern.model.presets import presets
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
@@ -31,15 +31,15 @@ def commands() -> list[str]:
 @pytest.mark.parametrize("command", commands())
 def test_commands_that_are_shown_exist(command):
     words = shlex.split(command)
-    if words[0] == "train":
-        words, _ = _split_settings(words)
+    if words[0] in OPTIONS_BESIDE_SETTINGS:
+        words, _ = _split_settings(words, OPTIONS_BESIDE_SETTINGS[words[0]])
     options = _parser().parse_args(words)
     assert options.command == words[0]
 
 
 def test_every_command_is_shown_with_its_output():
     shown = {shlex.split(command)[0] for command in commands()}
-    assert shown == {"prepare", "train", "eval", "generate", "plot", "ckpt", "doctor"}
+    assert shown == {"prepare", "train", "eval", "generate", "plot", "ckpt", "doctor", "verify", "plan"}
 
 
 def test_tables_of_speed_and_faults_are_those_of_the_results():
