@@ -29,6 +29,7 @@ def losses(run: Path) -> list[float]:
     return [record["loss"] for record in read_metrics(run / "metrics.jsonl") if record["kind"] == "train"]
 
 
+@pytest.mark.slow
 def test_two_nodes_of_torchrun_give_the_losses_of_one_machine(config, tmp_path):
     """One process on each of two nodes, tensor parallel across them."""
     words = ["train", config, "--out", tmp_path / "alone", "--parallel.tp", "1"]

@@ -75,8 +75,11 @@ def prepared(tiny_data, folder: Path, tp: int, dp: int, **settings) -> Path:
 
 # A norm's weight is replicated over tp: each rank has a gradient of its own, and only one of them is broken.
 @pytest.mark.promise("R7")
-@pytest.mark.parametrize("name", ["norm.weight", "blocks.1.mlp.fc1.weight"])
-@pytest.mark.parametrize(("tp", "dp", "bad_rank"), [(2, 1, 1), (2, 1, 0), (1, 2, 1), (2, 2, 2)])
+@pytest.mark.parametrize("name", ["norm.weight", pytest.param("blocks.1.mlp.fc1.weight", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("tp", "dp", "bad_rank"),
+    [(2, 1, 1), (1, 2, 1), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(2, 1, 0), (2, 2, 2)])],
+)
 def test_all_ranks_skip_the_same_step(ranks, tiny_data, tmp_path, trials, tp, dp, bad_rank, name):
     for index, value in enumerate(BAD):
         run = prepared(tiny_data, tmp_path / f"run{index}", tp, dp)

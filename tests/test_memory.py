@@ -117,7 +117,11 @@ def expected(name: str, tp: int, sequence_parallel: bool) -> list[int]:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize(("tp", "sequence_parallel"), [(1, False), (2, False), (2, True)], ids=["1", "2", "2 and sp"])
+@pytest.mark.parametrize(
+    ("tp", "sequence_parallel"),
+    [(1, False), pytest.param(2, False, marks=pytest.mark.slow), (2, True)],
+    ids=["1", "2", "2 and sp"],
+)
 def test_a_block_keeps_what_the_formula_says(ranks, name, tp, sequence_parallel):
     layout = (name, tp, sequence_parallel)
     results = [kept_by_a_block(*layout)] if tp == 1 else ranks.run(kept_by_a_block, tp, *layout)

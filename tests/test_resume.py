@@ -42,7 +42,11 @@ def finish(run: Path, config: RunConfig) -> Path:
 
 @pytest.mark.promise("R12")
 @pytest.mark.parametrize("steps, every", [(7, 3), pytest.param(21, 1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant",
+    [pytest.param(name, marks=pytest.mark.slow if name in ("fp16", "recompute") else ()) for name in VARIANTS],
+    ids=list(VARIANTS),
+)
 def test_resumed_at_each_step(tiny_data, tmp_path, trials, variant, steps, every):
     config = config_of(tiny_data, steps=steps, **VARIANTS[variant])
     whole = digest(finish(tmp_path / "whole", config))

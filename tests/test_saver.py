@@ -247,7 +247,10 @@ def save_in_a_thread_and_die(folder, step: int, seed: int, files: Files) -> None
 
 
 @pytest.mark.promise("R2", "R16")
-@pytest.mark.parametrize("kind", ["exit", "late-exit", "torn-exit"])
+@pytest.mark.parametrize(
+    "kind",
+    ["torn-exit", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("exit", "late-exit"))],
+)
 @pytest.mark.parametrize("step", [2, 3], ids=["same step", "new step"])
 def test_dying_between_staging_and_commit(tmp_path, trials, step, kind):
     before = tmp_path / "before"

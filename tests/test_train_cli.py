@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -100,8 +99,8 @@ def test_files_of_a_run(unbroken):
 @pytest.mark.parametrize(
     "layout",
     [
-        ("--parallel.tp", 1),
-        ("--parallel.sequence_parallel", "true"),
+        pytest.param(("--parallel.tp", 1), marks=pytest.mark.slow),
+        pytest.param(("--parallel.sequence_parallel", "true"), marks=pytest.mark.slow),
         ("--parallel.tp", 1, "--parallel.dp", 2, "--train.micro_batch", 1, "--parallel.zero", 3),
     ],
     ids=["one", "sequence", "data"],
@@ -112,21 +111,7 @@ def test_other_layouts_give_the_losses_of_two_ranks(unbroken, config, tmp_path, 
     assert losses(tmp_path / "run", "eval") == pytest.approx(losses(unbroken, "eval"), rel=1e-5)
 
 
-def test_kill_9_and_resume_continue_bit_for_bit(unbroken, config, tmp_path):
-    run, chance = tmp_path / "run", random.Random(5)
-    process = start("train", config, "--out", run, "--nproc", 2)
-    wait_for_step(run, chance.randrange(4, 11), process)
-    workers = children(process.pid)
-    process.kill()
-    process.communicate()
-    wait_gone(workers)
-    output = finish(start("train", "--resume", run, "--nproc", 2))
-    assert "resumed from" in output
-    assert losses(run) == losses(unbroken)
-    assert losses(run, "eval") == losses(unbroken, "eval")
-    assert weights_hash(run) == weights_hash(unbroken)
-
-
+@pytest.mark.slow
 def test_killed_worker_ends_the_run_with_a_message(config, tmp_path):
     run = tmp_path / "run"
     process = start("train", config, "--out", run, "--nproc", 2, "--restarts", 0, "--train.steps", 2000)
@@ -139,7 +124,9 @@ def test_killed_worker_ends_the_run_with_a_message(config, tmp_path):
     wait_gone(workers)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)]
+)
 def test_signal_saves_at_the_next_step_and_resume_goes_on(unbroken, config, tmp_path, number, code):
     run = tmp_path / "run"
     process = start("train", config, "--out", run, "--nproc", 2)
@@ -155,7 +142,10 @@ def test_signal_saves_at_the_next_step_and_resume_goes_on(unbroken, config, tmp_
 
 @pytest.mark.parametrize(
     ("more", "layout"),
-    [(("--nproc", 1), "tp 1 x dp 1"), (("--parallel.tp", 1, "--parallel.dp", 2), None)],
+    [
+        (("--nproc", 1), "tp 1 x dp 1"),
+        pytest.param(("--parallel.tp", 1, "--parallel.dp", 2), None, marks=pytest.mark.slow),
+    ],
     ids=["fewer", "data"],
 )
 def test_resume_under_another_layout(unbroken, config, tmp_path, more, layout):
@@ -180,6 +170,7 @@ def test_torchrun_joins_instead_of_starting_workers(unbroken, config, tmp_path):
     assert losses(tmp_path / "run") == losses(unbroken)
 
 
+@pytest.mark.slow
 def test_under_torchrun_one_rank_reports_and_ends_those_that_are_stopped(config, tmp_path):
     """torchrun itself would wait 30 s for a stopped process after its SIGTERM."""
     run = tmp_path / "run"
@@ -217,11 +208,3 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
-
-
-def weights_hash(run: Path) -> list[tuple[str, str]]:
-    """The hash of each shard of the newest checkpoint."""
-    import hashlib
-
-    folder = newest(run / "ckpt")
-    return [(p.name, hashlib.sha256(p.read_bytes()).hexdigest()) for p in sorted(folder.glob("*.safetensors"))]

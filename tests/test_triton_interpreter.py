@@ -16,7 +16,15 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+# The longest by default only among the long tests.
+LONG = ("test_cross_entropy", "test_linear", "test_linear_cross_entropy")
+
+
+@pytest.mark.parametrize(
+    "file",
+    [pytest.param(file, marks=pytest.mark.slow if file.stem in LONG else ()) for file in FILES],
+    ids=[file.stem for file in FILES],
+)
 def test_kernels_in_the_interpreter(file):
     command = [sys.executable, "-m", "pytest", "-x", "-m", "not slow", "-p", "no:cacheprovider", str(file)]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}

@@ -173,17 +173,31 @@ def test_real_processes_and_a_run_with_its_own_data(tiny_data, tmp_path, capsys)
 
 # --- what must be caught ---
 
+SLOW = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("bug", "layout", "precision", "message"),
     [
-        (bias_on_every_rank, "tp=2", "fp32", r"the loss differs from step 2 on, by \d"),
+        pytest.param(bias_on_every_rank, "tp=2", "fp32", r"the loss differs from step 2 on, by \d", marks=SLOW),
         (dropout_by_local_row, "tp=2,sp", "fp32", r"the loss differs from step 1 on, by \d"),
-        (dropout_by_local_row, "tp=2,sp", "bf16", r"the gradient of step 1 differs, most in [\w.]+: by \d"),
+        pytest.param(
+            dropout_by_local_row, "tp=2,sp", "bf16",
+            r"the gradient of step 1 differs, most in [\w.]+: by \d",
+            marks=SLOW,
+        ),
         (no_reduce_in_backward, "tp=2", "fp32", r"the gradient of step 1 differs, most in [\w.]+: by \d"),
-        (no_reduce_in_backward, "tp=2", "bf16", r"the gradient of step 1 differs, most in [\w.]+: by \d"),
+        pytest.param(
+            no_reduce_in_backward, "tp=2", "bf16",
+            r"the gradient of step 1 differs, most in [\w.]+: by \d",
+            marks=SLOW,
+        ),
         (unfinished_gradients, "tp=2,sp", "fp32", r"the gradient of step 1 differs, most in [\w.]*(norm|bias|pos)"),
-        (weights_by_local_index, "tp=2", "fp32", r"the initial weights are not .* bit for bit: embedding.weight"),
+        pytest.param(
+            weights_by_local_index, "tp=2", "fp32",
+            r"the initial weights are not .* bit for bit: embedding.weight",
+            marks=SLOW,
+        ),
     ],
 )  # fmt: skip
 def test_a_planted_bug_is_caught_and_named(verify, bug, layout, precision, message):
