@@ -64,7 +64,8 @@ def speeds() -> str:
         parts.append(_where(folder, next(iter(files.values()))["machine"]))
         if "train" in files:
             parts.append(_train_table(files.pop("train")))
-        parts.append(_op_table(files))
+        if files:
+            parts.append(_op_table(files))
     return "\n\n".join(parts)
 
 
