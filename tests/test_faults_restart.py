@@ -167,6 +167,7 @@ def test_what_fresh_processes_cannot_mend_is_not_tried_again(monkeypatch, tmp_pa
     assert len(made) == 6
 
 
+@pytest.mark.slow
 @pytest.mark.promise("R9")
 def test_gives_up_without_progress(broken):
     ended = broken(rank=0, step=1, kind="kill", where="step", times=99, restarts=2, nproc=1)

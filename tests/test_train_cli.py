@@ -148,6 +148,7 @@ def test_signal_saves_at_the_next_step_and_resume_goes_on(unbroken, config, tmp_
     ],
     ids=["fewer", "data"],
 )
+@pytest.mark.slow
 def test_resume_under_another_layout(unbroken, config, tmp_path, more, layout):
     run = tmp_path / "run"
     process = start("train", config, "--out", run, "--nproc", 2)
