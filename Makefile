@@ -1,6 +1,6 @@
 # make demo    train a small GPT on Python's own source, from nothing to a sample (7 to 8 minutes on two cores)
-# make test    all tests but the long ones (about 6 minutes on two cores)
-# make faults  every promise about faults at its full number of trials, as a table (20 to 30 minutes on two cores)
+# make test    all tests but the long ones (13 minutes on two cores)
+# make faults  every promise about faults at its full number of trials, as a table (its time is not yet measured)
 # make gates   compile every Triton kernel for sm_80, sm_90 and sm_100, hold it against benchmarks/compile_budget.json
 # Each makes .venv first, with the pinned packages of requirements*.txt. Choose the interpreter with PYTHON=python3.12.
 
