@@ -1,4 +1,4 @@
-"""Runs `tests/triton/` in Triton's interpreter, one process a file: the variable that asks for it is read at import."""
+"""Runs `tests/kernels/` in Triton's interpreter, a process a file: the variable that asks for it is read at import."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-FILES = sorted((Path(__file__).parent / "triton").glob("test_*.py"))
+FILES = sorted((Path(__file__).parent / "kernels").glob("test_*.py"))
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="triton is not installed: pip install -r requirements-dev.txt"
+    importlib.util.find_spec("kernels") is None, reason="triton is not installed: pip install -r requirements-dev.txt"
 )
 
 

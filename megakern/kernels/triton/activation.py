@@ -8,8 +8,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from megakern.kernels.memory import empty_like, tiles_of
 from megakern.kernels.triton import configs
-from megakern.kernels.triton.launch import empty_like, launch, tiles_of
+from megakern.kernels.triton.launch import launch
 
 # --- kernels ---
 

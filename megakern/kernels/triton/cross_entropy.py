@@ -12,10 +12,11 @@ import torch.distributed as dist
 import triton
 import triton.language as tl
 
+from megakern.kernels.memory import empty, empty_like, rows_of
 from megakern.kernels.torch.cross_entropy import check_targets, shard_of
 from megakern.kernels.triton import INTERPRETED, configs
 from megakern.kernels.triton.configs import cdiv
-from megakern.kernels.triton.launch import empty, empty_like, launch, rows_of
+from megakern.kernels.triton.launch import launch
 from megakern.parallel import trace
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # of fp32: the maximum of a row of -inf, or of nothing but padding

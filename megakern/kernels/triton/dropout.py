@@ -10,9 +10,10 @@ import math
 import triton
 import triton.language as tl
 
+from megakern.kernels.memory import empty_like, rows_of
 from megakern.kernels.triton import configs
 from megakern.kernels.triton.activation import tile
-from megakern.kernels.triton.launch import empty_like, launch, rows_of
+from megakern.kernels.triton.launch import launch
 
 # --- kernels ---
 

@@ -10,9 +10,10 @@ import torch
 import triton
 import triton.language as tl
 
+from megakern.kernels.memory import empty
 from megakern.kernels.triton import configs
 from megakern.kernels.triton.adamw import pointer
-from megakern.kernels.triton.launch import empty, launch
+from megakern.kernels.triton.launch import launch
 from megakern.kernels.triton.tables import TYPES, address_table, aligned, pieces
 
 # --- kernels ---

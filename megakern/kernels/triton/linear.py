@@ -12,10 +12,11 @@ import torch
 import triton
 import triton.language as tl
 
+from megakern.kernels.memory import empty, rows_of
 from megakern.kernels.triton import configs
 from megakern.kernels.triton.activation import activate
 from megakern.kernels.triton.configs import cdiv
-from megakern.kernels.triton.launch import empty, launch, rows_of
+from megakern.kernels.triton.launch import launch
 from megakern.kernels.triton.norm import sum_parts
 
 # --- kernels ---

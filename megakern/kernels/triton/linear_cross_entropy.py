@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import torch
 
+from megakern.kernels.memory import empty, empty_like, rows_of
 from megakern.kernels.torch.cross_entropy import check_targets, shard_of
 from megakern.kernels.triton import INTERPRETED, configs
 from megakern.kernels.triton.cross_entropy import row_losses, write_gradient
-from megakern.kernels.triton.launch import empty, empty_like, rows_of
 from megakern.kernels.triton.linear import product
 
 

@@ -11,9 +11,10 @@ import torch
 import triton
 import triton.language as tl
 
+from megakern.kernels.memory import empty, empty_like, rows_of
 from megakern.kernels.triton import configs
 from megakern.kernels.triton.configs import cdiv
-from megakern.kernels.triton.launch import empty, empty_like, launch, rows_of
+from megakern.kernels.triton.launch import launch
 
 # --- kernels ---
 

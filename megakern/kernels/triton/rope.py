@@ -8,8 +8,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from megakern.kernels.memory import empty_like
 from megakern.kernels.triton import configs
-from megakern.kernels.triton.launch import empty_like, launch
+from megakern.kernels.triton.launch import launch
 
 # --- kernels ---
 

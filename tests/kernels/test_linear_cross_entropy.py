@@ -12,8 +12,10 @@ import megakern as mk
 from megakern.kernels.triton import configs
 from megakern.ops.linear_cross_entropy import linear_cross_entropy_reference
 from tests.closeness import assert_close_to_ref, assert_gradients_close
-from tests.triton.inputs import draw
-from tests.triton.test_linear import DTYPES
+from tests.kernels.inputs import draw
+from tests.kernels.test_linear import DTYPES
+
+pytestmark = pytest.mark.only("triton")
 
 # (shape of targets, K, V): smallest, primes, beside a tile of 64, no rows.
 SHAPES = [((1,), 1, 1), ((7,), 5, 13), ((2, 33), 64, 65), ((0,), 4, 8)]

@@ -13,7 +13,9 @@ from megakern.kernels.torch.cross_entropy import Shard
 from megakern.kernels.triton.cross_entropy import row_losses, write_gradient
 from megakern.ops.cross_entropy import cross_entropy_reference
 from tests.closeness import assert_close_to_ref, assert_gradients_close
-from tests.triton.inputs import DTYPES, draw, fenced
+from tests.kernels.inputs import DTYPES, draw, fenced
+
+pytestmark = pytest.mark.only("triton")
 
 # (shape of targets, V): smallest, primes, beside one piece of the vocabulary (4096) and over several, none.
 SHAPES = [((1,), 1), ((7,), 13), ((2, 3), 127), ((2,), 4096), ((2,), 4097), ((1,), 12289), ((0,), 8), ((), 5)]

@@ -16,8 +16,10 @@ from megakern.kernels.triton.linear import linear_accumulate_weight_gradient, li
 from megakern.ops.activation import KINDS
 from megakern.ops.linear import linear_reference
 from tests.closeness import assert_close_to_ref, assert_gradients_close
-from tests.triton.conftest import INTERPRETED
-from tests.triton.inputs import draw, fenced
+from tests.kernels.conftest import INTERPRETED
+from tests.kernels.inputs import draw, fenced
+
+pytestmark = pytest.mark.only("triton")
 
 DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
 # (leading dims of x, N, K): smallest, primes, a tile of 64 and its neighbours, several tiles and steps, no rows.

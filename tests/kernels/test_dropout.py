@@ -9,7 +9,9 @@ import torch
 
 from megakern.ops.dropout import dropout, dropout_reference
 from tests.closeness import assert_gradients_close
-from tests.triton.inputs import DTYPES, draw, fenced
+from tests.kernels.inputs import DTYPES, draw, fenced
+
+pytestmark = pytest.mark.only("triton")
 
 TRITON = {"backend": "triton"}
 

@@ -12,7 +12,9 @@ import megakern as mk
 from megakern.kernels.triton.activation import activation_backward, activation_forward
 from megakern.ops.activation import KINDS, activation_reference, gelu_reference, swiglu_reference
 from tests.closeness import assert_close_to_ref, assert_gradients_close
-from tests.triton.inputs import DTYPES, draw, fenced
+from tests.kernels.inputs import DTYPES, draw, fenced
+
+pytestmark = pytest.mark.only("triton")
 
 SHAPES = [(1,), (7, 13), (3, 5, 127), (1023,), (1025,), (0, 16), ()]
 

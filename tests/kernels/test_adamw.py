@@ -11,7 +11,9 @@ from megakern.kernels.triton.adamw import adamw
 from megakern.kernels.triton.grad_norm import sum_of_squares
 from megakern.ops.adamw import adamw_reference
 from megakern.ops.grad_norm import gradient_norm
-from tests.triton.inputs import draw, fenced
+from tests.kernels.inputs import draw, fenced
+
+pytestmark = pytest.mark.only("triton")
 
 # Smallest, primes, beside one tile and one piece (1024 and 8192 elements), several pieces, empty.
 SHAPES = [(1,), (7, 13), (1025,), (8193,), (3, 40), (2, 8192), (0, 4)]

@@ -10,7 +10,9 @@ import torch
 import megakern as mk
 from megakern.ops.rope import rope_reference
 from tests.closeness import assert_gradients_close
-from tests.triton.inputs import DTYPES, draw, fenced
+from tests.kernels.inputs import DTYPES, draw, fenced
+
+pytestmark = pytest.mark.only("triton")
 
 TMAX = 11
 

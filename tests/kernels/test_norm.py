@@ -11,7 +11,9 @@ import megakern as mk
 from megakern.kernels.triton import configs
 from megakern.ops.norm import layer_norm_reference, rms_norm_reference
 from tests.closeness import assert_gradients_close
-from tests.triton.inputs import DTYPES, draw, fenced
+from tests.kernels.inputs import DTYPES, draw, fenced
+
+pytestmark = pytest.mark.only("triton")
 
 NORMS = {
     "layer": (partial(mk.layer_norm, backend="triton"), layer_norm_reference),

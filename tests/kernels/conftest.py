@@ -1,0 +1,77 @@
+"""What all tests of compiled kernels share: the backend, its device, and guard bands of NaN around every output.
+
+With a GPU, `cuda` and `triton` run there. Without one, `simt` runs here, and Triton's interpreter in a process of its
+own with TRITON_INTERPRET=1, because Triton reads that variable when it is imported: `tests/test_triton_interpreter.py`.
+
+A test that takes `backend` runs once for each backend that has the public op which its file names as OP. The mark
+`only("triton")` keeps a test, and a file through `pytestmark`, to the backend whose inner parts it looks at.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from megakern.kernels import memory
+from megakern.ops.dispatch import UNAVAILABLE, ops_of
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+PRESENT = ("triton",) if INTERPRETED else ("cuda", "triton") if torch.cuda.is_available() else ("simt",)
+BACKENDS = [backend for backend in PRESENT if UNAVAILABLE[backend] is None]
+
+GUARD = 128  # elements before and after: 256 bytes of bf16, so that outputs stay aligned
+SENTINEL = 77  # in integer tensors, which have no NaN
+
+
+def pytest_generate_tests(metafunc):
+    if "backend" in metafunc.fixturenames:
+        only = metafunc.definition.get_closest_marker("only")
+        op = metafunc.module.OP
+        known = [backend for backend in BACKENDS if op in ops_of(backend) and (not only or backend in only.args)]
+        metafunc.parametrize("backend", known)
+
+
+def pytest_collection_modifyitems(items):
+    """Leave out the tests that belong to no backend of this machine, instead of listing them as skipped."""
+    here = [item for item in items if item.path.parent.name == "kernels"]
+    for item in here:
+        only = item.get_closest_marker("only")
+        empty = any(mark.name == "skip" for mark in item.own_markers) and "backend" in item.fixturenames
+        if empty or (only and not set(only.args) & set(BACKENDS)):
+            items.remove(item)
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+
+
+@pytest.fixture
+def unguarded(guards, monkeypatch):
+    """For opcheck: outputs in storage of their own, as the fake implementation promises."""
+    monkeypatch.setattr(memory, "allocate", torch.empty)
+
+
+@pytest.fixture(autouse=True)
+def guards(monkeypatch):
+    """Every tensor that a launcher allocates lies in a larger one of NaN; all guard bands must be whole at the end.
+
+    The tensor itself starts as NaN too, so that an element which no program writes cannot pass for a result.
+    """
+    buffers = []
+
+    def allocate(shape, *, dtype, device):
+        size = torch.Size(shape).numel()
+        mark = float("nan") if dtype.is_floating_point else SENTINEL
+        buffer = torch.full((size + 2 * GUARD,), mark, dtype=dtype, device=device)
+        buffers.append((buffer, size))
+        return buffer[GUARD : GUARD + size].view(shape)
+
+    monkeypatch.setattr(memory, "allocate", allocate)
+    yield buffers
+    for buffer, size in buffers:
+        for name, band in (("before", buffer[:GUARD]), ("after", buffer[GUARD + size :])):
+            whole = band.isnan().all() if band.dtype.is_floating_point else (band == SENTINEL).all()
+            assert whole, f"a kernel wrote {name} an output of {size} elements of {buffer.dtype}"
