@@ -80,7 +80,7 @@ def _train_table(results: dict) -> str:
         "|---|---:|---:|---:|---:|",
     ]
     lines += [
-        f"| {row['contestant']} | {row['ms']:.0f} | {row['tokens_per_second']:,.0f} | {row['ratio_to_plain_fp32']:.2f} "
+        f"| {row['contestant']} | {row['ms']:.0f} | {row['tokens_per_second']:,.0f} | {row['ratio_to_first']:.2f} "
         f"| {row['matmul_floor_ms']:.0f} |"
         for row in results["rows"]
     ]
