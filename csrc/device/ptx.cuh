@@ -158,7 +158,17 @@ MK_DEVICE void tma_wait() {
 #undef MK_TMA_LOAD
 #undef MK_TMA_TO_SHARED
 
-// --- clusters, registers ---
+// --- named barriers, clusters, registers ---
+
+// Barrier `Id` (1 to 15; 0 is sync_block) of the block for `threads` threads, whole warps; arrive does not wait.
+template <int Id>
+MK_DEVICE void barrier_sync(int threads) {
+  asm volatile("barrier.cta.sync.aligned %0, %1;" ::"n"(Id), "r"(threads) : "memory");
+}
+template <int Id>
+MK_DEVICE void barrier_arrive(int threads) {
+  asm volatile("barrier.cta.arrive.aligned %0, %1;" ::"n"(Id), "r"(threads) : "memory");
+}
 
 MK_DEVICE int cluster_rank() {
   int rank;
