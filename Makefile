@@ -6,9 +6,10 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+CSRC := setup.py $(wildcard csrc/*.* csrc/device/* csrc/simt/*)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: help setup demo test test-all faults gates lint bench clean
+.PHONY: help setup demo simt test test-all faults gates lint bench clean
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
@@ -26,6 +27,12 @@ setup: .venv/runtime
 
 .venv/dev: .venv/runtime requirements-dev.txt
 	$(PIP) -r requirements-dev.txt
+	@touch $@
+
+# The CUDA kernels for CPU tensors, which the tests run. Without a C++ compiler the tests leave them out.
+simt: .venv/simt
+.venv/simt: .venv/runtime $(CSRC)
+	$(BIN)/python setup.py -q build_ext --inplace --modules simt
 	@touch $@
 
 demo: .venv/runtime

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "megakern"
 MAY_IMPORT = {
     "config": set(),
     "parallel": set(),
-    "kernels": {"_cpu", "parallel"},  # compiled from csrc/cpu; a kernel that is split over ranks holds collectives
+    "kernels": {"_cpu", "_C", "_simt", "parallel"},  # compiled; a kernel that is split over ranks holds collectives
     "ops": {"kernels", "parallel"},
     "layers": {"ops", "parallel", "config"},
     "model": {"layers", "ops", "parallel", "config"},

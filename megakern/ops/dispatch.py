@@ -8,6 +8,7 @@ in `megakern/kernels/<backend>/`; each offers
     configuration(problem) -> str        optional: what it runs this problem with, for `explain`
     OPS: names of public ops             optional: those it has kernels for; without it, all
     TRACEABLE: bool                      optional: under torch.compile its launchers go into the graph, not the op
+    LAUNCHERS: str                       optional: the backend whose launchers it uses
 
 and, in a module with the op's stem, launchers that share one signature over all backends.
 """
@@ -111,7 +112,8 @@ def ops_of(backend: str) -> list[str]:
 @functools.cache
 def launcher(backend: str, stem: str, name: str) -> Callable:
     """The function `name` of `megakern/kernels/<backend>/<stem>.py`. Called inside custom ops, so never traced."""
-    return getattr(importlib.import_module(f"megakern.kernels.{backend}.{stem}"), name)
+    package = getattr(_MODULES[backend], "LAUNCHERS", backend)
+    return getattr(importlib.import_module(f"megakern.kernels.{package}.{stem}"), name)
 
 
 def resolve(problem: Problem, backend: str | None = None) -> str:

@@ -1,4 +1,4 @@
-"""The Triton activations against float64. Runs in Triton's interpreter, or on a GPU."""
+"""The activations of every compiled backend against float64."""
 
 from __future__ import annotations
 
@@ -9,22 +9,27 @@ import pytest
 import torch
 
 import megakern as mk
-from megakern.kernels.triton.activation import activation_backward, activation_forward
 from megakern.ops.activation import KINDS, activation_reference, gelu_reference, swiglu_reference
+from megakern.ops.dispatch import launcher
 from tests.closeness import assert_close_to_ref, assert_gradients_close
 from tests.kernels.inputs import DTYPES, draw, fenced
 
-pytestmark = pytest.mark.only("triton")
-
+OP = "gelu"
 SHAPES = [(1,), (7, 13), (3, 5, 127), (1023,), (1025,), (0, 16), ()]
+
+
+def launchers(backend):
+    """-> forward(x, kind), backward(dy, x, kind)"""
+    return tuple(launcher(backend, "activation", f"activation_{way}") for way in ("forward", "backward"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_launchers(kind, shape, dtype, device):
+def test_launchers(kind, shape, dtype, device, backend):
+    forward, backward = launchers(backend)
     x, dy = draw(*shape, dtype=dtype, device=device, scale=3.0), draw(*shape, dtype=dtype, device=device, seed=1)
-    found = activation_forward(x, kind), activation_backward(dy, x, kind)
+    found = forward(x, kind), backward(dy, x, kind)
     expected = []
     for wide in (torch.float64, dtype):
         leaf = x.to(wide).clone().requires_grad_()
@@ -35,7 +40,7 @@ def test_launchers(kind, shape, dtype, device):
         assert_close_to_ref(ours, reference, same)
 
 
-def test_far_values_from_the_formulas(device):
+def test_far_values_from_the_formulas(device, backend):
     """Independent of ATen, where 1 + tanh and 1 + erf cancel or overflow."""
     values = [-80.0, -8.0, -3.0, -1e-3, 0.0, 1e-3, 3.0, 80.0]
     formulas = {
@@ -45,55 +50,56 @@ def test_far_values_from_the_formulas(device):
         "silu": lambda v: v / (1 + math.exp(-v)),
     }
     x = torch.tensor(values, device=device)
+    forward, backward = launchers(backend)
     for kind in KINDS:
         expected = torch.tensor([formulas[kind](v) for v in values], device=device)
-        torch.testing.assert_close(activation_forward(x, kind), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(forward(x, kind), expected, rtol=1e-5, atol=1e-6)
         slopes = [(formulas[kind](v + 1e-6) - formulas[kind](v - 1e-6)) / 2e-6 for v in values]
-        found = activation_backward(torch.ones_like(x), x, kind)
+        found = backward(torch.ones_like(x), x, kind)
         torch.testing.assert_close(found, torch.tensor(slopes, device=device), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_nan_stays_and_comes_from_nowhere_else(kind, device):
+def test_nan_stays_and_comes_from_nowhere_else(kind, device, backend):
+    forward, backward = launchers(backend)
     x = draw(5, 17, device=device)
-    assert torch.equal(activation_forward(fenced(x), kind), activation_forward(x, kind))
-    assert torch.equal(activation_backward(fenced(x), fenced(x), kind), activation_backward(x, x, kind))
+    assert torch.equal(forward(fenced(x), kind), forward(x, kind))
+    assert torch.equal(backward(fenced(x), fenced(x), kind), backward(x, x, kind))
     nan = torch.full((3,), math.nan, device=device)
-    assert activation_forward(nan, kind).isnan().all()
-    assert activation_backward(torch.ones_like(nan), nan, kind).isnan().all()
+    assert forward(nan, kind).isnan().all()
+    assert backward(torch.ones_like(nan), nan, kind).isnan().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1,), (7, 13), (2, 3, 1025), (0, 4)])
-def test_swiglu(shape, dtype, device):
+def test_swiglu(shape, dtype, device, backend):
     inputs = {name: draw(*shape, dtype=dtype, device=device, seed=i) for i, name in enumerate(("gate", "up"))}
-    assert_gradients_close(partial(mk.swiglu, backend="triton"), swiglu_reference, inputs)
+    assert_gradients_close(partial(mk.swiglu, backend=backend), swiglu_reference, inputs)
 
 
 @pytest.mark.parametrize("F", [17, 1100])
-def test_swiglu_of_the_halves_of_one_tensor(F, device):
+def test_swiglu_of_the_halves_of_one_tensor(F, device, backend):
     def halves(op):
         return lambda both: op(*both.chunk(2, -1))
 
     both = {"both": draw(2, 5, 2 * F, dtype=torch.bfloat16, device=device)}
-    assert_gradients_close(halves(partial(mk.swiglu, backend="triton")), halves(swiglu_reference), both)
+    assert_gradients_close(halves(partial(mk.swiglu, backend=backend)), halves(swiglu_reference), both)
 
 
-def test_transposed_and_expanded_input(device):
+def test_transposed_and_expanded_input(device, backend):
+    forward, backward = launchers(backend)
     x, dy = draw(6, 4, device=device).t(), draw(1, 1, device=device).expand(4, 6)
-    torch.testing.assert_close(activation_forward(x, "silu"), activation_forward(x.contiguous(), "silu"))
-    torch.testing.assert_close(
-        activation_backward(dy, x, "silu"), activation_backward(dy.contiguous(), x.contiguous(), "silu")
-    )
+    torch.testing.assert_close(forward(x, "silu"), forward(x.contiguous(), "silu"))
+    torch.testing.assert_close(backward(dy, x, "silu"), backward(dy.contiguous(), x.contiguous(), "silu"))
 
 
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
-def test_gelu_compiles_and_passes_opcheck(approximate, device, unguarded):
+def test_gelu_compiles_and_passes_opcheck(approximate, device, unguarded, backend):
     x = draw(3, 14, device=device).requires_grad_()
     kind = "gelu_tanh" if approximate == "tanh" else "gelu"
-    torch.library.opcheck(torch.ops.megakern.activation.default, (x, kind, "triton"))
-    torch.library.opcheck(torch.ops.megakern.swiglu.default, (x, x.detach(), "triton"))
+    torch.library.opcheck(torch.ops.megakern.activation.default, (x, kind, backend))
+    torch.library.opcheck(torch.ops.megakern.swiglu.default, (x, x.detach(), backend))
     ours = torch.compile(
-        partial(mk.gelu, approximate=approximate, backend="triton"), fullgraph=True, backend="aot_eager"
+        partial(mk.gelu, approximate=approximate, backend=backend), fullgraph=True, backend="aot_eager"
     )
     assert_gradients_close(ours, partial(gelu_reference, approximate=approximate), {"x": x})

@@ -1,0 +1,113 @@
+// Modules megakern._C and megakern._simt: one line a function, no logic. A call fills the function's struct (api.h) field
+// by field with its arguments, and releases the GIL while C++ checks and launches.
+#include <pybind11/pybind11.h>
+
+#include <limits>
+#include <string>
+#include <type_traits>
+#include <utility>
+
+#include "api.h"
+
+namespace py = pybind11;
+
+namespace {
+
+// Argument `index` of a call of `name`, converted to the type of the field that it initialises.
+struct Value {
+  PyObject* object;
+  const char* name;
+  size_t index;
+
+  template <class T, class = std::enable_if_t<std::is_scalar_v<T>>>
+  operator T() const {
+    if constexpr (std::is_pointer_v<T>) {
+      return reinterpret_cast<T>(integer<uintptr_t>());
+    } else if constexpr (std::is_enum_v<T>) {
+      return T(integer<std::underlying_type_t<T>>());
+    } else if constexpr (std::is_floating_point_v<T>) {
+      const double number = PyFloat_AsDouble(object);
+      require(number != -1.0 || !PyErr_Occurred(), "a float");
+      return T(number);
+    } else {
+      return integer<T>();
+    }
+  }
+
+ private:
+  template <class T>
+  T integer() const {
+    using Wide = std::conditional_t<std::is_same_v<T, uintptr_t>, unsigned long long, long long>;
+    Wide number;
+    if constexpr (std::is_unsigned_v<Wide>) {
+      number = PyLong_AsUnsignedLongLong(object);
+    } else {
+      number = PyLong_AsLongLong(object);
+    }
+    require(number != Wide(-1) || !PyErr_Occurred(), "an integer that fits");
+    require(number >= Wide(std::numeric_limits<T>::min()) && number <= Wide(std::numeric_limits<T>::max()),
+            "an integer that fits");
+    return T(number);
+  }
+
+  void require(bool ok, const char* wanted) const {
+    if (ok) return;
+    PyErr_Clear();
+    throw py::value_error(std::string(name) + ": argument " + std::to_string(index) + " must be " + wanted + ", got " +
+                          std::string(py::repr(object)));
+  }
+};
+
+template <size_t>
+using Each = Value;
+
+template <class Struct, size_t... I>
+auto takes(std::index_sequence<I...>) -> decltype(Struct{std::declval<Each<I>>()...}, std::true_type{});
+template <class Struct>
+std::false_type takes(...);
+
+// The number of values that Struct{...} takes.
+template <class Struct, size_t N = 1>
+constexpr size_t fields() {
+  if constexpr (decltype(takes<Struct>(std::make_index_sequence<N + 1>()))::value) {
+    return fields<Struct, N + 1>();
+  } else {
+    return N;
+  }
+}
+
+template <class Struct, size_t... I>
+Struct fill(const char* name, PyObject* arguments, std::index_sequence<I...>) {
+  return Struct{Value{PyTuple_GET_ITEM(arguments, I), name, I}...};
+}
+
+// Module function `name`: the fields of Struct in order, then device and stream.
+template <class Struct>
+void bind(py::module_& module, const char* name, void (*launch)(const Struct&, megakern::Place), const char* doc) {
+  constexpr size_t count = fields<Struct>();
+  auto call = [name, launch](const py::args& arguments) {
+    if (arguments.size() != count + 2) {
+      throw py::type_error(std::string(name) + " takes " + std::to_string(count) +
+                           " arguments, then device and stream; got " + std::to_string(arguments.size()));
+    }
+    const Struct problem = fill<Struct>(name, arguments.ptr(), std::make_index_sequence<count>());
+    const megakern::Place place{Value{PyTuple_GET_ITEM(arguments.ptr(), count), name, count},
+                                Value{PyTuple_GET_ITEM(arguments.ptr(), count + 1), name, count + 1}};
+    py::gil_scoped_release unlocked;
+    launch(problem, place);
+  };
+  module.def(name, call, doc);
+}
+
+}  // namespace
+
+#define BIND(function, doc) bind(m, #function, &megakern::function, doc)
+
+PYBIND11_MODULE(MEGAKERN_MODULE, m) {
+  m.doc() = "CUDA kernels of megakern, on raw addresses; megakern/kernels/cuda calls them, csrc/api.h has the arguments";
+  m.attr("built") = MEGAKERN_BUILT;
+  BIND(activation_forward, "y = act(x).");
+  BIND(activation_backward, "dx = dy act'(x).");
+  BIND(swiglu_forward, "y = silu(gate) up.");
+  BIND(swiglu_backward, "dgate = dy up silu'(gate), dup = dy silu(gate).");
+}

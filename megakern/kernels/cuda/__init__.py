@@ -1,0 +1,42 @@
+"""The `cuda` backend: C++ kernels for NVIDIA GPUs from sm_80 on, compiled from csrc/ into `megakern._C`.
+
+The same launchers serve the `simt` backend, which runs the same sources on CPU tensors (`megakern/kernels/simt`).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megakern.kernels.cuda import toolkit
+from megakern.kernels.cuda.limits import OPS, refusal
+from megakern.kernels.cuda.module import _C, C_ERROR
+
+__all__ = ["OPS", "configuration", "supports", "unavailable"]
+
+OLDEST = (8, 0)
+
+
+def unavailable() -> str | None:
+    if _C is None:
+        return f"megakern._C does not load ({C_ERROR}); {toolkit.how_to_build()}"
+    if not torch.cuda.is_available():
+        return "it needs an NVIDIA GPU"
+    return None
+
+
+def supports(problem) -> str | None:
+    if problem.device != "cuda":
+        return f"CUDA kernels run on NVIDIA GPUs, not on {problem.device!r} tensors"
+    return _too_old() or refusal(problem)
+
+
+def configuration(problem) -> str:
+    return OPS[problem.op].describe
+
+
+@torch.compiler.assume_constant_result
+def _too_old() -> str | None:
+    capability = torch.cuda.get_device_capability()
+    if capability < OLDEST:
+        return f"CUDA kernels need compute capability 8.0 or newer, this GPU has {capability[0]}.{capability[1]}"
+    return None
