@@ -19,9 +19,11 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import ClassVar
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 MODULES = {"cpu": "megakern._cpu", "cuda": "megakern._C", "simt": "megakern._simt"}
@@ -150,7 +152,10 @@ def find_ninja() -> str:
 class BuildExtensions(build_ext):
     """Builds what it can, several files at a time, and says aloud what it could not."""
 
-    user_options = (*build_ext.user_options, ("modules=", None, f"build these, or fail: {','.join(MODULES)}"))
+    user_options: ClassVar = [
+        *build_ext.user_options,
+        ("modules=", None, f"build these, or fail: {','.join(MODULES)}"),
+    ]
 
     def initialize_options(self):
         super().initialize_options()
@@ -178,7 +183,7 @@ class BuildExtensions(build_ext):
         except Exception as error:
             if ext.optional:
                 notice(ext.name, f"{type(error).__name__}: {error}")
-            raise  # setuptools goes on where the extension is optional
+            raise CompileError(f"{ext.name}: {error}") from error  # setuptools goes on where the extension is optional
 
     def build_with_ninja(self, ext):
         target = Path(self.get_ext_fullpath(ext.name))

@@ -55,26 +55,26 @@ MK_DEVICE void with_activation(Activation kind, F f) {
 }
 
 template <class T, int N>
-MK_KERNEL activation_forward_kernel(Elementwise<1, 1> p, Activation kind) {
+MK_KERNEL void activation_forward_kernel(Elementwise<1, 1> p, Activation kind) {
   with_activation(kind, [&](auto act) {
     elementwise<T, N>(p, [=](const float* in, float* out) { out[0] = act.value(in[0]); });
   });
 }
 
 template <class T, int N>
-MK_KERNEL activation_backward_kernel(Elementwise<2, 1> p, Activation kind) {
+MK_KERNEL void activation_backward_kernel(Elementwise<2, 1> p, Activation kind) {
   with_activation(kind, [&](auto act) {
     elementwise<T, N>(p, [=](const float* in, float* out) { out[0] = in[0] * act.slope(in[1]); });
   });
 }
 
 template <class T, int N>
-MK_KERNEL swiglu_forward_kernel(Elementwise<2, 1> p) {
+MK_KERNEL void swiglu_forward_kernel(Elementwise<2, 1> p) {
   elementwise<T, N>(p, [](const float* in, float* out) { out[0] = Silu::value(in[0]) * in[1]; });
 }
 
 template <class T, int N>
-MK_KERNEL swiglu_backward_kernel(Elementwise<3, 2> p) {
+MK_KERNEL void swiglu_backward_kernel(Elementwise<3, 2> p) {
   elementwise<T, N>(p, [](const float* in, float* out) {
     out[0] = in[0] * in[2] * Silu::slope(in[1]);
     out[1] = in[0] * Silu::value(in[1]);
