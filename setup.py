@@ -111,6 +111,7 @@ def escaped(path: Path) -> str:
 
 def simt_ninja() -> str:
     flags = ["-std=c++17", "-O2", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-DMEGAKERN_SIMT"]
+    flags.append("-Wno-unknown-pragmas")  # "#pragma unroll" is for nvcc
     variables = {"linker": f"{compiler()} -shared -pthread"}
     emulator = ["-O3", "-DMEGAKERN_SIMT", "-pthread"]
     return ninja_file(

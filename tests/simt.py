@@ -1,4 +1,4 @@
-"""The library of test kernels in csrc/simt/tests: built once for each content, by g++ for the emulator or by nvcc for a GPU.
+"""The test kernels of csrc/simt/tests as a library: built once for each content, by g++ to run in the emulator.
 
 `library().run("case", tensors, numbers)` calls a case and raises RuntimeError with its message.
 """
@@ -69,7 +69,8 @@ def build(command: list[str], sources: list[Path], extra: tuple[str, ...] = ()) 
         running: list[subprocess.Popen] = []
         while waiting or running:
             while waiting and len(running) < 2:
-                running.append(subprocess.Popen(waiting.pop(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+                pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+                running.append(subprocess.Popen(waiting.pop(), text=True, **pipes))
             process = running.pop(0)
             output, _ = process.communicate()
             if process.returncode or output.strip():
