@@ -28,6 +28,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks import budget
 from benchmarks.compile_cases import CASES
 from megakern.kernels.triton.launch import Launch, recording
 
@@ -152,28 +153,16 @@ def measure(only: str | None, architectures: tuple[int, ...]) -> dict[str, dict[
     return needs
 
 
-def complaints(needs: dict[str, dict[str, Need]], budget: dict, partial: bool) -> list[str]:
+def complaints(needs: dict[str, dict[str, Need]], allowed: dict, partial: bool) -> list[str]:
     """Why these needs do not keep to the budget; empty when they do."""
-    found = []
-    if budget["triton"] != triton.__version__:
-        return [f"the budget is for triton {budget['triton']}, this is {triton.__version__}: install that one"]
-    for arch, kernels in needs.items():
-        allowed = budget["kernels"].get(arch, {})
-        for name, need in kernels.items():
-            if need.shared > SHARED_LIMIT[int(arch[3:])]:
-                found.append(f"{arch} {name}: {need.shared} bytes of shared memory, more than a block may have")
-            if name not in allowed:
-                found.append(f"{arch} {name}: not in the budget; add it with --update")
-                continue
-            before = Need(**allowed[name])
-            for field in ("registers", "spill", "shared"):
-                if getattr(need, field) > getattr(before, field):
-                    found.append(f"{arch} {name}: {field} rose from {getattr(before, field)} to {getattr(need, field)}")
-            if need.tensor_core != before.tensor_core:
-                found.append(f"{arch} {name}: tensor-core instruction {need.tensor_core!r}, was {before.tensor_core!r}")
-        if not partial:
-            found += [f"{arch} {name}: in the budget, but gone; --update" for name in sorted(allowed.keys() - kernels)]
-    return found
+    plain = {arch: {name: asdict(need) for name, need in kernels.items()} for arch, kernels in needs.items()}
+    found = [
+        f"{arch} {name}: {need.shared} bytes of shared memory, more than a block may have"
+        for arch, kernels in needs.items()
+        for name, need in kernels.items()
+        if need.shared > SHARED_LIMIT[int(arch[3:])]
+    ]
+    return found + budget.complaints(allowed, "triton", triton.__version__, plain, partial)
 
 
 def show(needs: dict[str, dict[str, Need]]) -> None:
@@ -199,12 +188,8 @@ def main() -> int:
     needs = measure(options.only, tuple(options.arch))
     count = sum(len(kernels) for kernels in needs.values())
     if options.update:
-        kernels = {arch: {name: asdict(need) for name, need in found.items()} for arch, found in needs.items()}
-        lines = ",\n".join(
-            f' "{arch}": {{\n' + ",\n".join(f"  {json.dumps(n)}: {json.dumps(k)}" for n, k in found.items()) + "\n }"
-            for arch, found in kernels.items()
-        )
-        BUDGET.write_text(f'{{"triton": "{triton.__version__}", "kernels": {{\n{lines}\n}}}}\n')
+        plain = {arch: {name: asdict(need) for name, need in found.items()} for arch, found in needs.items()}
+        budget.write(BUDGET, "triton", triton.__version__, plain)
         print(f"{BUDGET}: {count} kernels")
     elif options.check:
         found = complaints(needs, json.loads(BUDGET.read_text()), partial)

@@ -9,6 +9,7 @@ import platform
 import torch
 
 from megakern import __version__
+from megakern.kernels import cuda
 from megakern.kernels.torch import native
 from megakern.ops.dispatch import UNAVAILABLE
 from megakern.parallel.overlap import why_not_fused
@@ -27,6 +28,8 @@ def report() -> str:
     lines += ["", "backends"]
     lines += [f"  {name:<14}{'usable' if reason is None else 'no: ' + reason}" for name, reason in UNAVAILABLE.items()]
     lines.append(f"  {'torch on CPUs':<14}{native.describe()}")
+    if UNAVAILABLE["cuda"] != cuda.describe():  # which has the reason
+        lines.append(f"  {'CUDA kernels':<14}{cuda.describe()}")
     lines += ["", "other"]
     distributed = "gloo" + (", nccl" if torch.distributed.is_nccl_available() else "")
     lines.append(f"  {'collectives':<14}{distributed}")

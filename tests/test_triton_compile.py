@@ -39,7 +39,7 @@ def test_a_budget_is_kept_or_the_rise_is_named():
     assert judged(Need(41, 0, 1024, "HGMMA")) == ["sm_90 kernel: registers rose from 40 to 41"]
     assert judged(Need(40, 8, 1024, "HGMMA")) == ["sm_90 kernel: spill rose from 0 to 8"]
     assert judged(Need(40, 0, 1040, "HGMMA")) == ["sm_90 kernel: shared rose from 1024 to 1040"]
-    assert judged(Need(40, 0, 1024, "HMMA")) == ["sm_90 kernel: tensor-core instruction 'HMMA', was 'HGMMA'"]
+    assert judged(Need(40, 0, 1024, "HMMA")) == ["sm_90 kernel: tensor core 'HMMA', was 'HGMMA'"]
     assert "more than a block may have" in judged(Need(40, 0, 300000, "HGMMA"))[0]
     assert judged(NEED, name="new") == [
         "sm_90 new: not in the budget; add it with --update",

@@ -11,17 +11,24 @@ from megakern.kernels.cuda import toolkit
 from megakern.kernels.cuda.limits import OPS, refusal
 from megakern.kernels.cuda.module import _C, C_ERROR
 
-__all__ = ["OPS", "configuration", "supports", "unavailable"]
+__all__ = ["OPS", "configuration", "describe", "supports", "unavailable"]
 
 OLDEST = (8, 0)
 
 
 def unavailable() -> str | None:
     if _C is None:
-        return f"megakern._C does not load ({C_ERROR}); {toolkit.how_to_build()}"
+        return describe()
     if not torch.cuda.is_available():
         return "it needs an NVIDIA GPU"
     return None
+
+
+def describe() -> str:
+    """The compiled module in one line, for `megakern doctor`."""
+    if _C is None:
+        return f"{C_ERROR}; {toolkit.how_to_build()}"
+    return f"megakern._C, {_C.built}"
 
 
 def supports(problem) -> str | None:

@@ -26,8 +26,10 @@ DTYPES = {
 def _load(name: str) -> tuple[object | None, str]:
     try:
         return importlib.import_module(f"megakern.{name}"), ""
+    except ModuleNotFoundError:
+        return None, f"megakern.{name} is not built"
     except ImportError as error:
-        return None, str(error)
+        return None, f"megakern.{name} does not load: {error}"
 
 
 _C, C_ERROR = _load("_C")

@@ -67,19 +67,21 @@ def why_not() -> str | None:
     if asked == ():
         return f"{VARIABLE} is none"
     if find_nvcc() is None:
-        where = f"CUDA_HOME={os.environ['CUDA_HOME']}" if os.environ.get("CUDA_HOME") else "PATH, /usr/local/cuda"
-        return f"there is no nvcc ({where}); install CUDA's toolkit or the wheel nvidia-cuda-nvcc"
+        return no_nvcc()
     if asked is None and not gpu_present():
-        return f"this machine has no NVIDIA GPU; {VARIABLE}=all builds it all the same"
+        return f"this machine has no NVIDIA GPU ({VARIABLE}=all builds it all the same)"
     return None
 
 
+def no_nvcc() -> str:
+    home = os.environ.get("CUDA_HOME")
+    where = f"in CUDA_HOME={home}" if home else "on the PATH, in /usr/local/cuda or as a wheel"
+    return f"there is no nvcc {where}; install CUDA's toolkit or the wheel nvidia-cuda-nvcc, then megakern"
+
+
 def how_to_build() -> str:
-    """The way to a module that is not there, for `megakern doctor`."""
-    reason = why_not()
-    if reason is None:
-        return "install megakern again (pip install -v shows why a build fails)"
-    return f"{reason}; then install megakern again"
+    """Why `megakern._C` may not be there, or the way to it, for `megakern doctor`."""
+    return why_not() or "install megakern again (pip install -v shows why a build fails)"
 
 
 def gencode(listed: tuple[str, ...]) -> list[str]:

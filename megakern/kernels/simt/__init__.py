@@ -16,7 +16,7 @@ LAUNCHERS = "cuda"
 
 def unavailable() -> str | None:
     if _simt is None:
-        return f"megakern._simt does not load ({SIMT_ERROR}); build it with: make simt"
+        return f"{SIMT_ERROR}; `make simt` builds it, for tests"
     return None
 
 

@@ -1,0 +1,140 @@
+"""Compile the CUDA sources for every architecture, report what each kernel needs, hold it against a committed budget.
+
+    python -m benchmarks.cuda_report            a table: registers, spills, stack, static shared memory
+    python -m benchmarks.cuda_report --check    fail when a kernel needs more than benchmarks/cuda_budget.json
+    python -m benchmarks.cuda_report --update   write that file anew; look at the difference before committing it
+
+Needs nvcc and no GPU. The figures are those of ptxas (-Xptxas -v), in the logs that setup.py's build leaves beside
+objects. Any note C75xx fails: with those ptxas says that it made wgmma serial, or waits of its own. Dynamic shared
+memory is not here: a launch that asks for more than a block may have fails at once, under simt as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from benchmarks import budget
+from megakern.kernels.cuda import toolkit
+
+ROOT = Path(__file__).resolve().parent.parent
+BUDGET = Path(__file__).with_name("cuda_budget.json")
+
+ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(sm_\w+)'")
+NOTE = re.compile(r"^.*\bC75\d\d\b.*$", re.M)
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one kernel's machine code needs."""
+
+    registers: int
+    """A thread."""
+    spill: int
+    """Bytes a thread that are stored because registers ran out."""
+    stack: int
+    """Bytes a thread."""
+    shared: int
+    """Bytes a block, of static shared memory."""
+
+
+def build() -> dict[str, str]:
+    """Compile what has changed for all architectures -> the log of each source, by its stem."""
+    environment = {**os.environ, toolkit.VARIABLE: "all"}
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace", "--modules", "cuda"]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    return {path.name.split(".")[0]: path.read_text() for path in sorted(ROOT.glob("build/csrc/_C.*/*.cu.o.log"))}
+
+
+def read(log: str) -> dict[str, dict[str, Need]]:
+    """ "sm_90a" -> kernel's mangled name -> Need, from the output of ptxas -v."""
+    found: dict[str, dict[str, Need]] = {}
+    starts = list(ENTRY.finditer(log))
+    for start, following in zip(starts, [*starts[1:], None], strict=True):
+        text = log[start.end() : following.start() if following else len(log)]
+        name, arch = start.groups()
+        # Functions that were not inlined follow with figures of their own, so: those with this kernel's name.
+        stack, spill = re.search(
+            rf"properties for {name}\n\s*(\d+) bytes stack frame, (\d+) bytes spill", text
+        ).groups()
+        registers = re.search(r"Used (\d+) registers", text).group(1)
+        shared = re.search(r"(\d+) bytes smem", text)
+        need = Need(int(registers), int(spill), int(stack), int(shared.group(1)) if shared else 0)
+        found.setdefault(arch, {})[name] = need
+    return found
+
+
+def demangle(names: list[str]) -> list[str]:
+    """ "void megakern::f<float, 4>(megakern::P)" as "f<float, 4>"."""
+    told = subprocess.run(["c++filt"], input="\n".join(names), check=True, capture_output=True, text=True).stdout
+    short = [line.removeprefix("void ").replace("megakern::", "") for line in told.splitlines()]
+    return [_without_parameters(name) for name in short]
+
+
+def _without_parameters(name: str) -> str:
+    depth = 0
+    for place, letter in enumerate(name):
+        if letter == "(" and depth == 0 and not name.startswith("(anonymous", place):
+            return name[:place]
+        depth += (letter == "<") - (letter == ">")
+    return name
+
+
+def measure(logs: dict[str, str]) -> dict[str, dict[str, Need]]:
+    """ "sm_90a" -> "norm forward_kernel<float, 4>" -> Need."""
+    needs: dict[str, dict[str, Need]] = {f"sm_{arch}": {} for arch in toolkit.ARCHS}
+    for stem, log in logs.items():
+        for arch, kernels in read(log).items():
+            for name, need in zip(demangle(list(kernels)), kernels.values(), strict=True):
+                assert f"{stem} {name}" not in needs[arch], f"two kernels of {stem}.cu are called {name}"
+                needs[arch][f"{stem} {name}"] = need
+    return {arch: dict(sorted(kernels.items())) for arch, kernels in needs.items()}
+
+
+def complaints(logs: dict[str, str], allowed: dict, version: str) -> list[str]:
+    """Why the code of these logs may not be committed; empty when it may."""
+    notes = [f"{stem}.cu: {line.strip()}" for stem, log in logs.items() for line in NOTE.findall(log)]
+    plain = {arch: {name: asdict(need) for name, need in kernels.items()} for arch, kernels in measure(logs).items()}
+    return notes + budget.complaints(allowed, "nvcc", version, plain)
+
+
+def show(needs: dict[str, dict[str, Need]]) -> None:
+    width = max((len(name) for kernels in needs.values() for name in kernels), default=0)
+    for arch, kernels in needs.items():
+        print(f"\n{arch:<{width}} registers  spill B  stack B  shared B")
+        for name, need in kernels.items():
+            print(f"{name:<{width}}{need.registers:>10}{need.spill:>9}{need.stack:>9}{need.shared:>10}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Compile the CUDA sources without a GPU.")
+    parser.add_argument("--check", action="store_true", help=f"fail on a rise against {BUDGET.name}")
+    parser.add_argument("--update", action="store_true", help=f"write {BUDGET.name}")
+    options = parser.parse_args()
+    nvcc = toolkit.find_nvcc()
+    if nvcc is None:
+        parser.error(toolkit.no_nvcc())
+    logs, version = build(), toolkit.release(nvcc)
+    needs = measure(logs)
+    count = sum(len(kernels) for kernels in needs.values())
+    if options.update:
+        plain = {arch: {name: asdict(need) for name, need in kernels.items()} for arch, kernels in needs.items()}
+        budget.write(BUDGET, "nvcc", version, plain)
+        print(f"{BUDGET}: {count} kernels")
+    elif options.check:
+        found = complaints(logs, json.loads(BUDGET.read_text()), version)
+        print("\n".join(found) or f"{count} compiled kernels keep to the budget")
+        return 1 if found else 0
+    else:
+        show(needs)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
