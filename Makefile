@@ -25,7 +25,7 @@ setup: .venv/runtime
 	@$(BIN)/python -m megakern.kernels.torch.native
 	@touch $@
 
-.venv/dev: .venv/runtime requirements-dev.txt
+.venv/dev: .venv/runtime .venv/simt requirements-dev.txt
 	$(PIP) -r requirements-dev.txt
 	@touch $@
 

@@ -87,7 +87,7 @@ def ninja_file(module: str, built: str, variables: dict[str, str], rule: str, fl
     variables = {"module": module, "cxx": compiler(), **variables}
     lines = [f"{name} = {value}" for name, value in variables.items()] + [RULES]
     include = [f"-I{ROOT}/csrc", f"-isystem{pybind11_headers()}", f"-isystem{sysconfig.get_path('include')}"]
-    macros = [f"-DMEGAKERN_MODULE={module}", f"-DMEGAKERN_BUILT='\"{built}\"'"]
+    macros = [f"-DMEGAKERN_MODULE={module}", f"-DMEGAKERN_BUILT='\"{built}\"'", *flags.get("macros", [])]
     common = ["-std=c++17", "-O2", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
     objects = []
 
@@ -110,14 +110,14 @@ def escaped(path: Path) -> str:
 
 
 def simt_ninja() -> str:
-    flags = ["-std=c++17", "-O2", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-DMEGAKERN_SIMT"]
-    flags.append("-Wno-unknown-pragmas")  # "#pragma unroll" is for nvcc
-    variables = {"linker": f"{compiler()} -shared -pthread"}
-    emulator = ["-O3", "-DMEGAKERN_SIMT", "-pthread"]
-    return ninja_file(
-        "_simt", "by a C++ compiler, for CPU tensors", variables, "cxx",
-        {"kernels": [*flags, "-x", "c++"], "emulator": emulator},
-    )  # fmt: skip
+    kernels = ["-std=c++17", "-O2", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+    flags = {
+        "macros": ["-DMEGAKERN_SIMT"],
+        "kernels": [*kernels, "-DMEGAKERN_SIMT", "-x", "c++"],
+        "emulator": ["-O3", "-DMEGAKERN_SIMT", "-pthread"],
+    }
+    linker = {"linker": f"{compiler()} -shared -pthread"}
+    return ninja_file("_simt", "by a C++ compiler, for CPU tensors", linker, "cxx", flags)
 
 
 def cuda_ninja() -> str:

@@ -8,6 +8,9 @@
 #include <utility>
 
 #include "api.h"
+#if defined(MEGAKERN_SIMT)
+#include "simt/simt.h"
+#endif
 
 namespace py = pybind11;
 
@@ -110,4 +113,9 @@ PYBIND11_MODULE(MEGAKERN_MODULE, m) {
   BIND(activation_backward, "dx = dy act'(x).");
   BIND(swiglu_forward, "y = silu(gate) up.");
   BIND(swiglu_backward, "dgate = dy up silu'(gate), dup = dy silu(gate).");
+
+#if defined(MEGAKERN_SIMT)
+  m.def("set_schedule", &megakern::simt::set_schedule, "The order in which threads run; simt/simt.h has the names.");
+  m.def("schedule", &megakern::simt::schedule, "The one in use.");
+#endif
 }
