@@ -5,7 +5,13 @@ from __future__ import annotations
 from torch.nn import functional as F
 
 import megakern as mk
-from benchmarks.common import Case, draw, options_for, run, sizes
+from benchmarks.common import Case, draw, main, ours, run, sizes
+
+SHAPES = {
+    "cpu": ["3072x1536", "1024x16384"],
+    "cuda": ["8192x14336", "128x1024"],
+    "tiny": ["3x8"],
+}
 
 
 def cases(options, gated: bool):
@@ -14,19 +20,22 @@ def cases(options, gated: bool):
         moved = x.numel() * x.element_size()
         if gated:
             contestants = {
-                "megakern": lambda g, u: mk.swiglu(g, u, backend=options.backend),
+                **ours(options, "swiglu", lambda g, u, backend: mk.swiglu(g, u, backend=backend)),
                 "torch": lambda g, u: F.silu(g) * u,
             }
             yield Case(shape, contestants, (x, up), 3 * moved, "B", 5 * moved)
         else:
             contestants = {
-                "megakern": lambda x: mk.gelu(x, approximate="tanh", backend=options.backend),
+                **ours(options, "gelu", lambda x, backend: mk.gelu(x, approximate="tanh", backend=backend)),
                 "torch": lambda x: F.gelu(x, approximate="tanh"),
             }
             yield Case(shape, contestants, (x,), 2 * moved, "B", 3 * moved)
 
 
-if __name__ == "__main__":
-    options = options_for("activation", ["3072x1536", "1024x16384"])
+def benchmark(options):
     run("gelu_tanh", options, cases(options, gated=False))
     run("swiglu", options, cases(options, gated=True))
+
+
+if __name__ == "__main__":
+    main("activation", benchmark, SHAPES)

@@ -1,4 +1,4 @@
-"""AdamW beside torch.optim.AdamW (default and fused), for each way of keeping masters and moments.
+"""AdamW beside torch.optim.AdamW (fused, and default), for each way of keeping masters and moments.
 
 Bytes a parameter that a step cannot avoid, with fp32 gradients (4, read once):
 
@@ -17,10 +17,16 @@ from __future__ import annotations
 import torch
 
 import megakern as mk
-from benchmarks.common import Case, options_for, run, sizes
+from benchmarks.common import Case, main, ours, run, sizes
 from megakern.kernels.torch.adamw import join_master
 
 SETTINGS = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+
+SHAPES = {
+    "cpu": ["6x384", "12x768"],
+    "cuda": ["5x4096"],
+    "tiny": ["1x4"],
+}
 
 # Name: parameters' dtype, options of mk.AdamW, bytes a parameter.
 KINDS = {
@@ -34,12 +40,16 @@ KINDS = {
 
 def stepper(make, shapes, options, dtype=torch.float32):
     """A call of one step that returns the last, smallest parameter in fp32."""
-    generator = torch.Generator().manual_seed(0)
-    values = [torch.randn(s, generator=generator).to(options.device) for s in shapes]
+    generator = torch.Generator(options.device).manual_seed(0)
+
+    def random(shape):
+        return torch.randn(shape, generator=generator, device=options.device)
+
+    values = [random(s) for s in shapes]
     parameters = [value.to(dtype).requires_grad_() for value in values]
     for parameter in parameters:
         parameter.grad_dtype = torch.float32
-        parameter.grad = torch.randn(parameter.shape, generator=generator).to(options.device)
+        parameter.grad = random(parameter.shape)
     optimizer = make(parameters)
     if dtype == torch.bfloat16:
         for parameter, value in zip(parameters, values, strict=True):
@@ -56,22 +66,32 @@ def stepper(make, shapes, options, dtype=torch.float32):
     return step
 
 
+def case(label, shapes, kind, options):
+    dtype, lean, work = KINDS[kind]
+    count = sum(torch.Size(s).numel() for s in shapes)
+
+    def our_step(backend):
+        return stepper(lambda p: mk.AdamW(p, **SETTINGS, **lean, backend=backend), shapes, options, dtype)
+
+    peers = {"torch fused": stepper(lambda p: torch.optim.AdamW(p, **SETTINGS, fused=True), shapes, options)}
+    if kind == "fp32":
+        label += f" ({count / 1e6:.1f} M)"
+        peers["torch foreach"] = stepper(lambda p: torch.optim.AdamW(p, **SETTINGS), shapes, options)
+    steps = {name: our_step(made.keywords["backend"]) for name, made in ours(options, "AdamW", our_step).items()}
+    return Case(label, {**steps, **peers}, (), work * count, "B", None)
+
+
 def cases(options):
     for shape in options.shape:
         layers, C = sizes(shape)
         shapes = [s for _ in range(layers) for s in ((3 * C, C), (C, C), (4 * C, C), (C, 4 * C), (C,), (C,))]
-        count = sum(torch.Size(s).numel() for s in shapes)
-        for kind, (dtype, lean, work) in KINDS.items():
-            contestants = {
-                "megakern": stepper(lambda p, lean=lean: mk.AdamW(p, **SETTINGS, **lean), shapes, options, dtype),
-                "torch": stepper(lambda p: torch.optim.AdamW(p, **SETTINGS), shapes, options),
-                "torch fused": stepper(lambda p: torch.optim.AdamW(p, **SETTINGS, fused=True), shapes, options),
-            }
-            label = f"{shape} ({count / 1e6:.1f} M)" if kind == "fp32" else f"{shape} {kind}"
-            yield Case(label, contestants, (), work * count, "B", work * count)
+        for kind in KINDS:
+            yield case(shape if kind == "fp32" else f"{shape} {kind}", shapes, kind, options)
+
+
+def benchmark(options):
+    run("AdamW step, layers x width", options, cases(options))
 
 
 if __name__ == "__main__":
-    options = options_for("adamw", ["6x384", "12x768"])
-    options.backward = False
-    run("AdamW step, layers x width", options, cases(options))
+    main("adamw", benchmark, SHAPES)

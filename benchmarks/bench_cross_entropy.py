@@ -1,4 +1,4 @@
-"""cross_entropy beside PyTorch's. Bytes: read the logits; backward: read and write them."""
+"""cross_entropy beside PyTorch's. Bytes: read the logits; backward: read and write them; both at once: the same."""
 
 from __future__ import annotations
 
@@ -6,7 +6,13 @@ import torch
 from torch.nn import functional as F
 
 import megakern as mk
-from benchmarks.common import Case, draw, options_for, run, sizes
+from benchmarks.common import Case, draw, main, ours, run, sizes
+
+SHAPES = {
+    "cpu": ["3072x1024", "1024x50304"],
+    "cuda": ["8192x131072", "16384x32000"],
+    "tiny": ["3x8"],
+}
 
 
 def cases(options):
@@ -15,12 +21,37 @@ def cases(options):
         logits, targets = draw(options, M, V), torch.randint(0, V, (M,), device=options.device)
         moved = logits.numel() * logits.element_size()
         contestants = {
-            "megakern": lambda x, t=targets: mk.cross_entropy(x, t, backend=options.backend),
+            **ours(options, "cross_entropy", lambda x, backend, t=targets: mk.cross_entropy(x, t, backend=backend)),
             "torch": lambda x, t=targets: F.cross_entropy(x.float(), t),
         }
         yield Case(shape, contestants, (logits,), moved, "B", 2 * moved)
 
 
-if __name__ == "__main__":
-    options = options_for("cross_entropy", ["3072x1024", "1024x50304"])
+def with_gradient(loss):
+    def call(x, **options):
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(loss(x, **options), x)
+
+    return call
+
+
+def both(options):
+    for shape in options.shape:
+        M, V = sizes(shape)
+        logits, targets = draw(options, M, V), torch.randint(0, V, (M,), device=options.device)
+        moved = logits.numel() * logits.element_size()
+        call = with_gradient(lambda x, backend, t=targets: mk.cross_entropy(x, t, backend=backend))
+        contestants = {
+            **ours(options, "cross_entropy", call),
+            "torch": with_gradient(lambda x, t=targets: F.cross_entropy(x.float(), t)),
+        }
+        yield Case(shape, contestants, (logits,), 2 * moved, "B", None)
+
+
+def benchmark(options):
     run("cross_entropy", options, cases(options))
+    run("cross_entropy, forward + backward", options, both(options))
+
+
+if __name__ == "__main__":
+    main("cross_entropy", benchmark, SHAPES)

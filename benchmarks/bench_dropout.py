@@ -7,10 +7,15 @@ from __future__ import annotations
 
 from torch.nn import functional as F
 
-from benchmarks.common import Case, draw, options_for, run, sizes
+from benchmarks.common import Case, draw, main, ours, run, sizes
 from megakern.ops.dropout import dropout
 
 P = 0.1
+SHAPES = {
+    "cpu": ["3072x384", "2048x4096"],
+    "cuda": ["8192x8192"],
+    "tiny": ["3x8"],
+}
 
 
 def cases(options):
@@ -18,12 +23,15 @@ def cases(options):
         x, residual = draw(options, *sizes(shape)), draw(options, *sizes(shape))
         moved = x.numel() * x.element_size()
         contestants = {
-            "megakern": lambda x, r: dropout(x, P, 7, residual=r, backend=options.backend),
+            **ours(options, "dropout", lambda x, r, backend: dropout(x, P, 7, residual=r, backend=backend)),
             "torch": lambda x, r: F.dropout(x, P) + r,
         }
         yield Case(shape, contestants, (x, residual), 3 * moved, "B", 2 * moved, comparable=False)
 
 
-if __name__ == "__main__":
-    options = options_for("dropout", ["3072x384", "2048x4096"])
+def benchmark(options):
     run("dropout, p = 0.1", options, cases(options))
+
+
+if __name__ == "__main__":
+    main("dropout", benchmark, SHAPES)

@@ -5,7 +5,13 @@ from __future__ import annotations
 import torch
 
 import megakern as mk
-from benchmarks.common import Case, draw, options_for, run, sizes
+from benchmarks.common import Case, draw, main, ours, run, sizes
+
+SHAPES = {
+    "cpu": ["12x256x6x64", "2x1024x32x128"],
+    "cuda": ["1x8192x32x128", "8x4096x32x128"],
+    "tiny": ["1x3x2x4"],
+}
 
 
 def plain(q, k, cos, sin):
@@ -24,13 +30,17 @@ def cases(options):
         angle = torch.outer(torch.arange(T), 10000.0 ** (-torch.arange(0, D, 2) / D)).to(options.device)
         cos, sin = angle.cos(), angle.sin()
         moved = 2 * (q.numel() + k.numel()) * q.element_size()
+        call = lambda q, k, backend, cos=cos, sin=sin: mk.rope(q, k, cos, sin, backend=backend)  # noqa: E731
         contestants = {
-            "megakern": lambda q, k, cos=cos, sin=sin: mk.rope(q, k, cos, sin, backend=options.backend),
+            **ours(options, "rope", call),
             "torch": lambda q, k, cos=cos, sin=sin: plain(q, k, cos, sin),
         }
         yield Case(shape, contestants, (q, k), moved, "B", moved)
 
 
-if __name__ == "__main__":
-    options = options_for("rope", ["12x256x6x64", "2x1024x32x128"])
+def benchmark(options):
     run("rope", options, cases(options))
+
+
+if __name__ == "__main__":
+    main("rope", benchmark, SHAPES)

@@ -1,15 +1,16 @@
-"""What every benchmark shares: the flags, the timing, the table, the machine's name, and how results are written.
+"""What every benchmark shares: the flags, the turns of the contestants, the table, the machine's name, and the results.
 
     python -m benchmarks.bench_norm [--backend torch] [--dtype bf16] [--backward] [--shape 4096x1024 ...] [--json FILE]
 
-All contestants run in this process on the same random data and take turns, so that a drift of the machine's speed meets
-all of them; the median of the rounds counts. Before timing, each peer's result is compared with ours. `% of limit`
-divides by this machine's copy or matmul rate, measured in the same run.
+All contestants run in this process on the same random data and take turns; the median of the rounds counts. Before
+timing, every result is compared with the first peer's; one that differs or raises is reported and not timed.
+`% of limit` divides by this machine's copy or matmul rate, measured in the same run.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import platform
 import statistics
@@ -17,13 +18,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.timing import CpuClock, CudaClock, Times
+from megakern.ops.dispatch import PREFERENCE, UNAVAILABLE, ops_of
 from megakern.train import machine
 from megakern.train.metrics import quantity
 
@@ -32,7 +35,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 
 @dataclass(frozen=True)
 class Case:
-    """One shape: the same call for each contestant ("megakern" first), and the work that it cannot avoid."""
+    """One shape: the same call for each contestant (ours first), and the work that it cannot avoid."""
 
     shape: str
     contestants: dict[str, Callable[..., Any]]
@@ -41,32 +44,85 @@ class Case:
     """Bytes or FLOPs of one forward pass."""
     unit: str
     """"B" or "FLOP"."""
-    backward_work: float
-    """The same for the backward pass."""
+    backward_work: float | None
+    """The same for the backward pass; None where there is none to time."""
     comparable: bool = True
     """False where results differ by design, as random masks do: then only shapes are compared."""
 
 
-def options_for(op: str, shapes: list[str]) -> argparse.Namespace:
-    """Parse the flags that all benchmarks share."""
+@dataclass
+class Options:
+    """What is timed, and where."""
+
+    shape: list[str]
+    backend: str | None = None
+    dtype: str = "fp32"
+    passes: tuple[str, ...] = ("forward",)
+    rounds: int = 9
+    compile: bool = False
+    """Also time torch.compile of the peer named "torch"."""
+    device: torch.device = field(default_factory=lambda: torch.device(machine.device_type()))
+    deadline: float = float("inf")
+    """On time.monotonic(): cases that begin later are left out, and named."""
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return machine.DTYPES[self.dtype]
+
+    @functools.cached_property
+    def clock(self) -> CpuClock | CudaClock:
+        return CudaClock() if self.device.type == "cuda" else CpuClock(self.rounds)
+
+    @property
+    def limits(self) -> dict[str, float]:
+        if self.torch_dtype not in _limits:
+            _limits[self.torch_dtype] = self.clock.limits(self.torch_dtype)
+        return _limits[self.torch_dtype]
+
+
+_limits: dict[torch.dtype, dict[str, float]] = {}  # measured once a process
+
+
+Shapes = dict[str, list[str]]
+"""Shapes by kind of machine: "cpu", "cuda", and "tiny" to see that a benchmark runs at all."""
+
+
+def main(op: str, benchmark: Callable[[Options], None], shapes: Shapes) -> None:
+    """The command line of one benchmark: parse the flags that all share, run it, write JSON when asked."""
+    device = machine.device_type()
     parser = argparse.ArgumentParser(description=f"Time {op} beside its peers on this machine.")
-    parser.add_argument("--backend", help="backend of megakern's op (default: its own choice)")
-    parser.add_argument("--dtype", choices=sorted(machine.DTYPES), default="fp32")
+    parser.add_argument("--backend", help="backend of megakern's op (default: its own choice, on a GPU also the others)")
+    parser.add_argument("--dtype", choices=sorted(machine.DTYPES), default="fp32" if device == "cpu" else "bf16")
     parser.add_argument("--backward", action="store_true", help="time the backward pass instead of the forward pass")
-    parser.add_argument("--shape", nargs="+", default=shapes, help=f"default: {' '.join(shapes)}")
-    parser.add_argument("--rounds", type=int, default=9, help="turns of each contestant")
+    parser.add_argument("--shape", nargs="+", default=shapes[device], help=f"default: {' '.join(shapes[device])}")
+    parser.add_argument("--rounds", type=int, default=9, help="turns of each contestant, on a CPU")
+    parser.add_argument("--compile", action="store_true", help="time torch.compile of the plain PyTorch too")
     parser.add_argument("--json", type=Path, help="write the figures here too")
-    options = parser.parse_args()
-    options.torch_dtype = machine.DTYPES[options.dtype]
-    options.device = torch.device(machine.device_type())
-    options.rows = []
+    given = vars(parser.parse_args())
+    file, backward = given.pop("json"), given.pop("backward")
+    options = Options(**given, passes=("backward",) if backward else ("forward",))
+    print(describe_machine())
+    run_benchmark(benchmark, options)
+    if file:
+        write_results(file, {"limits": options.limits, "rows": options.rows})
+    if any("error" in row for row in options.rows):
+        sys.exit(1)
+
+
+def run_benchmark(benchmark: Callable[[Options], None], options: Options) -> None:
     machine.keep_freed_memory()  # for all contestants alike: else page faults are timed
-    return options
+    limits = ", ".join(f"{name} {quantity(rate, 'FLOP/s' if name == 'FLOP' else 'B/s')}"
+                       for name, rate in options.limits.items())  # fmt: skip
+    print(f"limits: {limits} ({options.dtype})")
+    benchmark(options)
 
 
-def draw(options: argparse.Namespace, *shape: int) -> torch.Tensor:
-    """A random tensor of the benchmark's dtype that wants a gradient."""
-    return torch.randn(*shape, device=options.device).to(options.torch_dtype).requires_grad_(options.backward)
+def draw(options: Options, *shape: int) -> torch.Tensor:
+    """A random tensor of the benchmark's dtype that wants a gradient if the backward pass is timed."""
+    x = torch.randn(*shape, device=options.device, dtype=options.torch_dtype)
+    return x.requires_grad_("backward" in options.passes)
 
 
 def sizes(shape: str) -> list[int]:
@@ -74,115 +130,138 @@ def sizes(shape: str) -> list[int]:
     return [int(part) for part in shape.split("x")]
 
 
-def run(op: str, options: argparse.Namespace, cases: Iterable[Case]) -> None:
-    """Check, time and print every case; write JSON when asked."""
-    print(describe_machine())
-    limits = {"B": copy_rate(options.device), "FLOP": machine.matmul_rate(options.torch_dtype, options.device, 0.5)}
-    print(f"limits: copy {quantity(limits['B'], 'B/s')}, {options.dtype} matmul {quantity(limits['FLOP'], 'FLOP/s')}")
-    print(f"{op}, {options.dtype}, {'backward' if options.backward else 'forward'}\n")
-    print(f"{'shape':<22}{'contestant':<14}{'us':>10}{'rate':>14}{'% of limit':>12}{'x megakern':>12}")
-    rows = options.rows
+def ours(options: Options, op: str, call: Callable[..., Any]) -> dict[str, functools.partial]:
+    """"megakern": `call(..., backend=)` on the backend asked for, or on megakern's own choice. On a GPU, if none was
+    asked for, also "megakern NAME" for each slower compiled backend; none at all where no compiled backend has the op.
+    """
+    if options.device.type != "cuda" or options.backend is not None:
+        return {"megakern": functools.partial(call, backend=options.backend)}
+    able = [b for b in PREFERENCE["cuda"] if b != "torch" and UNAVAILABLE[b] is None and op in ops_of(b)]
+    return {f"megakern {b}" if b in able[1:] else "megakern": functools.partial(call, backend=b) for b in able}
+
+
+def run(op: str, options: Options, cases: Iterable[Case]) -> None:
+    """Check, time and print every case, each pass of it."""
+    print(f"\n{op}, {options.dtype}")
+    print(
+        f"{'shape':<26}{'pass':<9}{'contestant':<18}{'us':>10}{'rate':>14}{'% of limit':>12}{'x megakern':>12}"
+        f"{'launch us':>11}"
+    )
     for case in cases:
-        calls = {name: _call(function, case.inputs, options) for name, function in case.contestants.items()}
-        _compare(case, calls, options)
-        seconds = _time_in_turns(calls, options)
-        ours = seconds["megakern"]
-        work = case.backward_work if options.backward else case.work
-        for name, times in seconds.items():
-            median = statistics.median(times)
-            rate = work / median
-            row = {
-                "op": op,
-                "shape": case.shape,
-                "dtype": options.dtype,
-                "backward": options.backward,
-                "contestant": name,
-                "us": median * 1e6,
-                "fastest_us": min(times) * 1e6,
-                "slowest_us": max(times) * 1e6,
-                "rate": rate,
-                "unit": f"{case.unit}/s",
-                "share_of_limit": rate / limits[case.unit],
-                "speed_against_megakern": statistics.median(a / b for a, b in zip(ours, times, strict=True)),
-            }
-            rows.append(row)
+        if time.monotonic() > options.deadline:
+            options.left_out.append(f"{op} {case.shape}")
+        else:
+            _run_case(op, options, case)
+        case = None  # its tensors must be gone before the next case makes its own  # noqa: PLW2901
+        if options.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _run_case(op: str, options: Options, case: Case) -> None:
+    functions = dict(case.contestants)
+    if options.compile and "torch" in functions:
+        torch._functorch.config.donated_buffer = False  # else a backward pass runs only once
+        torch._dynamo.reset()
+        functions["torch.compile"] = torch.compile(functions["torch"], dynamic=False)
+    for which in options.passes:
+        work = case.work if which == "forward" else case.backward_work
+        if work is None:
+            continue
+        label = {"op": op, "shape": case.shape, "dtype": options.dtype, "backward": which == "backward"}
+        calls, errors = _checked(case, functions, which, options)
+        for name, error in errors.items():
+            options.rows.append({**label, "contestant": name, "error": error})
+            print(f"{case.shape:<26}{which:<9}{name:<18} NOT TIMED: {error}")
+        times = options.clock.take_turns(calls) if calls else {}
+        for name, time_of in times.items():
+            row = {**label, "contestant": name, **_figures(time_of, times, work, case.unit, options)}
+            options.rows.append(row)
+            launch = f"{row['launch_us']:>11.1f}" if time_of.launch is not None else ""
             print(
-                f"{case.shape:<22}{name:<14}{row['us']:>10.1f}{quantity(rate, case.unit + '/s'):>14}"
-                f"{row['share_of_limit']:>12.1%}{row['speed_against_megakern']:>12.2f}"
+                f"{case.shape:<26}{which:<9}{name:<18}{row['us']:>10.1f}{quantity(row['rate'], row['unit']):>14}"
+                f"{row['share_of_limit']:>12.1%}{row['speed_against_megakern'] or float('nan'):>12.2f}{launch}",
+                flush=True,
             )
-    if options.json:
-        write_results(options.json, {"limits": limits, "rows": rows})
 
 
-def _call(function: Callable[..., Any], inputs: tuple[torch.Tensor, ...], options) -> Callable[[], Any]:
+def _figures(own: Times, times: dict[str, Times], work: float, unit: str, options: Options) -> dict[str, Any]:
+    rate = work / own.median
+    against = None
+    if "megakern" in times:
+        pairs = zip(times["megakern"].seconds, own.seconds, strict=True)
+        against = statistics.median(a / b for a, b in pairs)
+    figures = {
+        "us": own.median * 1e6,
+        "fastest_us": min(own.seconds) * 1e6,
+        "slowest_us": max(own.seconds) * 1e6,
+        "rate": rate,
+        "unit": f"{unit}/s",
+        "share_of_limit": rate / options.limits[unit],
+        "speed_against_megakern": against,
+    }
+    return figures if own.launch is None else {**figures, "launch_us": own.launch * 1e6}
+
+
+def _checked(case: Case, functions, which: str, options: Options) -> tuple[dict[str, Callable], dict[str, str]]:
+    """The calls whose results are those of the first peer, and what is wrong with the others."""
+    calls, errors = {}, {}
+    peers = [name for name in functions if not name.startswith("megakern")]
+    reference = None
+    for name in [*peers, *(name for name in functions if name not in peers)]:
+        try:
+            calls[name] = _call(functions[name], case.inputs, which)
+            result = _tensors(calls[name]())  # once: an optimizer's step changes its state
+            _synchronize(options)
+        except Exception as error:  # noqa: BLE001 - whatever one contestant raises, the others are timed
+            _synchronize(options)  # raises again when the GPU itself is in a state of error
+            calls.pop(name, None)
+            errors[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+            continue
+        if reference is None:
+            reference = (name, result)
+        elif wrong := _difference(result, *reference, case.comparable, options):
+            del calls[name]
+            errors[name] = wrong
+    return {name: calls[name] for name in functions if name in calls}, errors
+
+
+def _call(function: Callable[..., Any], inputs: tuple[torch.Tensor, ...], which: str) -> Callable[[], Any]:
     """One timed call: forward, or only the backward of a forward made here."""
-    if not options.backward:
+    if which == "forward":
         return lambda: function(*inputs)
     out = function(*inputs)
     outputs = [o for o in (out if isinstance(out, tuple) else (out,)) if o.requires_grad]
-    upstream = [torch.ones_like(o) for o in outputs]
+    generator = torch.Generator(outputs[0].device).manual_seed(1)
+    upstream = [torch.randn(o.shape, generator=generator, device=o.device, dtype=o.dtype) for o in outputs]
     wanted = [x for x in inputs if x.requires_grad]
     return lambda: torch.autograd.grad(outputs, wanted, upstream, retain_graph=True)
 
 
-def _compare(case: Case, calls: dict[str, Callable[[], Any]], options) -> None:
-    # Once each: an optimizer's step changes its state.
-    results = {name: _tensors(call()) for name, call in calls.items()}
-    for name, result in results.items():
-        for mine, theirs in zip(results["megakern"], result, strict=True):
-            if mine.shape != theirs.shape:
-                sys.exit(f"{case.shape}: {name} gives {tuple(theirs.shape)}, megakern {tuple(mine.shape)}")
-            if not case.comparable:
-                continue
-            scale = theirs.float().abs().max().clamp_min(1e-6)
-            error = ((mine.float() - theirs.float()).abs().max() / scale).item()
-            if not error <= TOLERANCE[options.torch_dtype]:
-                sys.exit(
-                    f"{case.shape}: megakern and {name} differ by {error:.2e} of the largest value; nothing was timed"
-                )
+def _difference(result, peer: str, reference, comparable: bool, options: Options) -> str | None:
+    for mine, theirs in zip(result, reference, strict=True):
+        if mine.shape != theirs.shape:
+            return f"gives {tuple(mine.shape)}, {peer} {tuple(theirs.shape)}"
+        if not comparable or mine.numel() == 0:
+            continue
+        scale = theirs.abs().max().float().clamp_min(1e-6)
+        error = ((mine - theirs).abs().max() / scale).item()
+        if not error <= TOLERANCE[options.torch_dtype]:
+            return f"differs from {peer} by {error:.2e} of the largest value"
+    return None
 
 
 def _tensors(out: Any) -> list[torch.Tensor]:
-    return list(out) if isinstance(out, (tuple, list)) else [out]
+    return [o.detach() for o in (out if isinstance(out, (tuple, list)) else [out])]
 
 
-def _time_in_turns(calls: dict[str, Callable[[], Any]], options) -> dict[str, list[float]]:
-    once = max(_seconds(call, 1, options) for call in calls.values())
-    repeats = max(1, int(0.02 / max(once, 1e-6)))
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(options.rounds):
-        for name, call in calls.items():
-            seconds[name].append(_seconds(call, repeats, options) / repeats)
-    return seconds
-
-
-def _seconds(call: Callable[[], Any], repeats: int, options) -> float:
-    synchronize = torch.cuda.synchronize if options.device.type == "cuda" else (lambda: None)
-    synchronize()
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    synchronize()
-    return time.perf_counter() - start
-
-
-def copy_rate(device: torch.device) -> float:
-    """Bytes read and written per second by a copy of 256 MB (64 MB on a CPU), best of ten."""
-    n = (256 if device.type == "cuda" else 64) << 20
-    source, target = (torch.ones(n // 4, device=device) for _ in range(2))
-    best = float("inf")
-    for _ in range(10):
-        start = time.perf_counter()
-        target.copy_(source)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - start)
-    return 2 * n / best
+def _synchronize(options: Options) -> None:
+    if options.device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def machine_facts() -> dict[str, Any]:
     """Names and versions that a figure depends on."""
-    return {
+    facts = {
         "cpu": _cpu_name(),
         "cores": machine.cores(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -191,6 +270,21 @@ def machine_facts() -> dict[str, Any]:
         "commit": _commit(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
     }
+    if facts["gpu"] is None:
+        return facts
+    import triton
+
+    return {**facts, "triton": triton.__version__, "cuda": torch.version.cuda, "driver": nvidia_smi("driver_version")}
+
+
+def nvidia_smi(fields: str) -> str | None:
+    """The first GPU's `fields`, as nvidia-smi prints them; None where it is not there."""
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
+    try:
+        out = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return out.strip().splitlines()[0] if out.strip() else None
 
 
 def describe_machine() -> str:
