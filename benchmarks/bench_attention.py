@@ -1,4 +1,4 @@
-"""Attention beside PyTorch's scaled_dot_product_attention. FLOPs: 4 B H T^2 D, half of it if causal; backward 2.5 times.
+"""Attention beside PyTorch's scaled_dot_product_attention. FLOPs: 4 B H T^2 D, half if causal; backward 2.5 times.
 
 On a GPU "torch sdpa" is FlashAttention 2, and "cuDNN" PyTorch's other implementation of the same function.
 """

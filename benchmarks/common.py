@@ -93,7 +93,7 @@ def main(op: str, benchmark: Callable[[Options], None], shapes: Shapes) -> None:
     """The command line of one benchmark: parse the flags that all share, run it, write JSON when asked."""
     device = machine.device_type()
     parser = argparse.ArgumentParser(description=f"Time {op} beside its peers on this machine.")
-    parser.add_argument("--backend", help="backend of megakern's op (default: its own choice, on a GPU also the others)")
+    parser.add_argument("--backend", help="backend of megakern's op (default: its own choice; on a GPU all)")
     parser.add_argument("--dtype", choices=sorted(machine.DTYPES), default="fp32" if device == "cpu" else "bf16")
     parser.add_argument("--backward", action="store_true", help="time the backward pass instead of the forward pass")
     parser.add_argument("--shape", nargs="+", default=shapes[device], help=f"default: {' '.join(shapes[device])}")
@@ -131,7 +131,7 @@ def sizes(shape: str) -> list[int]:
 
 
 def ours(options: Options, op: str, call: Callable[..., Any]) -> dict[str, functools.partial]:
-    """"megakern": `call(..., backend=)` on the backend asked for, or on megakern's own choice. On a GPU, if none was
+    """As "megakern" `call(..., backend=)` on the backend asked for, or on megakern's own choice. On a GPU, if none was
     asked for, also "megakern NAME" for each slower compiled backend; none at all where no compiled backend has the op.
     """
     if options.device.type != "cuda" or options.backend is not None:
@@ -152,7 +152,7 @@ def run(op: str, options: Options, cases: Iterable[Case]) -> None:
             options.left_out.append(f"{op} {case.shape}")
         else:
             _run_case(op, options, case)
-        case = None  # its tensors must be gone before the next case makes its own  # noqa: PLW2901
+        case = None  # its tensors must be gone before the next case makes its own
         if options.device.type == "cuda":
             torch.cuda.empty_cache()
 

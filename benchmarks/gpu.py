@@ -60,6 +60,8 @@ def main(arguments: list[str] | None = None) -> int:
         if failed_build := _finish(_build(options), deadline):
             print(failed_build)
         rows = _benchmarks(options, facts, deadline)
+        if not options.ops and not options.tiny:
+            print(_training(options, deadline))
         print(f"\n{table(rows)}")
         failed |= any("error" in row for row in rows)
     print(f"\n{time.monotonic() - started:.0f} s; everything is in {options.out}")
@@ -92,7 +94,7 @@ def _build(options: argparse.Namespace) -> subprocess.Popen | None:
     if not (ROOT / "csrc" / "bindings.cpp").exists() or options.backend == "triton" or not torch.cuda.is_available():
         return None
     log = (options.out / "build.log").open("w")
-    words = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    words = [sys.executable, "setup.py", "build_ext", "--inplace", "--modules", "cuda"]
     return subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
 
 
@@ -174,6 +176,21 @@ def _benchmarks(options: argparse.Namespace, facts: dict, deadline: float) -> li
     worker.close()
     clocks.close()
     return everything
+
+
+def _training(options: argparse.Namespace, deadline: float) -> str:
+    """Whole training steps; each contestant is a process of its own, so they come after all the others."""
+    log = options.out / "train.log"
+    words = [sys.executable, "-m", "benchmarks.bench_train", "--rounds", "3", "--json", str(options.out / "train.json")]
+    with log.open("w") as out:
+        try:
+            subprocess.run(words, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, check=True,
+                           timeout=max(1.0, deadline - time.monotonic()))  # fmt: skip
+        except subprocess.TimeoutExpired:
+            return "training step: LEFT OUT, no time left"
+        except subprocess.CalledProcessError as error:
+            return f"training step: FAILED with exit code {error.returncode}, see train.log"
+    return "\n" + log.read_text()
 
 
 class _Worker:

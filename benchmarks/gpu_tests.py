@@ -1,8 +1,8 @@
 """The tests of a machine with a GPU: in parallel where pytest-xdist is there, to the end, and every failure in a line.
 
-As a pytest plugin (`-p benchmarks.gpu_tests --report FILE`) this module writes what becomes of each test to a file while
-pytest runs, so that nothing is lost when time is up. An error of the GPU ends all later work of its process: a worker
-leaves after one and xdist starts another; what failed so is run again, each test in a process of its own.
+As a pytest plugin (`-p benchmarks.gpu_tests --report FILE`) this module writes what becomes of each test to a file
+while pytest runs, so that nothing is lost when time is up. An error of the GPU ends all later work of its process: a
+worker leaves after one and xdist starts another; what failed so is run again, each test in a process of its own.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from megakern.train import machine
 
 ROOT = Path(__file__).resolve().parent.parent
-POISON = re.compile(r"CUDA error|Triton Error \[CUDA\]|illegal memory access|device-side assert|CUDA driver error|crashed")
+POISON = re.compile(r"CUDA error|Triton Error \[CUDA\]|illegal memory access|device-side assert|worker .* crashed")
 LIMIT = 120  # seconds of one test, most of them compilation: longer is a kernel that hangs
 AGAIN = 24  # tests to run again alone, at most
 
@@ -100,7 +100,7 @@ def _line(report) -> str:
 def command(paths: list[str], report: Path, options: list[str], parallel: bool) -> list[str]:
     """pytest over `paths` with what this Python has installed."""
     words = [sys.executable, "-m", "pytest", *paths, "-p", "benchmarks.gpu_tests", "--report", str(report)]
-    words += ["-p", "no:cacheprovider", "--tb=short", "-q", *options]
+    words += ["-p", "no:cacheprovider", "--rootdir", ".", "--tb=short", "-q", *options]
     if importlib.util.find_spec("pytest_timeout"):
         words += [f"--timeout={LIMIT}", "--timeout-method=thread"]
     if parallel and importlib.util.find_spec("xdist"):
@@ -109,27 +109,30 @@ def command(paths: list[str], report: Path, options: list[str], parallel: bool) 
     return words
 
 
-def run_tests(paths: list[str], folder: Path, name: str, deadline: float, options: list[str]) -> Outcome:
-    """Runs `paths` until `deadline` (time.monotonic()); logs to folder/name.log, outcomes to folder/name.jsonl."""
+def run_tests(
+    paths: list[str], folder: Path, name: str, deadline: float, options: list[str], root: Path = ROOT
+) -> Outcome:
+    """Runs `paths`, relative to `root`, until `deadline` (time.monotonic()); logs to folder/name.log, outcomes to folder/name.jsonl."""
     started, report = time.monotonic(), folder / f"{name}.jsonl"
     report.unlink(missing_ok=True)
     with (folder / f"{name}.log").open("w") as log:
-        _until(deadline, command(paths, report, options, parallel=True), log)
+        _until(deadline, command(paths, report, options, parallel=True), log, root)
         passed, skipped, failures, finished = _read(report)
         poisoned = [test for test, line in failures.items() if POISON.search(line) and "::" in test]
 
         def again(numbered: tuple[int, str]) -> tuple[str, dict[str, str], bool]:
+            """-> the test, what failed, whether it passed."""
             index, test = numbered
             own = folder / f"{name}.again{index}.jsonl"
             own.unlink(missing_ok=True)
-            _until(deadline, command([test], own, options, parallel=False), log)
-            _, _, found, done = _read(own)
+            _until(deadline, command([test], own, options, parallel=False), log, root)
+            passed, _, found, _ = _read(own)
             own.unlink(missing_ok=True)
-            return test, found, done
+            return test, found, passed == 1
 
         with ThreadPoolExecutor(4) as pool:
-            for test, found, done in pool.map(again, enumerate(poisoned[:AGAIN])):
-                if done and not found:
+            for test, found, good in pool.map(again, enumerate(poisoned[:AGAIN])):
+                if good and not found:
                     del failures[test]
                     passed += 1
                 elif found:
@@ -137,8 +140,11 @@ def run_tests(paths: list[str], folder: Path, name: str, deadline: float, option
     return Outcome(passed, skipped, failures, not finished, time.monotonic() - started)
 
 
-def _until(deadline: float, words: list[str], log) -> None:
-    process = subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+def _until(deadline: float, words: list[str], log, root: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    process = subprocess.Popen(
+        words, cwd=root, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+    )
     try:
         process.wait(max(1.0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
@@ -150,6 +156,6 @@ def _read(report: Path) -> tuple[int, int, dict[str, str], bool]:
     if not report.exists():
         return 0, 0, {"pytest": "it wrote no report; see the log"}, False
     records = [json.loads(line) for line in report.read_text().splitlines()]
-    count = collections.Counter(record["outcome"] for record in records)
     failures = {record["id"]: record["line"] for record in records if record["outcome"] == "failed"}
+    count = collections.Counter(record["outcome"] for record in records if record["id"] not in failures)
     return count["passed"], count["skipped"], failures, count["finished"] > 0

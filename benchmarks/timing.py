@@ -1,4 +1,4 @@
-"""How a call is timed: on a CPU by the host's clock, on a GPU by events, with a cold cache and no gap that Python makes.
+"""How a call is timed: on a CPU by the host's clock; on a GPU by events, with a cold cache and no gaps of Python's.
 
 All contestants take turns, so that a drift of the machine's speed meets all of them.
 """

@@ -17,6 +17,7 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser):
     parser.addoption("--faults", metavar="FILE", help="write what the tests of promises found to this JSON file")
+    parser.addoption("--kernel-backend", metavar="NAME", help="in tests/kernels, the tests of this backend alone")
 
 
 def pytest_configure(config):

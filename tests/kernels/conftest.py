@@ -25,21 +25,27 @@ GUARD = 128  # elements before and after: 256 bytes of bf16, so that outputs sta
 SENTINEL = 77  # in integer tensors, which have no NaN
 
 
+def _backends(config) -> list[str]:
+    asked = config.getoption("--kernel-backend")
+    return [backend for backend in BACKENDS if asked in (None, backend)]
+
+
 def pytest_generate_tests(metafunc):
     if "backend" in metafunc.fixturenames:
         only = metafunc.definition.get_closest_marker("only")
         op = metafunc.module.OP
-        known = [backend for backend in BACKENDS if op in ops_of(backend) and (not only or backend in only.args)]
+        able = _backends(metafunc.config)
+        known = [backend for backend in able if op in ops_of(backend) and (not only or backend in only.args)]
         metafunc.parametrize("backend", known)
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """Leave out the tests that belong to no backend of this machine, instead of listing them as skipped."""
     here = [item for item in items if item.path.parent.name == "kernels"]
     for item in here:
         only = item.get_closest_marker("only")
         empty = any(mark.name == "skip" for mark in item.own_markers) and "backend" in item.fixturenames
-        if empty or (only and not set(only.args) & set(BACKENDS)):
+        if empty or (only and not set(only.args) & set(_backends(config))):
             items.remove(item)
 
 
