@@ -2,14 +2,15 @@
 # make test    all tests but the long ones (13 minutes on two cores)
 # make faults  every promise about faults at its full number of trials, as a table (its time is not yet measured)
 # make gates   compile every Triton kernel for sm_80, sm_90 and sm_100, hold it against benchmarks/compile_budget.json
-# Each makes .venv first, with the pinned packages of requirements*.txt. Choose the interpreter with PYTHON=python3.12.
+# make gpu     where there is an NVIDIA GPU: build, run all GPU tests and benchmarks, results in build/gpu (9 minutes)
+# Each but `make gpu` makes .venv first, with the pinned packages of requirements*.txt. Choose the interpreter with PYTHON=python3.12.
 
 PYTHON ?= python3
 BIN := .venv/bin
 CSRC := setup.py $(wildcard csrc/*.* csrc/device/* csrc/simt/*)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: help setup demo simt test test-all faults gates lint bench clean
+.PHONY: help setup demo simt test test-all faults gates gpu lint bench clean
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
@@ -51,6 +52,10 @@ faults: .venv/dev
 
 gates: .venv/dev
 	$(BIN)/python -m benchmarks.compile_report --check
+
+# With the machine's own Python, which has a torch for its GPU: nothing is installed. GPU="--only bench --ops norm".
+gpu:
+	$(PYTHON) -m benchmarks.gpu $(GPU)
 
 lint: .venv/dev
 	$(BIN)/python -m ruff check --fix .

@@ -112,7 +112,7 @@ def command(paths: list[str], report: Path, options: list[str], parallel: bool) 
 def run_tests(
     paths: list[str], folder: Path, name: str, deadline: float, options: list[str], root: Path = ROOT
 ) -> Outcome:
-    """Runs `paths`, relative to `root`, until `deadline` (time.monotonic()); logs to folder/name.log, outcomes to folder/name.jsonl."""
+    """Runs `paths`, relative to `root`, until `deadline` (time.monotonic()); writes name.log and .jsonl to `folder`."""
     started, report = time.monotonic(), folder / f"{name}.jsonl"
     report.unlink(missing_ok=True)
     with (folder / f"{name}.log").open("w") as log:

@@ -99,8 +99,12 @@ def _op_table(files: dict[str, dict]) -> str:
         for row in results["rows"]:
             groups.setdefault((row["op"], row["shape"], row["dtype"], row["backward"]), []).append(row)
         for (op, shape, dtype, backward), rows in groups.items():
-            ours = next(row for row in rows if row["contestant"] == "megakern")
-            peer = min((row for row in rows if row is not ours), key=lambda row: row["us"])
+            timed = [row for row in rows if "error" not in row]
+            ours = next((row for row in timed if row["contestant"] == "megakern"), None)
+            peers = [row for row in timed if not row["contestant"].startswith("megakern")]
+            if ours is None or not peers:
+                continue
+            peer = min(peers, key=lambda row: row["us"])
             lines.append(
                 f"| {op} | {shape} | {dtype} | {'backward' if backward else 'forward'} | {ours['us']:.0f} "
                 f"| {quantity(ours['rate'], ours['unit'])} | {ours['share_of_limit']:.0%} "

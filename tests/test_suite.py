@@ -55,11 +55,9 @@ def test_all_failures_are_found_and_those_of_the_gpu_run_again_alone(tmp_path):
 
 
 def test_tests_that_do_not_end_in_time_are_ended_and_told(tmp_path):
-    (tmp_path / "test_long.py").write_text(
-        "import time\ndef test_quick(): pass\ndef test_endless(): time.sleep(1000)\n"
-    )
+    (tmp_path / "test_long.py").write_text("import time\n\ndef test_endless(): time.sleep(1000)\n")
     outcome = gpu_tests.run_tests(["test_long.py"], tmp_path, "tests", time.monotonic() + 5, [], tmp_path)
-    assert outcome.unfinished and outcome.passed <= 1 and outcome.seconds < 60
+    assert outcome.unfinished and outcome.passed == 0 and outcome.seconds < 60
 
 
 def test_a_file_that_does_not_import_is_a_failure(tmp_path):
