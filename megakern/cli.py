@@ -190,7 +190,6 @@ def _train(options: argparse.Namespace) -> int:
     from megakern.train import launch, run
     from megakern.train.config import describe_settings, load_config
     from megakern.train.supervisor import Supervisor
-    from megakern.train.worker import work
 
     if options.settings:
         print(describe_settings())
@@ -209,6 +208,8 @@ def _train(options: argparse.Namespace) -> int:
     require(nproc >= 1, f"--nproc must be 1 or more, got {nproc}")
     new = run.resumed_run(config, folder, nproc) if options.resume else run.new_run(config, folder, nproc)
     if world:
+        from megakern.train.worker import work
+
         return work(folder, new)
     with new.locked():
         new.create()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +11,9 @@ from pathlib import Path
 from megakern.config import GPTConfig
 from megakern.train.config import DataConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainConfig
 from megakern.train.run import new_run
+from megakern.train.supervisor import Supervisor
+from tests.commands import Command
 
-ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT = 4.0  # seconds, of each collective
 MODEL = GPTConfig(layers=2, width=32, heads=2, vocab_size=257, sequence_length=32, dropout=0.1)
 
@@ -45,9 +44,13 @@ def run_with_fault(
     restarts: int = 0,
     steps: int = 8,
     save_every: int = 3,
+    fork: bool | None = None,
     **fault,
 ) -> Ended:
-    """`fault`: what tests/faulty_worker.py reads, as rank=1, step=3, kind="kill", where="step"."""
+    """`fork`: False for workers that are fresh interpreters.
+
+    `fault`: what tests/faulty_worker.py reads, as rank=1, step=3, kind="kill", where="step".
+    """
     config = RunConfig(
         model=MODEL,
         data=DataConfig(path=str(data)),
@@ -58,32 +61,19 @@ def run_with_fault(
     new = new_run(config, run, nproc)
     new.create()
     (run / "fault.json").write_text(json.dumps({**fault, "tp": nproc // dp}))
-    return _finish(run, nproc, restarts)
-
-
-def _finish(run: Path, nproc: int, restarts: int) -> Ended:
-    command = [sys.executable, "-m", "tests.faulty_worker", run, nproc, restarts]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=150, check=False
-    )
+    process = Command(train_with_fault, run, nproc, restarts, fork)
+    output, _ = process.communicate(timeout=150)  # returns when no process of the run is left
     ended = time.time()
-    output = done.stdout + done.stderr
     assert (run / "fault.moment").exists(), f"the fault did not happen:\n{output}"
-    seconds = ended - float((run / "fault.moment").read_text())
     reports = sorted(run.glob("failure-*.txt"))
-    assert not _left_over(run), f"processes outlive the run:\n{output}"
-    return Ended(run, done.returncode, output, seconds, reports[-1].read_text() if reports else "")
+    return Ended(
+        run,
+        process.returncode,
+        output,
+        seconds=ended - float((run / "fault.moment").read_text()),
+        report=reports[-1].read_text() if reports else "",
+    )
 
 
-def _left_over(run: Path) -> list[str]:
-    """Command lines of living processes that name the run."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            words = path.read_bytes().decode(errors="replace").split("\0")
-        except OSError:
-            continue
-        if str(run) in words and int(path.parent.name) != os.getpid():
-            found.append(" ".join(words))
-    return found
+def train_with_fault(run: Path, nproc: int, restarts: int, fork: bool | None) -> int:
+    return Supervisor(run, nproc, restarts=restarts, worker="tests.faulty_worker", fork=fork).train()

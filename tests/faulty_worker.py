@@ -1,4 +1,4 @@
-"""A run whose workers fail on purpose, as RUN/fault.json says: python -m tests.faulty_worker RUN NPROC RESTARTS
+"""A run whose workers fail on purpose, as RUN/fault.json says (tests/faults.py)
 
     {"rank": 1, "step": 3, "kind": "kill", "where": "step" or "save", "times": 1}
 
@@ -23,7 +23,6 @@ import torch
 from megakern.parallel import collectives, trace
 from megakern.train import checkpoint_commit, checkpoint_ranks, worker
 from megakern.train import trainer as trainer_module
-from megakern.train.supervisor import Supervisor
 from megakern.train.trainer import Trainer
 
 
@@ -112,7 +111,7 @@ def _fail_in_save(fault: dict) -> None:
         checkpoint_ranks.gather = gather
 
 
-def faulty_work(run: Path) -> int:
+def work(run: Path) -> int:
     fault = json.loads((run / "fault.json").read_text())
     if int(os.environ["RANK"]) == fault["rank"]:
         met = run / "fault.times"
@@ -125,7 +124,4 @@ def faulty_work(run: Path) -> int:
 
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    if len(sys.argv) == 2:  # as the supervisor starts it
-        sys.exit(faulty_work(folder))
-    sys.exit(Supervisor(folder, int(sys.argv[2]), restarts=int(sys.argv[3]), worker="tests.faulty_worker").train())
+    sys.exit(work(Path(sys.argv[1])))

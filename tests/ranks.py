@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import multiprocessing
 import os
 import tempfile
 import traceback
 from datetime import timedelta
+
+from tests.commands import FRESH
 
 WORLD = 8
 
@@ -53,10 +54,9 @@ class RankPool:
 
     def _start(self, size: int) -> None:
         """Brings the pool to `size` processes; most tests need four or fewer."""
-        context = multiprocessing.get_context("spawn")
         for rank in range(len(self._workers), size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, theirs), daemon=True)
+            ours, theirs = FRESH.Pipe()
+            process = FRESH.Process(target=_serve, args=(rank, theirs), daemon=True)
             process.start()
             self._workers.append((process, ours))
 

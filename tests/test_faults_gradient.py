@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,8 +17,8 @@ from megakern.train.launch import StopRequest
 from megakern.train.metrics import read_metrics
 from megakern.train.run import new_run
 from megakern.train.trainer import NonFiniteError, Trainer
+from tests.commands import finish, start
 
-ROOT = Path(__file__).resolve().parent.parent
 MODEL = GPTConfig(layers=2, width=32, heads=2, vocab_size=257, sequence_length=32, dropout=0.1)
 BAD = float("nan"), float("inf"), float("-inf")
 
@@ -107,16 +104,7 @@ def test_the_command_ends_with_its_own_code_and_keeps_the_last_good_checkpoint(t
     run = prepared(tiny_data, tmp_path / "run", 1, 2, steps=50, max_skipped=2, save_every=1)
     text = (run / "config.toml").read_text().replace("lr = 0.003", "lr = 1e20")
     (run / "config.toml").write_text(text)
-    done = subprocess.run(
-        [sys.executable, "-m", "megakern", "train", "--resume", str(run)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 3, done.stdout + done.stderr
-    assert "not finite for 2 steps in a row" in done.stderr
-    assert "restart" not in done.stdout + done.stderr, "the same settings would fail in the same way again"
+    output = finish(start("train", "--resume", run), code=3)
+    assert "not finite for 2 steps in a row" in output
+    assert "restart" not in output, "the same settings would fail in the same way again"
     assert verify(newest(run / "ckpt")) == []

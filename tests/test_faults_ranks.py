@@ -30,7 +30,8 @@ SAYS = {
     "garbage": r"rank 1 called .*; rank 0 called .* there: the ranks no longer do the same",
 }
 # What happens, where, and the data-parallel size of two ranks; tensor-parallel is the rest.
-SHORT = [("stop", "step", 1), ("raise", "save", 1)]
+# The second with workers that are fresh interpreters, as on GPUs.
+SHORT = [("stop", "step", 1, True), ("raise", "save", 1, False)]
 FULL = [
     (kind, where, dp)
     for kind in SAYS
@@ -61,9 +62,9 @@ def check(ended: Ended, kind: str, where: str) -> None:
 
 
 @pytest.mark.promise("R9")
-@pytest.mark.parametrize(("kind", "where", "dp"), SHORT)
-def test_a_failing_rank_ends_every_process_and_is_named(broken, kind, where, dp):
-    check(broken(rank=1, step=4 if where == "step" else 6, kind=kind, where=where, dp=dp), kind, where)
+@pytest.mark.parametrize(("kind", "where", "dp", "fork"), SHORT)
+def test_a_failing_rank_ends_every_process_and_is_named(broken, kind, where, dp, fork):
+    check(broken(rank=1, step=4 if where == "step" else 6, kind=kind, where=where, dp=dp, fork=fork), kind, where)
 
 
 @pytest.mark.slow

@@ -17,8 +17,9 @@ from megakern.train.checkpoint import newest, verify
 from megakern.train.manifest import read_manifest
 from megakern.train.metrics import read_metrics
 from megakern.train.supervisor import End, Supervisor, newest_step
+from tests.commands import alive, children, finish, start, wait_gone
 from tests.faults import TIMEOUT, limit, run_with_fault
-from tests.test_train_cli import alive, children, finish, start, wait_for_step, wait_gone
+from tests.test_train_cli import wait_for_step
 
 CONFIG = """
 [model]

@@ -15,9 +15,8 @@ from megakern.parallel import trace
 from megakern.train import watch
 from megakern.train.checkpoint import newest
 from megakern.train.metrics import read_metrics
+from tests.commands import ROOT, Command, children, finish, launch, start, wait_gone
 from tests.faults import limit
-
-ROOT = Path(__file__).resolve().parent.parent
 
 CONFIG = """
 [model]
@@ -51,38 +50,24 @@ def config(tiny_data, tmp_path_factory) -> Path:
     return path
 
 
-def start(*words: object) -> subprocess.Popen:
-    command = [sys.executable, "-m", "megakern", *map(str, words)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-    )
-
-
-def finish(process: subprocess.Popen, code: int = 0, timeout: float = 120) -> str:
-    output, _ = process.communicate(timeout=timeout)
-    assert process.returncode == code, f"exit code {process.returncode}, wanted {code}:\n{output}"
-    return output
-
-
 def losses(run: Path, kind: str = "train") -> dict[int, float]:
     return {r["step"]: r["loss"] for r in read_metrics(run / "metrics.jsonl") if r["kind"] == kind}
 
 
-def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
+def wait_for_step(run: Path, step: int, process: Command | subprocess.Popen) -> None:
     end = time.monotonic() + 90
     while time.monotonic() < end and process.poll() is None:
         if max(losses(run), default=-1) >= step:
             return
         time.sleep(0.01)
-    raise AssertionError(f"step {step} was not reached:\n{process.communicate()[0]}")
+    raise AssertionError(f"step {step} was not reached:\n{process.communicate(timeout=10)[0]}")
 
 
 @pytest.fixture(scope="module")
 def unbroken(config, tmp_path_factory) -> Path:
     """A run of two ranks from start to end."""
     run = tmp_path_factory.mktemp("unbroken") / "run"
-    output = finish(start("train", config, "--out", run, "--nproc", 2))
+    output = finish(launch("train", config, "--out", run, "--nproc", 2))
     assert "held-out loss" in output
     assert "tokens/s" in output
     return run
@@ -191,21 +176,3 @@ def test_under_torchrun_one_rank_reports_and_ends_those_that_are_stopped(config,
     assert time.monotonic() - stopped < 4 + limit(10)
     assert output.count("rank 1 is stopped (SIGSTOP, or a debugger), at step") == 1, output
     assert "Python stack" in next(run.glob("failure-*.txt")).read_text()
-
-
-def children(pid: int) -> list[int]:
-    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def wait_gone(pids: list[int], seconds: float = 10.0) -> None:
-    end = time.monotonic() + seconds
-    while any(alive(pid) for pid in pids):
-        assert time.monotonic() < end, "workers outlive their launcher"
-        time.sleep(0.05)
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import resource
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+from megakern.cli import main
 from megakern.config import GPTConfig
 from megakern.parallel.context import ParallelContext
 from megakern.train.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
@@ -19,9 +16,9 @@ from megakern.train.launch import StopRequest
 from megakern.train.metrics import read_metrics
 from megakern.train.run import new_run
 from megakern.train.trainer import NonFiniteError, Trainer
+from tests.commands import Command, finish
 
 MODEL = GPTConfig(layers=2, width=32, heads=2, vocab_size=257, sequence_length=32, dropout=0.1)
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
@@ -174,29 +171,20 @@ def test_longer_runs_can_be_asked_for_later(make):
     assert again.step == 8
 
 
+def train_on_a_small_disk(limit: int, words: list[str]) -> int:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    return main(words)
+
+
 def test_full_disk_ends_with_a_clear_message_and_keeps_the_older_checkpoint(make):
     trainer = make(steps=2)
     trainer.fit(StopRequest())
     limit = 50_000  # bytes a file may have: room for the metrics, not for a checkpoint
 
-    def small_disk() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    command = [sys.executable, "-m", "megakern", "train", "--resume", str(trainer.run), "--train.steps", "4"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=environment,
-        preexec_fn=small_disk,
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert "File too large" in done.stderr
-    assert "ckpt" in done.stderr
+    process = Command(train_on_a_small_disk, limit, ["train", "--resume", str(trainer.run), "--train.steps", "4"])
+    output = finish(process, code=1)
+    assert "File too large" in output
+    assert "ckpt" in output
     names = sorted(path.name for path in (trainer.run / "ckpt").iterdir() if path.is_dir())
     assert names == ["step-00000002"]
 

@@ -23,6 +23,7 @@ from megakern.data.tokenizer import Tokenizer
 from megakern.train import machine
 from megakern.train.config import RunConfig, dump_config, load_config
 from megakern.train.files import RunInUseError, RunLock, write_atomic
+from megakern.train.processes import apart
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,8 @@ def check_run(config: RunConfig, nproc: int) -> RunConfig:
     Loader(data.train, config.model.sequence_length, config.train.seed)  # refuses data shorter than one sample
     precision = config.train.precision
     if precision == "auto":
-        precision, reason = machine.choose_precision(torch.device(machine.device_type()))
+        # Not in this process: after a multiplication on several threads it could not fork its workers.
+        precision, reason = apart(lambda: machine.choose_precision(torch.device(machine.device_type())))
         print(f"precision {precision}: {reason}", flush=True)
     return dataclasses.replace(
         config,

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch.distributed as dist
-
-from megakern.train import machine, watch
+from megakern.train import watch
 from megakern.train.checkpoint_load import by_age
 from megakern.train.launch import BAD_SETTINGS, FORWARDED, GAVE_UP, LOST, NO_READER, NON_FINITE
+from megakern.train.processes import Ranks
 
 WORKER = "megakern.train.worker"
 GRACE = 15.0  # seconds that other workers get to leave after the first has ended a stop
@@ -32,17 +29,19 @@ class End:
 
 
 class Supervisor:
-    """Trains the run at `run` in `nproc` processes of this machine, each `python -m <worker> RUN`.
+    """Trains the run at `run` in `nproc` processes of this machine, each of which does <worker>.work(RUN).
 
     After a crash or a hang all processes are ended, and fresh ones go on from the newest sound checkpoint. It gives up
     after `restarts` restarts in a row that brought no newer checkpoint. Not tried again: wrong settings or data, a
     failed checkpoint, too many non-finite gradients, and a stop that the user asked for.
     """
 
-    def __init__(self, run: Path, nproc: int, *, restarts: int = 3, worker: str = WORKER) -> None:
-        self.run, self.nproc, self.restarts, self.worker = run, nproc, restarts, worker
+    def __init__(
+        self, run: Path, nproc: int, *, restarts: int = 3, worker: str = WORKER, fork: bool | None = None
+    ) -> None:
+        self.run, self.nproc, self.restarts, self.worker, self.fork = run, nproc, restarts, worker, fork
         self.received: list[int] = []
-        self._context = None
+        self._ranks: Ranks | None = None
 
     def train(self) -> int:
         """Returns the exit code for this process; see megakern/train/launch.py."""
@@ -72,62 +71,25 @@ class Supervisor:
         self._pass_on(number)
 
     def _pass_on(self, number: int) -> None:
-        for process in self._processes():
+        for process in self._ranks.processes if self._ranks else ():
             with contextlib.suppress(ProcessLookupError):
                 process.send_signal(number)
 
-    def _processes(self) -> list:
-        if self._context is None:
-            return []
-        return [handler.proc for _, handler in sorted(self._context.subprocess_handlers.items())]
-
     def _try(self) -> End:
-        from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
-
         for rank in range(self.nproc):  # nothing of an earlier try is taken for this one's
             watch.trace_file(self.run, rank).unlink(missing_ok=True)
             watch.stacks_file(self.run, rank).unlink(missing_ok=True)
-        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        threads = max(1, machine.cores() // self.nproc)
-        common = {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(store.port),
-            "TORCHELASTIC_USE_AGENT_STORE": "True",  # workers join this process's store: no port to race for
-            "WORLD_SIZE": str(self.nproc),
-            "LOCAL_WORLD_SIZE": str(self.nproc),
-            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
-            "MEGAKERN_PARENT": str(os.getpid()),
-        }
-        self._context = start_processes(
-            name="megakern",
-            entrypoint=sys.executable,
-            args={rank: ("-m", self.worker, str(self.run)) for rank in range(self.nproc)},
-            envs={rank: {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(self.nproc)},
-            logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
-        )
-        for number in FORWARDED:
-            signal.signal(number, self._receive)  # torch's launcher has put its own in their place
+        self._ranks = Ranks(self.worker, self.run, self.nproc, fork=self.fork)
         for number in self.received:  # came while there was nobody to pass it to
             self._pass_on(number)
         try:
             return self._wait()
         finally:
-            self._end_all()
-            self._context = None
-
-    def _end_all(self) -> None:
-        """SIGKILL, which ends stopped processes too; each worker leads a session, so what it started ends with it."""
-        processes = self._processes()
-        for process in processes:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)
-        for process in processes:
-            with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the kernel: nothing ends it
-                process.wait(timeout=GRACE)
-        self._context.close(signal.SIGKILL)
+            self._ranks.end(GRACE)
+            self._ranks = None
 
     def _wait(self) -> End:
-        processes, first_end = self._processes(), None
+        processes, first_end = self._ranks.processes, None
         orderly = {0, *(128 + number for number in FORWARDED)}
         while True:
             codes = [process.poll() for process in processes]
@@ -152,8 +114,10 @@ class Supervisor:
             time.sleep(POLL)
         watch.ask_for_stacks(self.run, self.nproc)
         codes = [process.poll() for process in processes]
+        if NO_READER in codes:  # the others have met the consequences
+            return End(NO_READER)
         report = watch.Report.of(self.run, self.nproc, codes)
-        said = [code for code in codes if code in (BAD_SETTINGS, NON_FINITE, NO_READER)]
+        said = [code for code in codes if code in (BAD_SETTINGS, NON_FINITE)]
         if said and not any(rank.failure for rank in report.ranks):
             return End(said[0])  # before the ranks had records: the worker has said it
         if self.received and all(code == -self.received[0] for code in codes if code):

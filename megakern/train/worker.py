@@ -1,4 +1,7 @@
-"""One process of a run: `python -m megakern.train.worker RUN`. Started by `megakern train`."""
+"""One process of a run: `python -m megakern.train.worker RUN`, or a fork that does `work`. Started by `megakern train`.
+
+All is imported here and nothing in `work`, so that forks share it.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,16 @@ import sys
 import traceback
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch.distributed as dist
 
 from megakern.config import ConfigError
-
-if TYPE_CHECKING:
-    from megakern.train.run import NewRun
+from megakern.data.files import DataError
+from megakern.train import launch, watch
+from megakern.train.checkpoint import CheckpointError
+from megakern.train.config import load_config
+from megakern.train.run import NewRun
+from megakern.train.trainer import NonFiniteError, Trainer
 
 
 def work(run: Path, new: NewRun | None = None) -> int:
@@ -22,14 +29,6 @@ def work(run: Path, new: NewRun | None = None) -> int:
     `new`: the run whose folder rank 0 makes first; None when the launcher has made it. After an error that the other
     ranks may not have, this process ends here and now: they may wait for it, and it must not wait for them.
     """
-    import torch.distributed as dist
-
-    from megakern.data.files import DataError
-    from megakern.train import launch, watch
-    from megakern.train.checkpoint import CheckpointError
-    from megakern.train.config import load_config
-    from megakern.train.trainer import NonFiniteError, Trainer
-
     world = launch.joined_world()
     rank = int(world["RANK"]) if world else 0
     logging.basicConfig(level=logging.WARNING if rank else logging.INFO, format="megakern: %(message)s")
