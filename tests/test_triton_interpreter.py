@@ -1,8 +1,14 @@
-"""Runs `tests/kernels/` in Triton's interpreter, a process a file: the variable that asks for it is read at import."""
+"""Runs `tests/kernels/` in Triton's interpreter, in processes of its own: the variable that asks for it is read at
+import.
+
+Two processes share the files: to start a process, and to import torch and triton in it, takes longer than most files.
+"""
 
 from __future__ import annotations
 
+import collections
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -11,36 +17,48 @@ from pathlib import Path
 
 import pytest
 
-FILES = sorted((Path(__file__).parent / "kernels").glob("test_*.py"))
+ROOT = Path(__file__).resolve().parent.parent
+FILES = sorted((ROOT / "tests" / "kernels").glob("test_*.py"))
+PROCESSES = 2
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("kernels") is None, reason="triton is not installed: pip install -r requirements-dev.txt"
+    importlib.util.find_spec("triton") is None, reason="triton is not installed: pip install -r requirements-dev.txt"
 )
 
 
-# The longest by default only among the long tests.
-LONG = ("test_cross_entropy", "test_linear", "test_linear_cross_entropy")
-
-
-@pytest.mark.parametrize(
-    "file",
-    [pytest.param(file, marks=pytest.mark.slow if file.stem in LONG else ()) for file in FILES],
-    ids=[file.stem for file in FILES],
-)
+@pytest.mark.parametrize("file", FILES, ids=[file.stem for file in FILES])
 def test_kernels_in_the_interpreter(file, running):
-    result = running[file].result()
-    assert result.returncode == 0, f"{' '.join(result.args)}\n{result.stdout[-6000:]}\n{result.stderr[-2000:]}"
-    assert " passed" in result.stdout and "skipped" not in result.stdout, result.stdout[-500:]
+    result, report = running[file].result()
+    outcomes = [json.loads(line) for line in report.read_text().splitlines()] if report.exists() else []
+    finished = [outcome for outcome in outcomes if outcome["outcome"] == "finished"]
+    assert finished, f"{' '.join(result.args)}\n{result.stdout[-6000:]}\n{result.stderr[-2000:]}"
+    own = [outcome for outcome in outcomes if outcome["id"].startswith(f"tests/kernels/{file.name}")]
+    failed = [f"{outcome['id']}: {outcome['line']}" for outcome in own if outcome["outcome"] == "failed"]
+    assert not failed, "\n".join([*failed, "", result.stdout[-6000:]])
+    count = collections.Counter(outcome["outcome"] for outcome in own)
+    assert count["passed"] > 0 and count["skipped"] == 0, count
 
 
-def run(file: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "pytest", "-x", "-m", "not slow", "-p", "no:cacheprovider", str(file)]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+def run(files: list[Path], report: Path) -> tuple[subprocess.CompletedProcess, Path]:
+    command = [sys.executable, "-m", "pytest", "-m", "not slow", "-p", "no:cacheprovider", "--tb=short"]
+    command += ["-p", "benchmarks.gpu_tests", "--report", str(report), *(str(file) for file in files)]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=600, check=False, cwd=ROOT
+    )
+    return result, report
 
 
 @pytest.fixture(scope="module")
-def running(request):
-    """The runs of the files that this session wants, two at a time: each is one thread."""
+def running(request, tmp_path_factory):
+    """A future for each file that this session wants. The longest file goes to the process that has least so far."""
     wanted = {item.callspec.params["file"] for item in request.session.items if "running" in item.fixturenames}
-    with ThreadPoolExecutor(2) as pool:
-        yield {file: pool.submit(run, file) for file in FILES if file in wanted}
+    shares: list[list[Path]] = [[] for _ in range(PROCESSES)]
+    for file in sorted(wanted, key=lambda file: -file.stat().st_size):
+        min(shares, key=lambda share: sum(other.stat().st_size for other in share)).append(file)
+    folder = tmp_path_factory.mktemp("interpreter")
+    with ThreadPoolExecutor(PROCESSES) as pool:
+        futures = {}
+        for index, share in enumerate(share for share in shares if share):
+            future = pool.submit(run, share, folder / f"{index}.jsonl")
+            futures |= dict.fromkeys(share, future)
+        yield futures

@@ -10,6 +10,7 @@ A test that takes `backend` runs once for each backend that has the public op wh
 from __future__ import annotations
 
 import os
+import sys
 
 import pytest
 import torch
@@ -58,6 +59,14 @@ def device() -> str:
 def unguarded(guards, monkeypatch):
     """For opcheck: outputs in storage of their own, as the fake implementation promises."""
     monkeypatch.setattr(memory, "allocate", torch.empty)
+
+
+@pytest.fixture(autouse=True)
+def compiled_afresh():
+    """What one test compiled does not count for the next: dynamo gives up on the ninth version of a function."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 @pytest.fixture(autouse=True)
