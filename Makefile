@@ -1,16 +1,17 @@
 # make demo    train a small GPT on Python's own source, from nothing to a sample (7 to 8 minutes on two cores)
 # make test    all tests but the long ones (13 minutes on two cores)
 # make faults  every promise about faults at its full number of trials, as a table (its time is not yet measured)
-# make gates   compile every Triton kernel for sm_80, sm_90 and sm_100, hold it against benchmarks/compile_budget.json
+# make gates   compile every Triton and CUDA kernel for sm_80, sm_90 and sm_100, hold it against benchmarks/*_budget.json
 # make gpu     where there is an NVIDIA GPU: build, run all GPU tests and benchmarks, results in build/gpu (9 minutes)
-# Each but `make gpu` makes .venv first, with the pinned packages of requirements*.txt. Choose the interpreter with PYTHON=python3.12.
+# make sanitize  where there is an NVIDIA GPU: compute-sanitizer over the tests of the CUDA kernels
+# All but the last two make .venv first, with the pinned packages of requirements*.txt. Choose the interpreter with PYTHON=python3.12.
 
 PYTHON ?= python3
 BIN := .venv/bin
 CSRC := setup.py $(wildcard csrc/*.* csrc/device/* csrc/simt/*)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: help setup demo simt test test-all faults gates gpu lint bench clean
+.PHONY: help setup demo simt test test-all faults gates gpu sanitize lint bench clean
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
@@ -52,6 +53,12 @@ faults: .venv/dev
 
 gates: .venv/dev
 	$(BIN)/python -m benchmarks.compile_report --check
+	$(BIN)/python -m benchmarks.cuda_report --check
+	$(BIN)/python -m pytest tests/test_modules.py
+
+# With the machine's own Python, as `make gpu`: compute-sanitizer over the small shapes of tests/kernels.
+sanitize:
+	$(PYTHON) -m benchmarks.sanitize
 
 # With the machine's own Python, which has a torch for its GPU: nothing is installed. GPU="--only bench --ops norm".
 gpu:
