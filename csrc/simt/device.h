@@ -1,6 +1,7 @@
 // The CPU side of platform.cuh: the names that kernels use, over the fibers of threads.h. device/cuda.cuh is its twin.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <type_traits>
@@ -21,6 +22,9 @@
 #define gridDim (::megakern::simt::self->block->grid)
 
 namespace megakern {
+
+using std::max;
+using std::min;
 
 inline void sync_block(MK_SITE) { simt::barrier_sync(0, 0, site); }
 inline void sync_warp(MK_SITE) { simt::meet("sync_warp", site, nullptr); }

@@ -10,7 +10,7 @@
 #include <numeric>
 
 #include "device/platform.cuh"
-#include "simt/scheduler.h"
+#include "simt/async.h"
 #include "simt/simt.h"
 
 namespace megakern::simt {
@@ -24,10 +24,6 @@ constexpr std::size_t kStack = 512 * 1024;
 #else
 constexpr std::size_t kStack = 128 * 1024;
 #endif
-constexpr std::size_t kMostShared = 227 * 1024;  // of a block on Hopper and Blackwell
-// The window begins as on the hardware, after the 1 KB that the system keeps, and another 16 bytes later, so that code
-// which does not align its buffers for TMA fails.
-constexpr std::size_t kSharedStart = 1024 + 16;
 
 GuardedMemory::GuardedMemory(std::size_t bytes) : bytes_((bytes + kPage - 1) / kPage * kPage) {
   void* all = mmap(nullptr, bytes_ + 2 * kPage, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -88,7 +84,7 @@ static std::string waiters() {
     for (const Fiber& fiber : machine.slots[i]->fibers) {
       if (&fiber - fiber.block->fibers >= fiber.block->threads || !fiber.waits) continue;
       std::string text = fiber.waits;
-      if (*fiber.what) text += std::string(" '") + fiber.what + "'";
+      if (*fiber.what) text += std::string(" '") + fiber.what + "' phase";
       if (fiber.detail >= 0) text += " " + std::to_string(fiber.detail);
       ++groups.insert({text + at(fiber.site), {0, &fiber}}).first->second.count;
     }
@@ -98,6 +94,7 @@ static std::string waiters() {
     all += "\n  " + std::to_string(group.count) + " threads wait at " + text + "; the first is block " +
            triple(group.first->block->index) + " thread " + triple(group.first->thread);
   }
+  for (int i = 0; i < machine.resident; ++i) all += describe_barriers(machine.slots[i]->block);
   return all;
 }
 
@@ -163,7 +160,7 @@ static void check_shared(const Slot& slot) {
   if (touched(slot.block.shared_end, slot.shared.end())) fail("the kernel wrote behind the end of shared memory", {});
 }
 
-static void admit(dim3 index, int rank) {
+static void admit(dim3 index, int rank, ClusterState* cluster) {
   const Launch& launch = *machine.launch;
   if (machine.resident == int(machine.slots.size())) machine.slots.push_back(std::make_unique<Slot>());
   Slot& slot = *machine.slots[machine.resident++];
@@ -182,6 +179,7 @@ static void admit(dim3 index, int rank) {
   block.fibers = slot.fibers.data();
   block.first_warp = slot.warps.data();
   place_shared(slot, launch.shared);
+  join_cluster(cluster, block);
   for (int w = 0; w < warps; ++w) {
     Warp& warp = slot.warps[w];
     warp.block = &block;
@@ -191,6 +189,7 @@ static void admit(dim3 index, int rank) {
     const int lanes = std::min(32, threads - 32 * w);
     warp.exists = warp.ready = lanes == 32 ? ~0u : (1u << lanes) - 1;
     warp.left = warp.arrived = 0;
+    warp.async = nullptr;
     machine.warps.push_back(&warp);
     machine.ready.resize((machine.warps.size() + 63) / 64);
     machine.ready[warp.place / 64] |= std::uint64_t(1) << warp.place % 64;
@@ -214,6 +213,7 @@ static void release_all() {
   machine.spinners.clear();
   machine.running = 0;
   machine.error = nullptr;
+  forget_async();
   self = &machine.main;
 }
 
@@ -259,9 +259,10 @@ void run(const Launch& launch) {
   } clean;
   const long across = launch.grid.x / launch.cluster, clusters = across * launch.grid.y * launch.grid.z;
   for (const long cluster : cluster_order(clusters)) {
+    ClusterState* together = new_cluster();
     for (unsigned rank = 0; rank < launch.cluster; ++rank) {
       admit(dim3(unsigned(cluster % across) * launch.cluster + rank, unsigned(cluster / across % launch.grid.y),
-                 unsigned(cluster / across / launch.grid.y)), int(rank));
+                 unsigned(cluster / across / launch.grid.y)), int(rank), together);
     }
     run_fibers();
     self = &machine.main;

@@ -71,6 +71,7 @@ static void leave() {
   Fiber& fiber = *self;
   Warp& warp = *fiber.warp;
   Block& block = *fiber.block;
+  end_thread(fiber);
   warp.left |= 1u << fiber.lane;
   warp.ready &= ~(1u << fiber.lane);
   if (warp.ready == 0) machine.ready[warp.place / 64] &= ~(std::uint64_t(1) << warp.place % 64);
@@ -81,7 +82,7 @@ static void leave() {
   if (block.barrier[0].arrived) {
     fail("a thread leaves the kernel while others wait for it in sync_block", block.barrier[0].site);
   }
-  if (block.left == block.threads) check_leftovers(block);
+  if (block.left == block.threads) end_block(block);
 }
 
 // The first function on each fiber's stack. Nothing may be thrown out of it: there is no caller.
@@ -361,6 +362,7 @@ static void arrive(Warp& warp, int id, int threads, Site site) {
   if (barrier.arrived < threads) return;
   if (barrier.arrived > threads) fail(name() + ": more than " + std::to_string(threads) + " threads arrive", site);
   barrier.arrived = 0;
+  settle_fences(block);
   for (unsigned rest = barrier.waiting; rest; rest &= rest - 1) wake_all(block.first_warp[lowest(rest)]);
   barrier.waiting = 0;
 }

@@ -64,6 +64,7 @@ struct Machine {
 
 extern Machine machine MK_SIMT_HIDDEN;
 
+constexpr std::size_t kMostShared = 227 * 1024;  // bytes of a block on Hopper and Blackwell
 constexpr unsigned char kPoison = 0xFF;  // NaN in each floating point type, -1 in integers
 
 // Prepares a fiber that runs the kernel's body when it is switched to.
@@ -74,7 +75,17 @@ void run_fibers();
 [[noreturn]] void abandon();
 // Runs one asynchronous operation that is under way; false if there is none.
 bool complete_one();
-// Fails if `block` leaves behind work that is under way.
-void check_leftovers(Block& block);
+// At the end of a thread, of a block: fails if it leaves behind work that is under way.
+void end_thread(Fiber& fiber);
+void end_block(Block& block);
+// At a meeting of threads: carries out the proxy fences of those that have come.
+void settle_fences(Block& block);
+// The mbarriers at which threads wait, one a line.
+std::string describe_barriers(const Block& block);
+// Forgets all asynchronous work, for a new launch.
+void forget_async();
+// A cluster for the blocks that are admitted next.
+ClusterState* new_cluster();
+void join_cluster(ClusterState* cluster, Block& block);
 
 }  // namespace megakern::simt

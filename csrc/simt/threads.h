@@ -26,7 +26,10 @@ struct Site {
 };
 
 struct Block;
-struct Async;  // what a warp has in flight: async.h
+struct ThreadAsync;  // async.h has these
+struct WarpAsync;
+struct BlockAsync;
+struct ClusterState;
 
 // 32 threads and the one operation of all its lanes that may be under way.
 struct Warp {
@@ -45,6 +48,8 @@ struct Warp {
   alignas(16) unsigned char in[32][kValue];
   alignas(16) unsigned char out[32][kValue];
   int from[32];
+  void* address[32];  // what a lane points at
+  WarpAsync* async;   // nullptr until it is used
 };
 
 struct Fiber {
@@ -58,6 +63,7 @@ struct Fiber {
   const char* what;
   long detail;
   Site site;
+  ThreadAsync* async;
 };
 
 struct Barrier {
@@ -77,6 +83,8 @@ struct Block {
   Fiber* fibers;
   Warp* first_warp;
   Barrier barrier[kBarriers];
+  ClusterState* cluster;
+  BlockAsync* async;
 };
 
 // The thread that runs. Launches take turns (a lock), so there is one.
