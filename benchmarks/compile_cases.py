@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from unittest import mock
 
 import torch
 
 from megakern.kernels.triton import (
     activation,
     adamw,
+    attention,
+    configs,
     cross_entropy,
     dropout,
     grad_norm,
@@ -149,8 +152,42 @@ def _linear_cross_entropy(dtype: torch.dtype) -> None:
     linear_cross_entropy.linear_cross_entropy_sum(x, weight, targets, True, True, -100, 0.0, 0.0, 32000, "")
 
 
+def _attention(
+    D: int, dtype: torch.dtype, window=(-1, 0), softcap=0.0, dropout_p=0.0, packed=False, configuration=None
+) -> None:
+    shape = (2048,) if packed else (2, 2048)
+    q = tensor(*shape, 8, D, dtype=dtype)
+    k, v = (tensor(*shape, 4, D, dtype=dtype) for _ in range(2))
+    offsets = tensor(5, dtype=torch.int32) if packed else None
+    how = (offsets, offsets, window, D**-0.5, softcap, dropout_p, (12345, 0, 0), True)
+    with mock.patch.dict(configs.ATTENTION, configuration or {}):
+        out, lse = attention.attention_forward(q, k, v, *how)
+        attention.attention_backward(out, q, k, v, out, lse, *how)
+
+
+def _add_attention() -> None:
+    for (role, D), (first, *others) in configs.ATTENTION.items():
+        if D >= 64:
+            CASES[f"attention {D} bf16"] = partial(_attention, D, torch.bfloat16)
+        for config in others if D >= 64 else ():
+            choice = {(role, D): (config,)}
+            CASES[f"attention {D} {role} {config.name}"] = partial(
+                _attention, D, torch.bfloat16, configuration=choice
+            )
+    options = {"window": (128, 0)}, {"softcap": 30.0}, {"dropout_p": 0.1}, {"packed": True}
+    everything = {name: value for option in options for name, value in option.items()}
+    for option in options:
+        CASES[f"attention 128 bf16 {next(iter(option))}"] = partial(_attention, 128, torch.bfloat16, **option)
+    for D in (64, 128, 256):
+        CASES[f"attention {D} bf16 with everything"] = partial(_attention, D, torch.bfloat16, **everything)
+        CASES[f"attention {D} fp32"] = partial(_attention, D, torch.float32)
+    for D in (16, 80):
+        CASES[f"attention {D} fp16"] = partial(_attention, D, torch.float16)
+
+
 for dtype, short in SHORT.items():
     CASES[f"linear_cross_entropy {short}"] = partial(_linear_cross_entropy, dtype)
+_add_attention()
 _add_linear()
 _add_norms()
 _add_optimizer()

@@ -12,7 +12,6 @@ recorded, and each is compiled for sm_80, sm_90 and sm_100 by the ptxas in Trito
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import multiprocessing
 import os
@@ -35,6 +34,7 @@ from megakern.kernels.triton.launch import Launch, recording
 BUDGET = Path(__file__).with_name("compile_budget.json")
 ARCHITECTURES = (80, 90, 100)
 SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}  # bytes that one block may have
+TENSOR_MEMORY = 512  # columns that an SM of sm_100 has; with more, ptxas makes an empty kernel
 TENSOR_CORE = re.compile(r"\b(HGMMA|UTC[A-Z]*MMA|HMMA|QGMMA|IMMA|DMMA)\b")
 TYPES = {
     torch.float16: "fp16",
@@ -91,7 +91,7 @@ def _source(launch: Launch) -> ASTSource:
         raise TypeError(f"{launch.kernel.__name__}: arguments that do not match its signature: {sorted(missing)}")
     for index, (parameter, name) in enumerate(zip(launch.kernel.params, launch.kernel.arg_names, strict=True)):
         value = given[name]
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and not parameter.do_not_specialize):
             signature[name] = "constexpr"
             constants[(index,)] = value
         elif isinstance(value, torch.Tensor):
@@ -102,7 +102,9 @@ def _source(launch: Launch) -> ASTSource:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
         else:
             signature[name] = "fp32"
-        if isinstance(value, torch.Tensor) or (type(value) is int and value % 16 == 0):
+        if isinstance(value, torch.Tensor) or (
+            type(value) is int and value % 16 == 0 and not parameter.do_not_specialize
+        ):
             attributes[(index,)] = [["tt.divisibility", 16]]
     attributes = {index: value for index, value in attributes.items() if index not in constants}
     return ASTSource(launch.kernel, signature, constants, attributes)
@@ -112,12 +114,14 @@ def compile_for(launch: Launch, arch: int) -> Need:
     """Compile one launch for sm_`arch` and read the machine code."""
     options = {"num_warps": launch.config.warps, "num_stages": launch.config.stages}
     compiled = triton.compile(_source(launch), target=GPUTarget("cuda", arch, 32), options=options)
+    if (columns := getattr(compiled.metadata, "tmem_size", 0) or 0) > TENSOR_MEMORY:
+        raise RuntimeError(f"{launch.kernel.__name__} {launch.config} needs {columns} columns of tensor memory")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
         matrix = ""
-        if "tl.dot(" in inspect.getsource(launch.kernel.fn):
+        if "tt.dot" in compiled.asm["ttir"]:
             matrix = "+".join(sorted(set(TENSOR_CORE.findall(_tool("nvdisasm", "-c", file.name)))))
     found = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage)
     if found is None:

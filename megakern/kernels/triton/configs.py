@@ -185,6 +185,93 @@ def no_bf16_products(problem) -> str | None:
     return None
 
 
+# --- attention: BM rows of queries meet BN keys at a time; BD is the head dim rounded up ---
+
+SMALLEST_HEAD, LARGEST_HEAD = 16, 256
+
+
+def head_tile(D: int) -> int:
+    """Columns of a tile of queries, keys or values: a power of two that the matrix instructions take."""
+    return max(SMALLEST_HEAD, power_of_two(D))
+
+
+def _attention_tile(name: str, BM: int, BN: int, warps: int, stages: int, why: str) -> Config:
+    return Config(name, {"BM": BM, "BN": BN}, warps, stages, why)
+
+
+# (role, BD) -> the configuration of 16-bit dtypes, first, and the others that are worth a measurement.
+ATTENTION: dict[tuple[str, int], tuple[Config, ...]] = {
+    ("forward", 64): (
+        _attention_tile("128x64", 128, 64, 4, 3, "64 fp32 scores and 64 sums a thread; three programs an SM"),
+        _attention_tile("128x128", 128, 128, 8, 3, "64 scores and 32 sums a thread, half the steps"),
+    ),
+    ("forward", 128): (
+        _attention_tile("128x128", 128, 128, 8, 2, "64 fp32 scores and 64 sums a thread; 160 KB of shared memory"),
+        _attention_tile("128x64", 128, 64, 8, 3, "32 scores and 64 sums a thread"),
+        _attention_tile("128x64-narrow", 128, 64, 4, 2, "two programs an SM: one multiplies, one exponentiates"),
+    ),
+    ("forward", 256): (
+        _attention_tile("128x64", 128, 64, 8, 2, "32 fp32 scores and 128 sums a thread; 192 KB of shared memory"),
+        _attention_tile("64x64", 64, 64, 4, 2, "the same a thread; 160 KB"),
+    ),
+    ("key-value gradient", 64): (
+        _attention_tile("64x128", 64, 128, 8, 3, "32 + 32 fp32 scores, 32 + 32 sums a thread"),
+        _attention_tile("128x128", 128, 128, 8, 2, "64 + 64 scores, 32 + 32 sums a thread, half the steps"),
+    ),
+    ("key-value gradient", 128): (
+        _attention_tile("64x128", 64, 128, 8, 2, "32 + 32 fp32 scores, 64 + 64 sums a thread"),
+        _attention_tile("32x128", 32, 128, 8, 3, "16 + 16 scores, 64 + 64 sums a thread"),
+        _attention_tile("64x64", 64, 64, 4, 2, "32 + 32 scores, 64 + 64 sums a thread; two programs an SM"),
+    ),
+    ("key-value gradient", 256): (
+        _attention_tile(
+            "32x32", 32, 32, 8, 2,
+            "sums of 64 keys do not fit beside the scores: neither in registers nor in the tensor memory of sm_100",
+        ),
+    ),
+    ("query gradient", 64): (
+        _attention_tile("128x64", 128, 64, 8, 3, "32 + 32 fp32 scores, 32 sums a thread"),
+        _attention_tile("128x128", 128, 128, 8, 2, "64 + 64 scores, 32 sums a thread, half the steps"),
+    ),
+    ("query gradient", 128): (
+        _attention_tile("128x64", 128, 64, 8, 2, "32 + 32 fp32 scores, 64 sums a thread"),
+        _attention_tile("64x64", 64, 64, 4, 2, "the same a thread; two programs an SM"),
+        _attention_tile("128x128", 128, 128, 8, 1, "64 + 64 scores, 64 sums a thread, half the steps"),
+    ),
+    ("query gradient", 256): (
+        _attention_tile("64x64", 64, 64, 8, 2, "16 + 16 fp32 scores, 64 sums a thread"),
+        _attention_tile("64x32", 64, 32, 4, 2, "16 + 16 scores, 128 sums a thread"),
+    ),
+}  # fmt: skip
+ATTENTION |= {(role, BD): ATTENTION[role, 64] for role, _ in list(ATTENTION) for BD in (16, 32)}
+ATTENTION_FP32 = {  # for every role: full precision has no tensor cores, and more sums a thread spill
+    64: _attention_tile("fp32-32x32", 32, 32, 8, 2, "at most 16 fp32 sums a thread"),
+    128: _attention_tile("fp32-16x32", 16, 32, 8, 2, "at most 32 fp32 sums a thread"),
+    256: _attention_tile("fp32-16x16", 16, 16, 8, 2, "at most 32 fp32 sums a thread"),
+}
+
+
+def attention(role: str, D: int, dtype: torch.dtype) -> Config:
+    BD = head_tile(D)
+    return ATTENTION_FP32[max(64, BD)] if dtype == torch.float32 else ATTENTION[role, BD][0]
+
+
+def attention_row_sums(D: int) -> Config:
+    rows = 4096 // head_tile(D)
+    return Config("row-sums", {"ROWS": rows}, 4, why="32 elements of two tensors a thread")
+
+
+def _attention(problem) -> dict[str, Config]:
+    D = problem.sizes["D"]
+    return {role: attention(role, D, problem.dtype) for role in ("forward", "key-value gradient", "query gradient")}
+
+
+def _attention_refusal(problem) -> str | None:
+    if problem.sizes["D"] > LARGEST_HEAD:
+        return f"Triton's attention kernels take head dims up to {LARGEST_HEAD}, not {problem.sizes['D']}"
+    return no_bf16_products(problem)
+
+
 # --- linear_cross_entropy: chunks of rows whose logits take this many bytes, in the dtype of x ---
 
 # Long products and few sums into dweight: for V = 131072 in bf16, 2048 rows.
@@ -221,6 +308,7 @@ def _many(problem) -> dict[str, Config]:
 
 OPS = {
     "AdamW": Op(_many),
+    "attention": Op(_attention, _attention_refusal),
     "clip_grad_norm_": Op(_many),
     "cross_entropy": Op(_cross_entropy),
     "dropout": Op(_dropout),
