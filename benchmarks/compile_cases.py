@@ -166,14 +166,12 @@ def _attention(
 
 
 def _add_attention() -> None:
-    for (role, D), (first, *others) in configs.ATTENTION.items():
+    for (role, D), (_, *others) in configs.ATTENTION.items():
         if D >= 64:
             CASES[f"attention {D} bf16"] = partial(_attention, D, torch.bfloat16)
         for config in others if D >= 64 else ():
             choice = {(role, D): (config,)}
-            CASES[f"attention {D} {role} {config.name}"] = partial(
-                _attention, D, torch.bfloat16, configuration=choice
-            )
+            CASES[f"attention {D} {role} {config.name}"] = partial(_attention, D, torch.bfloat16, configuration=choice)
     options = {"window": (128, 0)}, {"softcap": 30.0}, {"dropout_p": 0.1}, {"packed": True}
     everything = {name: value for option in options for name, value in option.items()}
     for option in options:

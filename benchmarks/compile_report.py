@@ -91,7 +91,12 @@ def _source(launch: Launch) -> ASTSource:
         raise TypeError(f"{launch.kernel.__name__}: arguments that do not match its signature: {sorted(missing)}")
     for index, (parameter, name) in enumerate(zip(launch.kernel.params, launch.kernel.arg_names, strict=True)):
         value = given[name]
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and not parameter.do_not_specialize):
+        special = type(value) is int and not parameter.do_not_specialize
+        if (
+            parameter.is_constexpr
+            or value is None
+            or (type(value) is int and value == 1 and not parameter.do_not_specialize)
+        ):
             signature[name] = "constexpr"
             constants[(index,)] = value
         elif isinstance(value, torch.Tensor):
@@ -102,9 +107,7 @@ def _source(launch: Launch) -> ASTSource:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
         else:
             signature[name] = "fp32"
-        if isinstance(value, torch.Tensor) or (
-            type(value) is int and value % 16 == 0 and not parameter.do_not_specialize
-        ):
+        if isinstance(value, torch.Tensor) or (special and value % 16 == 0):
             attributes[(index,)] = [["tt.divisibility", 16]]
     attributes = {index: value for index, value in attributes.items() if index not in constants}
     return ASTSource(launch.kernel, signature, constants, attributes)

@@ -20,7 +20,7 @@ from benchmarks import compile_report
 from benchmarks.compile_report import Need
 from megakern.kernels import triton as backend
 from megakern.kernels.triton import configs
-from megakern.ops import activation, cross_entropy, dropout, linear, norm, rope  # noqa: F401 - they define the ops
+from megakern.ops import activation, attention, cross_entropy, dropout, linear, norm, rope  # noqa: F401 - they define the ops
 from megakern.ops.dispatch import Problem
 
 NEED = Need(registers=40, spill=0, shared=1024, tensor_core="HGMMA")
@@ -153,3 +153,13 @@ def test_inductor_sees_the_kernels_of_a_linear_layer(fake):
 
     kernels = [name.lstrip("_") for name in traced(function, fake(6, 40), fake(24, 40), fake(24))]
     assert kernels == ["product", "backward", "product", "product", "column_sums", "sum_parts"]
+
+
+def test_inductor_sees_the_kernels_of_attention(fake):
+    def function(q, k, v):
+        how = ([-1, 0], 0.3, 0.0, 0.1, [7, 0, 0], True, "triton")
+        out, lse = torch.ops.megakern.attention.default(q, k, v, None, None, *how)
+        return out, lse
+
+    kernels = [name.lstrip("_") for name in traced(function, fake(2, 9, 4, 16), *(fake(2, 9, 2, 16) for _ in "kv"))]
+    assert kernels == ["forward", "row_sums", "key_value_gradient", "query_gradient"]

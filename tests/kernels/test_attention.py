@@ -209,9 +209,7 @@ def test_strides(backend, device, small_tiles):
 def test_repeats_are_bit_identical(backend, device, small_tiles):
     v = make(1, 40, 40, 2, 1, 16, torch.float16, device)
     options = {"dropout_p": 0.1, "seed": SEED, "deterministic": True}
-    assert all(
-        torch.equal(a, b) for a, b in zip(*(results(v, backend, **options) for _ in range(2)), strict=True)
-    )
+    assert all(torch.equal(a, b) for a, b in zip(*(results(v, backend, **options) for _ in range(2)), strict=True))
 
 
 @pytest.mark.only("triton")

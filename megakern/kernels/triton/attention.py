@@ -61,8 +61,8 @@ def _meet(
 @triton.jit(do_not_specialize=tiles.CHANGING)
 def _forward(
     q, k, v, out, lse, q_offsets, k_offsets, slopes, q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row,
-    v_head, out_batch, out_row, out_head, lse_batch, lse_head, slope_batch, T, S, N, H, G, blocks, left, right, scale, cap, seed,
-    first_sample, first_head, threshold, kept,
+    v_head, out_batch, out_row, out_head, lse_batch, lse_head, slope_batch, T, S, N, H, G, blocks, left, right, scale,
+    cap, seed, first_sample, first_head, threshold, kept,
     LEFT: tl.constexpr, PLAIN: tl.constexpr, CAPPED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip

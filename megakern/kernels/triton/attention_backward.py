@@ -47,7 +47,7 @@ def _meet_rows(
     MASK: tl.constexpr, LEFT: tl.constexpr, CAPPED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """Keys `cols` (BN, 1) meet rows low to high - 1 of one query head. MASK: rows from T on count nothing, lse is inf."""
+    """Keys `cols` (BN, 1) meet rows low to high - 1 of one query head. MASK: rows from T on count nothing."""
     for start in range(low, high, BM):
         rows = start + tl.arange(0, BM)
         query = tiles.tile(q, start, q_row, T, BM, D, BD, MASK)
@@ -82,7 +82,8 @@ def _meet_rows(
 def _key_value_gradient(
     q, k, v, dout, lse, delta, dk, dv, q_offsets, k_offsets, slopes, q_batch, q_row, q_head, k_batch, k_row, k_head,
     v_batch, v_row, v_head, dout_batch, dout_row, dout_head, dk_batch, dk_row, dk_head, lse_batch, lse_head,
-    slope_batch, T, S, N, H, G, blocks, left, right, scale, cap, seed, first_sample, first_head, threshold, kept, factor,
+    slope_batch, T, S, N, H, G, blocks, left, right, scale, cap, seed, first_sample, first_head, threshold, kept,
+    factor,
     LEFT: tl.constexpr, CAPPED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -162,7 +163,8 @@ def _meet_keys(
 def _query_gradient(
     q, k, v, dout, lse, delta, dq, q_offsets, k_offsets, slopes, q_batch, q_row, q_head, k_batch, k_row, k_head,
     v_batch, v_row, v_head, dout_batch, dout_row, dout_head, dq_batch, dq_row, dq_head, lse_batch, lse_head,
-    slope_batch, T, S, N, H, G, blocks, left, right, scale, cap, seed, first_sample, first_head, threshold, kept, factor,
+    slope_batch, T, S, N, H, G, blocks, left, right, scale, cap, seed, first_sample, first_head, threshold, kept,
+    factor,
     LEFT: tl.constexpr, CAPPED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -205,9 +207,7 @@ def _query_gradient(
         total, query, upstream, log, delta_here, k, v, k_row, v_row, ragged, stop, own, S, left, right, scale, cap,
         slope, keys, threshold, kept, True, LEFT, CAPPED, PRECISION, D, BD, BN,
     )  # fmt: skip
-    tiles.put(
-        dq + batch * dq_batch + q_at * dq_row + at * dq_head, total * factor, first, dq_row, T, BM, D, BD
-    )
+    tiles.put(dq + batch * dq_batch + q_at * dq_row + at * dq_head, total * factor, first, dq_row, T, BM, D, BD)
 
 
 # --- launchers ---

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from megakern.kernels.triton.configs import Config, cdiv, head_tile
+from megakern.kernels.triton.configs import cdiv, head_tile
 from megakern.kernels.triton.dropout import fold, seed_key, threshold_of
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -24,8 +24,8 @@ def locate(offsets, other_offsets, program, total, other_total, blocks, N, heads
     """What a program computes -> sample, head, first row of its block, start and length of its sequence on its own side
     and on the other. Programs of a head are neighbours, the last block first: with a causal mask it has the most keys.
 
-    Packed: sequence i owns the blocks from offsets[i] // BLOCK + i on. That is never more than it has, so T // BLOCK + N
-    blocks are enough for all, with no length known on the host; a block past the end has first >= length.
+    Packed: sequence i owns the blocks from offsets[i] // BLOCK + i on, at least as many as it has; so T // BLOCK + N
+    are enough for all, with no length known on the host. A block past the end of its sequence has first >= length.
     """
     head = program // blocks % heads
     block = blocks - 1 - program % blocks
