@@ -63,4 +63,46 @@ struct SwigluBackward {
 };
 void swiglu_backward(const SwigluBackward&, Place);
 
+// --- linear.cu: the matrix products of a linear layer, with what follows them; sm_90a ---
+
+// Which products, by how the operands lie in memory.
+enum class Layout : int {
+  nt = 0,  // a (M, K), b (N, K): y = x W^T
+  nn = 1,  // a (M, K), b (K, N): dx = dy W
+  tn = 2,  // a (K, M), b (K, N): dW = dy^T x
+};
+
+// out (M, N) (+)= act(A B + bias) + residual, A (M, K), B (K, N); pre = A B + bias, rounded, is what act sees. Of
+// bf16 or fp16; out may be fp32, then there is no bias, act, pre or residual, and it may be accumulated into. All rows
+// start on multiples of 16 bytes.
+struct LinearProduct {
+  const void *a, *b, *bias, *residual;
+  void *out, *pre;
+  Dtype dtype, out_dtype, bias_dtype;  // dtype: of a, b, pre, residual
+  Layout layout;
+  int activation;  // an Activation, or -1
+  bool accumulate;
+  int64_t M, N, K, a_stride, b_stride, residual_stride, out_stride;
+  int tile;    // of linear_tile
+  int band;    // rows of out whose tiles are walked column by column; 0: linear.cu's choice
+  int blocks;  // multiprocessors to use
+};
+void linear_product(const LinearProduct&, Place);
+
+// The number of the tile shape that the cost model of linear.cu takes for a product on so many multiprocessors, and what
+// it is, for messages. There are linear_tiles() of them.
+int linear_tile(int64_t M, int64_t N, int64_t K, int blocks);
+int linear_tiles();
+const char* linear_tile_name(int tile);
+
+// out (N,) = sums of the columns of x (M, N), in fp32, in an order that depends on the shape alone. parts: (P, N) fp32
+// scratch; M, N > 0.
+struct ColumnSums {
+  const void* x;
+  void *parts, *out;
+  Dtype dtype, out_dtype;
+  int64_t M, N, x_stride, P;
+};
+void column_sums(const ColumnSums&, Place);
+
 }  // namespace megakern

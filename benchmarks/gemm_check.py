@@ -1,0 +1,206 @@
+# ruff: noqa: B023, E501
+"""Each tile shape of the sm_90a product: right against float64 in every layout, then timed beside cuBLAS.
+
+    MEGAKERN_CUDA_ARCHS=90a NVCC_APPEND_FLAGS="-DMEGAKERN_SPINS=100000 -DMEGAKERN_TRIAL_TILES" \
+        python setup.py build_ext --inplace --modules cuda && python -m benchmarks.gemm_check [right] [timed]
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import statistics
+import sys
+import time
+import traceback
+
+import torch
+
+from megakern.kernels.cuda import linear
+from megakern.kernels.cuda.linear import NN, NT, TN, product
+from megakern.kernels.cuda.module import _C
+from megakern.ops.linear import linear_reference
+
+SIZES = [(128, 256, 64), (8, 8, 8), (1, 16, 72), (256, 512, 192), (200, 264, 328), (129, 136, 1000), (1000, 2056, 520),
+         (4096, 4096, 256), (4104, 3000, 264)]  # fmt: skip
+NAMES = {NT: "nt", NN: "nn", TN: "tn"}
+
+
+def operands(layout, M, N, K, dtype, scale=1.0):
+    g = torch.Generator("cuda").manual_seed(M + N + K)
+    a, b = (torch.randn(s, generator=g, device="cuda") for s in ((M, K), (N, K)))
+    a, b = a.to(dtype), (b * scale).to(dtype)
+    stored_a = a if layout != TN else a.t().contiguous()
+    stored_b = b if layout == NT else b.t().contiguous()
+    return a, b, linear._operand(stored_a) if layout != TN or M % 8 == 0 else None, linear._operand(stored_b)
+
+
+def compare(what, ours, exact, peer):
+    error, theirs = ((x.double() - exact).abs().max().item() for x in (ours, peer))
+    floor = 1e-5 * exact.abs().max().item()
+    if not error <= 2 * theirs + floor:
+        bad = ((ours.double() - exact).abs() > 2 * theirs + floor) | ours.isnan()
+        rows, cols = bad.any(1).nonzero().flatten(), bad.any(0).nonzero().flatten()
+        print(f"  WRONG {what}: error {error:.3e}, cuBLAS {theirs:.3e}; {bad.sum().item()} of {bad.numel()} elements, "
+              f"rows {rows[:4].tolist()}..{rows[-1].item()} ({len(rows)}), cols {cols[:4].tolist()}..{cols[-1].item()} "
+              f"({len(cols)})", flush=True)  # fmt: skip
+        return False
+    return True
+
+
+def right(tile):
+    good = bad = 0
+    for dtype in (torch.bfloat16, torch.float16):
+        for layout in (NT, NN, TN):
+            for M, N, K in SIZES:
+                a, b, stored_a, stored_b = operands(layout, M, N, K, dtype)
+                if stored_a is None or M * N * 2 % 16 or N % 8:
+                    continue
+                for blocks in (132, 6):
+                    out = torch.full((M, N), float("nan"), dtype=dtype, device="cuda")
+                    product(layout, stored_a, stored_b, out, tile=tile, blocks=blocks)
+                    again = torch.empty_like(out)
+                    product(layout, stored_a, stored_b, again, tile=tile, blocks=blocks)
+                    torch.cuda.synchronize()
+                    exact = a.double() @ b.double().t()
+                    what = f"{NAMES[layout]} {dtype} {M} x {N} x {K} blocks {blocks}"
+                    ok = compare(what, out, exact, a @ b.t())
+                    if ok and not torch.equal(out, again):
+                        print(f"  WRONG {what}: two runs differ", flush=True)
+                        ok = False
+                    good, bad = good + ok, bad + (not ok)
+                if layout == TN:
+                    start = torch.randn(M, N, device="cuda")
+                    into, wide = start.clone(), torch.full((M, N), float("nan"), device="cuda")
+                    product(layout, stored_a, stored_b, into, accumulate=True, tile=tile)
+                    product(layout, stored_a, stored_b, wide, tile=tile)
+                    exact = a.double() @ b.double().t()
+                    peer = a.float() @ b.float().t()
+                    ok = compare(f"fp32 {what}", wide, exact, peer) & compare(
+                        f"accumulated {what}", into, exact + start.double(), peer + start
+                    )
+                    good, bad = good + ok, bad + (not ok)
+        for M, N, K in ((200, 264, 328), (1000, 2056, 520)):
+            for activation in ("", "gelu", "gelu_tanh", "relu_squared", "silu"):
+                a, b, stored_a, stored_b = operands(NT, M, N, K, dtype, K**-0.5)
+                bias, residual = torch.randn(N, device="cuda"), torch.randn(M, N, device="cuda").to(dtype)
+                for given in (bias, bias.to(dtype)):
+                    out, pre = (torch.full((M, N), float("nan"), dtype=dtype, device="cuda") for _ in range(2))
+                    product(NT, stored_a, stored_b, out, bias=given, pre=pre, residual=residual, activation=activation,
+                            tile=tile)  # fmt: skip
+                    keywords = {"activation": activation or None}
+                    exact = linear_reference(
+                        a.double(), b.double(), given.double(), residual=residual.double(), **keywords
+                    )
+                    peer = linear_reference(a, b, given, residual=residual, **keywords)
+                    ok = compare(f"{activation} {dtype} {M} x {N} x {K}", out, exact, peer)
+                    exact = linear_reference(a.double(), b.double(), given.double())
+                    ok &= compare(f"pre {dtype} {M} x {N} x {K}", pre, exact, linear_reference(a, b, given))
+                    good, bad = good + ok, bad + (not ok)
+    print(f"  {good} right, {bad} wrong", flush=True)
+    return bad == 0
+
+
+def sums():
+    for M, N in ((1, 8), (1000, 1032), (8192, 4096)):
+        x = torch.randn(M, N, device="cuda").bfloat16()
+        out = torch.empty(N, device="cuda")
+        linear._column_sums(x, out)
+        if not compare(f"column sums {M} x {N}", out[None], x.double().sum(0)[None], x.float().sum(0)[None]):
+            return False
+    print("  column sums right", flush=True)
+    return True
+
+
+def milliseconds(calls, rounds=12):
+    times = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    for _ in range(rounds):
+        for name, call in calls.items():
+            torch.cuda._sleep(200_000)
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call()
+            end.record()
+            torch.cuda.synchronize()
+            times[name].append(start.elapsed_time(end))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def timed(tiles):
+    print(torch.cuda.get_device_name(), torch.__version__, flush=True)
+    shapes = [
+        (8192, 8192, 8192),
+        (4096, 4096, 4096),
+        (8192, 6144, 4096),
+        (8192, 28672, 4096),
+        (2048, 2048, 2048),
+        (64, 8192, 8192),
+    ]
+    for M, N, K in shapes:
+        for layout in (NT, NN, TN):
+            _, _, a, b = operands(layout, M, N, K, torch.bfloat16)
+            out = torch.empty(M, N, dtype=torch.bfloat16, device="cuda")
+            left, right_ = a.t() if layout == TN else a, b.t() if layout == NT else b
+            calls = {"cuBLAS": lambda left=left, right_=right_: torch.matmul(left, right_, out=out)}
+            cube = M == N == K and M >= 4096
+            for tile in tiles if layout == NT else tiles[:3]:
+                calls[f"tile {tile}"] = lambda tile=tile: product(layout, a, b, out, tile=tile)
+                if cube and tile == 0 and layout == NT:
+                    for band in (1024, 4096):
+                        calls[f"tile 0 band {band}"] = lambda band=band: product(layout, a, b, out, tile=0, band=band)
+                    calls["tile 0 blocks 128"] = lambda: product(layout, a, b, out, tile=0, blocks=128)
+            ms = milliseconds(calls)
+            flops = 2 * M * N * K
+            print(f"{M} x {N} x {K} {NAMES[layout]}, takes tile {linear.choose_tile(M, N, K, out.device)}: " + "; ".join(
+                f"{name} {flops / t / 1e9:.0f} ({ms['cuBLAS'] / t:.3f})" for name, t in ms.items()), flush=True)  # fmt: skip
+    M, N, K = 8192, 16384, 4096
+    _, _, a, b = operands(NT, M, N, K, torch.bfloat16, K**-0.5)
+    bias = torch.randn(N, device="cuda").bfloat16()
+    out, pre, residual = (torch.randn(M, N, device="cuda").bfloat16() for _ in range(3))
+    F = torch.nn.functional
+    calls = {
+        "cuBLAS, bias, gelu_tanh": lambda: F.gelu(F.linear(a, b, bias), approximate="tanh"),
+        "cuBLAS": lambda: F.linear(a, b),
+    }
+    for tile in tiles[:3]:
+        for name, keywords in {
+            "plain": {}, "bias": {"bias": bias}, "gelu_tanh": {"bias": bias, "activation": "gelu_tanh"},
+            "gelu": {"bias": bias, "activation": "gelu"}, "gelu_tanh, pre": {"bias": bias, "activation": "gelu_tanh", "pre": pre},
+            "residual": {"residual": residual},
+        }.items():  # fmt: skip
+            calls[f"tile {tile} {name}"] = lambda tile=tile, keywords=keywords: product(
+                NT, a, b, out, tile=tile, **keywords
+            )
+    ms = milliseconds(calls, 8)
+    for name, t in ms.items():
+        print(f"{M} x {N} x {K} {name}: {t:.3f} ms, {2 * M * N * K / t / 1e9:.0f} TFLOP/s", flush=True)
+    return True
+
+
+def child(name, function, *arguments, seconds=60):
+    """Runs it in a process of its own: an error of the GPU ends that alone."""
+    print(f"{name}:", flush=True)
+    started = time.monotonic()
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(seconds)
+        try:
+            os._exit(0 if function(*arguments) else 1)
+        except BaseException:  # noqa: BLE001
+            traceback.print_exc(limit=-2)
+            os._exit(2)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    print(f"  {'ok' if status == 0 else f'FAILED ({status})'} in {time.monotonic() - started:.0f} s", flush=True)
+    return status == 0
+
+
+if __name__ == "__main__":
+    wanted = sys.argv[1:] or ["right", "timed"]
+    tiles = list(range(_C.linear_tiles()))
+    if "right" in wanted:
+        child("column sums", sums)
+        tiles = [tile for tile in tiles if child(f"tile {tile}, {_C.linear_tile_name(tile)}", right, tile)]
+    if "timed" in wanted and tiles:
+        child(f"times of tiles {tiles}, TFLOP/s (x cuBLAS)", timed, tiles, seconds=100)

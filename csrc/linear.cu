@@ -1,0 +1,234 @@
+// The matrix products of a linear layer: y = act(x W^T + bias) + residual, dx = dy W, dW (+)= dy^T x, dbias.
+//
+// Writes: out and pre whole (=), or out += in fp32. Same bits at each run: no sum is split over blocks.
+// Parallel: persistent blocks of a producer and two consumer warpgroups own tiles of out; the kernel is in product.cuh.
+// Limits: sm_90a; bf16 and fp16; rows on multiples of 16 bytes, so N and K that 8 divides; sizes below 2^31.
+#if defined(MEGAKERN_SIMT) && !__has_include("simt/ptx.h")
+// The emulator has no copy engine and no tensor cores yet.
+#include <stdexcept>
+
+#include "api.h"
+
+namespace megakern {
+void linear_product(const LinearProduct&, Place) { throw std::runtime_error("linear_product: not in this emulator"); }
+void column_sums(const ColumnSums&, Place) { throw std::runtime_error("column_sums: not in this emulator"); }
+int linear_tile(int64_t, int64_t, int64_t, int) { return 0; }
+int linear_tiles() { return 0; }
+const char* linear_tile_name(int) { return ""; }
+}  // namespace megakern
+#else
+#include <algorithm>
+#include <tuple>
+
+#include "device/checks.h"
+#include "device/vector.cuh"
+#include "product.cuh"
+
+namespace megakern {
+
+// --- tiles ---
+
+// How the cost model sees a tile shape. Figures: not yet measured.
+struct TileCost {
+  const char* name;
+  double rate;      // of the tensor cores' peak in the main loop, when all blocks run
+  double epilogue;  // cycles a tile in which no product runs
+};
+
+// One table: shapes for the compiler, costs for the choice.
+using Tiles = std::tuple<ProductTile<128, 256, 4, 2, false>, ProductTile<128, 192, 4, 2, false>,
+                         ProductTile<128, 128, 6, 2, true>, ProductTile<64, 128, 8, 1, true>
+#if defined(MEGAKERN_TRIAL_TILES)
+                         , ProductTile<128, 256, 4, 1, false>, ProductTile<256, 128, 4, 2, false>,
+                         ProductTile<128, 256, 3, 2, false>, ProductTile<128, 128, 6, 1, true>
+#endif
+                         >;
+constexpr TileCost kTileCosts[] = {
+    {"128 x 256, cooperative, clusters of 2", 0.80, 2000},
+    {"128 x 192, cooperative, clusters of 2", 0.75, 1500},
+    {"128 x 128, ping-pong, clusters of 2", 0.70, 300},
+    {"64 x 128, ping-pong", 0.50, 300},
+#if defined(MEGAKERN_TRIAL_TILES)
+    {"128 x 256, cooperative, no cluster", 0.1, 0},
+    {"256 x 128, cooperative, clusters of 2", 0.1, 0},
+    {"128 x 256, cooperative, clusters of 2, 3 stages", 0.1, 0},
+    {"128 x 128, ping-pong, no cluster", 0.1, 0},
+#endif
+};
+constexpr int kBand = 2048;  // rows of out in a band of tiles (Schedule); not yet measured
+constexpr int kTiles = int(std::tuple_size_v<Tiles>);
+static_assert(kTiles == int(sizeof kTileCosts / sizeof kTileCosts[0]));
+
+// f(Tile{}) for the tile shape of that number.
+template <int I = 0, class F>
+void with_tile(int tile, F f) {
+  if constexpr (I < kTiles) {
+    if (tile == I) return f(std::tuple_element_t<I, Tiles>{});
+    with_tile<I + 1>(tile, f);
+  }
+}
+
+// Groups of blocks that share B, and rounds in which they compute all tiles.
+template <class Tile>
+int64_t tasks(int64_t M, int64_t N) {
+  return ceil_div(M, int64_t(Tile::rows * Tile::cluster)) * ceil_div(N, int64_t(Tile::cols));
+}
+
+// Cycles: rounds of tiles, each with its main loop at 2048 multiply-adds a cycle times `rate`, then what hides nothing.
+template <class Tile>
+double cycles(int64_t M, int64_t N, int64_t K, int blocks, const TileCost& cost) {
+  const int64_t clusters = blocks / Tile::cluster > 0 ? blocks / Tile::cluster : 1;
+  const double rounds = double(ceil_div(tasks<Tile>(M, N), clusters));
+  const double steps = double(ceil_div(K, int64_t(Tile::depth)));
+  return rounds * (steps * Tile::rows * Tile::cols * Tile::depth / 2048 / cost.rate + cost.epilogue);
+}
+
+int linear_tile(int64_t M, int64_t N, int64_t K, int blocks) {
+  int best = 0;
+  double least = 0;
+  for (int i = 0; i < kTiles; ++i) {
+    with_tile(i, [&](auto tile) {
+      const double cost = cycles<decltype(tile)>(M, N, K, blocks, kTileCosts[i]);
+      if (i == 0 || cost < least) best = i, least = cost;
+    });
+  }
+  return best;
+}
+
+int linear_tiles() { return kTiles; }
+
+const char* linear_tile_name(int tile) {
+  if (tile < 0 || tile >= kTiles) throw std::invalid_argument("linear_tile_name: there is no tile " + std::to_string(tile));
+  return kTileCosts[tile].name;
+}
+
+// --- kernels ---
+
+// Block (i, j): columns 256 i to 256 i + 255 of rows j, j + P, ... in groups of 8; row j of the parts. 8 columns a
+// thread; the 8 warps take rows in turn, and their sums are added in shared memory.
+template <class T>
+MK_KERNEL void column_sums_kernel(ColumnSums p) {
+  SharedMemory shared;
+  float* sums = shared.take<float>(8 * 256);
+  const int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp;
+  const int64_t col = int64_t(blockIdx.x) * 256 + lane * 8;
+  Vector<float, 8> total = filled<float, 8>(0.0f);
+  if (col < p.N) {
+    const T* x = static_cast<const T*>(p.x) + col;
+#pragma unroll 4
+    for (int64_t row = int64_t(blockIdx.y) * 8 + warp; row < p.M; row += int64_t(gridDim.y) * 8) {
+      const Vector<float, 8> values = to_float(load<8>(x + row * p.x_stride));
+#pragma unroll
+      for (int i = 0; i < 8; ++i) total[i] += values[i];
+    }
+  }
+  store(sums + warp * 256 + lane * 8, total);
+  sync_block();
+  float sum = 0;
+  for (int w = 0; w < 8; ++w) sum += sums[w * 256 + threadIdx.x];
+  const int64_t own = int64_t(blockIdx.x) * 256 + threadIdx.x;
+  if (own < p.N) static_cast<float*>(p.parts)[blockIdx.y * p.N + own] = sum;
+}
+
+// out[n] = sum of parts[j][n] over j: a thread a column.
+template <class T>
+MK_KERNEL void sum_parts_kernel(ColumnSums p) {
+  const int64_t col = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (col >= p.N) return;
+  const float* parts = static_cast<const float*>(p.parts) + col;
+  float sum = 0;
+#pragma unroll 8
+  for (int64_t j = 0; j < p.P; ++j) sum += parts[j * p.N];
+  static_cast<T*>(p.out)[col] = from_float<T>(sum);
+}
+
+// --- launchers ---
+
+template <class T, class Out, Layout L, class Tile>
+void launch_product(const LinearProduct& p, Place place) {
+  const TensorMap a = L == Layout::tn ? matrix_map(p.a, p.dtype, p.K, p.M, p.a_stride, Tile::depth, 64, Swizzle::b128)
+                                      : matrix_map(p.a, p.dtype, p.M, p.K, p.a_stride, Tile::rows, 64, Swizzle::b128);
+  const TensorMap b =
+      L == Layout::nt ? matrix_map(p.b, p.dtype, p.N, p.K, p.b_stride, Tile::cols / Tile::cluster, 64, Swizzle::b128)
+                      : matrix_map(p.b, p.dtype, p.K, p.N, p.b_stride, Tile::depth / Tile::cluster, 64, Swizzle::b128);
+  const int width = 128 / int(sizeof(Out));
+  const TensorMap out = matrix_map(p.out, p.out_dtype, p.M, p.N, p.out_stride, 64, width, Swizzle::b128);
+  const TensorMap pre = p.pre ? matrix_map(p.pre, p.dtype, p.M, p.N, p.N, 64, width, Swizzle::b128) : out;
+  const int64_t clusters = std::min<int64_t>(tasks<Tile>(p.M, p.N), std::max(1, p.blocks / Tile::cluster));
+  const Product product = {p.bias, p.residual, p.residual_stride, int(p.M), int(p.N), int(p.K),
+                           std::max(1, (p.band ? p.band : kBand) / (Tile::rows * Tile::cluster)), p.activation,
+                           p.bias_dtype == Dtype::f32, p.pre != nullptr, p.accumulate};
+  MK_LAUNCH_CLUSTER((product_kernel<T, Out, L, Tile>), dim3(unsigned(clusters * Tile::cluster)), dim3(kProductThreads),
+                    Tile::shared, Tile::cluster, place, a, b, out, pre, product);
+}
+
+template <class T>
+void with_kernel(const LinearProduct& p, Place place) {
+  with_tile(p.tile, [&](auto tile) {
+    using Tile = decltype(tile);
+    const bool wide = p.out_dtype == Dtype::f32;
+    if (p.layout == Layout::nt) launch_product<T, T, Layout::nt, Tile>(p, place);
+    else if (p.layout == Layout::nn) launch_product<T, T, Layout::nn, Tile>(p, place);
+    else if (wide) launch_product<T, float, Layout::tn, Tile>(p, place);
+    else launch_product<T, T, Layout::tn, Tile>(p, place);
+  });
+}
+
+void linear_product(const LinearProduct& p, Place place) {
+  Checks check("linear_product");
+  check.require(p.dtype == Dtype::bf16 || p.dtype == Dtype::f16,
+                "dtype must be code 1 (bf16) or 2 (fp16), got " + std::to_string(int(p.dtype)));
+  check.known("layout", p.layout, Layout::tn);
+  const bool wide = p.out_dtype == Dtype::f32;
+  if (!wide) check.same("out", p.out_dtype, p.dtype);
+  check.require(!wide || p.layout == Layout::tn, "out may be fp32 (code 0) with layout 2 alone");
+  check.require(!wide || (!p.bias && !p.residual && !p.pre && p.activation < 0),
+                "with fp32 out there is no bias, activation, pre or residual");
+  check.require(wide || !p.accumulate, "out must be fp32 (code 0) to be accumulated into");
+  check.require(p.activation >= -1 && p.activation <= int(Activation::silu),
+                "activation must be -1 to 3, got " + std::to_string(p.activation));
+  constexpr int64_t most = (int64_t(1) << 31) - 1024;  // coordinates of the last tile fit 32 bits
+  check.size("M", p.M, 1, most), check.size("N", p.N, 1, most), check.size("K", p.K, 1, most);
+  check.size("tile", p.tile, 0, kTiles - 1);
+  check.size("band", p.band, 0, most), check.size("blocks", p.blocks, 1, kMostBlocks);
+  const bool a_across = p.layout == Layout::tn, b_across = p.layout != Layout::nt;
+  check.reads("a", p.a, p.dtype, a_across ? p.K : p.M, a_across ? p.M : p.K, p.a_stride);
+  check.reads("b", p.b, p.dtype, b_across ? p.K : p.N, b_across ? p.N : p.K, p.b_stride);
+  if (p.bias) {
+    if (p.bias_dtype != Dtype::f32) check.same("bias", p.bias_dtype, p.dtype);
+    check.reads("bias", p.bias, p.bias_dtype, p.N);
+  }
+  if (p.residual) check.reads("residual", p.residual, p.dtype, p.M, p.N, p.residual_stride);
+  check.writes("out", p.out, p.out_dtype, p.M, p.N, p.out_stride);
+  if (p.pre) check.writes("pre", p.pre, p.dtype, p.M, p.N, p.N);
+  const auto on_16_bytes = [&](const char* name, const void* pointer, int64_t stride, Dtype dtype) {
+    check.require(!pointer || vectors_fit(pointer, stride * size_of(dtype)),
+                  std::string("the rows of ") + name + " must start on multiples of 16 bytes");
+  };
+  on_16_bytes("a", p.a, p.a_stride, p.dtype), on_16_bytes("b", p.b, p.b_stride, p.dtype);
+  on_16_bytes("out", p.out, p.out_stride, p.out_dtype), on_16_bytes("pre", p.pre, p.N, p.dtype);
+  on_16_bytes("residual", p.residual, p.residual_stride, p.dtype), on_16_bytes("bias", p.bias, 0, p.bias_dtype);
+  if (p.dtype == Dtype::bf16) with_kernel<bf16>(p, place);
+  else with_kernel<fp16>(p, place);
+}
+
+void column_sums(const ColumnSums& p, Place place) {
+  Checks check("column_sums");
+  check.floating(p.dtype), check.floating(p.out_dtype, "out_dtype");
+  check.size("M", p.M, 1), check.size("N", p.N, 1), check.size("P", p.P, 1, 65535);
+  check.reads("x", p.x, p.dtype, p.M, p.N, p.x_stride);
+  check.writes("parts", p.parts, Dtype::f32, p.P, p.N, p.N);
+  check.writes("out", p.out, p.out_dtype, p.N);
+  check.require(size_of(p.dtype) == 2 && p.N % 8 == 0 && vectors_fit(p.x, p.x_stride * 2),
+                "x must be bf16 or fp16 (code 1 or 2) in rows that start and end on multiples of 16 bytes");
+  const dim3 grid(check.blocks(ceil_div(p.N, int64_t(256))), unsigned(p.P));
+  const std::size_t shared = shared_bytes<float>(8 * 256);
+  if (p.dtype == Dtype::bf16) MK_LAUNCH(column_sums_kernel<bf16>, grid, dim3(256), shared, place, p);
+  else MK_LAUNCH(column_sums_kernel<fp16>, grid, dim3(256), shared, place, p);
+  with_dtype(p.out_dtype, [&](auto zero) {
+    MK_LAUNCH(sum_parts_kernel<decltype(zero)>, dim3(grid.x), dim3(256), 0, place, p);
+  });
+}
+
+}  // namespace megakern
+#endif

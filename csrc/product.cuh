@@ -1,0 +1,354 @@
+// The matrix product behind linear.cu on sm_90a, and all that its epilogue does.
+//
+//     out (M, N) (+)= act(A (M, K) B (K, N) + bias) + residual        sums in fp32
+//
+// A block is three warpgroups. One thread of the first, the producer, fetches tiles of A and B with TMA into a ring of
+// stages; the other two, the consumers, multiply them with wgmma. Blocks are persistent: block i computes tiles i,
+// i + P, ... and the producer runs ahead into the next tile while consumers write the last one. Two blocks of a cluster
+// compute tiles below each other and share B: each fetches half and TMA writes it to both.
+// csrc/README.md has a picture.
+#pragma once
+
+#include "device/activation.cuh"
+#include "device/ptx.cuh"
+#include "device/shared.cuh"
+
+namespace megakern {
+
+// What the kernel gets besides tensor maps. Strides in elements.
+struct Product {
+  const void *bias, *residual;  // null: absent; residual is T
+  std::int64_t residual_stride;
+  int M, N, K;
+  int band;         // cluster rows of tiles that are walked column by column
+  int activation;   // Activation, or -1
+  bool bias_is_fp32;
+  bool keep;        // write the pre-activation too
+  bool accumulate;  // into fp32 out
+};
+
+// Sizes of one kernel. Cooperative: both consumers compute halves of the same tile. Ping-pong: they take tiles in turn,
+// and one's epilogue runs beside the other's products.
+template <int Rows, int Cols, int Stages, int Cluster, bool PingPong>
+struct ProductTile {
+  static constexpr int rows = Rows, cols = Cols, stages = Stages, cluster = Cluster;
+  static constexpr bool ping_pong = PingPong;
+  static constexpr int depth = 64;                                  // of K a stage: 128 bytes, the width of a swizzle
+  static constexpr int fragments = Rows / 64 / (PingPong ? 1 : 2);  // of 64 rows, for each consumer
+  static constexpr int readers = PingPong ? 1 : 2;                  // consumers of a stage
+  static constexpr int a_bytes = Rows * depth * 2, b_bytes = Cols * depth * 2;
+  static constexpr int chunk_bytes = 64 * 128;  // 64 rows of 128 bytes on their way to global memory
+  static constexpr int chunks = 2;              // for each consumer
+  static constexpr int shared = 1024 + Stages * (a_bytes + b_bytes) + 2 * chunks * chunk_bytes + 2 * Stages * 16;
+  static_assert(shared <= 227 * 1024, "shared memory of a block on sm_90");
+  static_assert(fragments * Cols <= 384, "accumulators of a consumer thread: half of this");
+};
+
+constexpr int kProductThreads = 384;
+constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;  // a thread; 168 at the launch
+
+// Where in the ring a role stands.
+template <int Stages>
+struct Ring {
+  int stage = 0, phase = 0;
+
+  MK_DEVICE void advance(int steps = 1) {
+    stage += steps;
+    if (stage >= Stages) {
+      phase ^= (stage / Stages) & 1;
+      stage %= Stages;
+    }
+  }
+};
+
+// First row and column of tile `index`: bands of `band` cluster rows, walked column by column, so that the tiles that
+// run at one time share rows of A and columns of B in the L2 cache.
+template <class Tile>
+struct Schedule {
+  int down, across, band, count;
+
+  MK_DEVICE explicit Schedule(const Product& p)
+      : down(ceil_div(p.M, Tile::rows * Tile::cluster)), across(ceil_div(p.N, Tile::cols)), band(p.band),
+        count(down * across) {}
+
+  MK_DEVICE void place(int index, int rank, int& row, int& col) const {
+    const int of_band = band * across, first = index / of_band * band, within = index % of_band;
+    const int height = min(down - first, band);
+    row = ((first + within % height) * Tile::cluster + rank) * Tile::rows;
+    col = within / height * Tile::cols;
+  }
+};
+
+template <int First>
+MK_DEVICE void consumer_sync(int consumer, int threads) {
+  if (consumer == 0) barrier_sync<First>(threads);
+  else barrier_sync<First + 1>(threads);
+}
+
+template <class T>
+MK_DEVICE std::uint32_t packed(float a, float b) {
+  T pair[2];
+  from_float_pair(a, b, pair);
+  std::uint32_t word;
+  memcpy(&word, pair, sizeof word);
+  return word;
+}
+
+template <class T>
+MK_DEVICE void unpacked(std::uint32_t word, float& a, float& b) {
+  T pair[2];
+  memcpy(pair, &word, sizeof word);
+  a = to_float(pair[0]), b = to_float(pair[1]);
+}
+
+// --- producer ---
+
+template <class Tile, bool AMajorM, bool BMajorN>
+MK_DEVICE void fetch(unsigned char* a, unsigned char* b, MBarrier* full, const TensorMap* a_map, const TensorMap* b_map,
+                     int row, int col, int k, int rank) {
+  constexpr int both = (1 << Tile::cluster) - 1;
+  mbar_expect(full, Tile::a_bytes + Tile::b_bytes);
+  if constexpr (AMajorM) {
+#pragma unroll
+    for (int m = 0; m < Tile::rows; m += 64) tma_load_2d(a + m * 128, a_map, full, row + m, k);
+  } else {
+    tma_load_2d(a, a_map, full, k, row);
+  }
+  if constexpr (BMajorN) {  // tiles of 64 columns; each block of the cluster fetches its half of their k rows
+    constexpr int half = Tile::depth / Tile::cluster;
+#pragma unroll
+    for (int n = 0; n < Tile::cols; n += 64) {
+      unsigned char* to = b + n * 128 + rank * half * 128;
+      if constexpr (Tile::cluster == 1) tma_load_2d(to, b_map, full, col + n, k);
+      else tma_load_2d_multicast(to, b_map, full, col + n, k + rank * half, both);
+    }
+  } else {
+    constexpr int half = Tile::cols / Tile::cluster;
+    if constexpr (Tile::cluster == 1) tma_load_2d(b, b_map, full, k, col);
+    else tma_load_2d_multicast(b + rank * half * 128, b_map, full, k, col + rank * half, both);
+  }
+}
+
+// --- consumers ---
+
+// Writes a fragment of 64 rows of the tile, chunk by chunk: epilogue in registers, to shared memory, from there by TMA.
+template <class T, class Out, class Tile>
+struct Epilogue {
+  static constexpr int width = 128 / int(sizeof(Out));  // columns of a chunk
+
+  const Product& p;
+  const TensorMap *out_map, *pre_map;
+  unsigned char* chunks;
+  int consumer, thread;  // of 128
+  int turn = 0;
+
+  MK_DEVICE unsigned char* begin() {
+    if (thread == 0) tma_wait_read<Tile::chunks - 1>();  // the store that last used this chunk has read it
+    consumer_sync<1>(consumer, 128);
+    return chunks + turn * Tile::chunk_bytes;
+  }
+
+  MK_DEVICE void finish(const TensorMap* map, unsigned char* chunk, int row, int col) {
+    fence_async();
+    consumer_sync<1>(consumer, 128);
+    if (thread == 0 && row < p.M && col < p.N) {
+      if (sizeof(Out) == 4 && p.accumulate) tma_add_2d(map, chunk, col, row);
+      else tma_store_2d(map, chunk, col, row);
+    }
+    if (thread == 0) tma_commit();
+    turn = (turn + 1) % Tile::chunks;
+  }
+
+  // 64 columns as 16-bit values.
+  MK_DEVICE void write(const TensorMap* map, const float (&v)[32], int row, int col) {
+    unsigned char* chunk = begin();
+    const int lane = thread % 32, r = thread / 32 * 16 + lane % 16;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {  // 16 columns at a time
+      const float* w = v + 8 * j;
+      const std::uint32_t words[4] = {packed<T>(w[0], w[1]), packed<T>(w[2], w[3]), packed<T>(w[4], w[5]),
+                                      packed<T>(w[6], w[7])};
+      stmatrix_x4(chunk + r * 128 + ((2 * j + lane / 16) ^ (r % 8)) * 16, words);
+    }
+    finish(map, chunk, row, col);
+  }
+
+  MK_DEVICE void chunk_of_16_bits(float (&v)[32], int row, int col) {
+    const int lane = thread % 32, r = row + thread / 32 * 16 + lane / 4, c = col + lane % 4 * 2;
+    if (p.bias != nullptr) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        float b0 = 0, b1 = 0;
+        if (c + 8 * j < p.N) {
+          if (p.bias_is_fp32) {
+            const float* bias = static_cast<const float*>(p.bias) + c + 8 * j;
+            b0 = bias[0], b1 = bias[1];
+          } else {
+            unpacked<T>(*reinterpret_cast<const std::uint32_t*>(static_cast<const T*>(p.bias) + c + 8 * j), b0, b1);
+          }
+        }
+        v[4 * j] += b0, v[4 * j + 1] += b1, v[4 * j + 2] += b0, v[4 * j + 3] += b1;
+      }
+    }
+    if (p.keep) {  // backward must see the value that the activation saw
+#pragma unroll
+      for (int i = 0; i < 32; ++i) v[i] = to_float(from_float<T>(v[i]));
+      write(pre_map, v, row, col);
+    }
+    if (p.activation >= 0) activate_all(v, Activation(p.activation));
+    if (p.residual != nullptr) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const T* residual = static_cast<const T*>(p.residual) + (r + 8 * h) * p.residual_stride + c;
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          if (r + 8 * h < p.M && c + 8 * j < p.N) {
+            float a, b;
+            unpacked<T>(*reinterpret_cast<const std::uint32_t*>(residual + 8 * j), a, b);
+            v[4 * j + 2 * h] += a, v[4 * j + 2 * h + 1] += b;
+          }
+        }
+      }
+    }
+    write(out_map, v, row, col);
+  }
+
+  MK_DEVICE void chunk_of_32_bits(const float (&v)[16], int row, int col) {
+    unsigned char* chunk = begin();
+    const int lane = thread % 32, r = thread / 32 * 16 + lane / 4;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {  // 8 columns: two pieces of 16 bytes
+      const int piece = 2 * j + lane % 4 / 2, within = lane % 2 * 8;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float* to = reinterpret_cast<float*>(chunk + (r + 8 * h) * 128 + (piece ^ (r % 8)) * 16 + within);
+        to[0] = v[4 * j + 2 * h], to[1] = v[4 * j + 2 * h + 1];
+      }
+    }
+    finish(out_map, chunk, row, col);
+  }
+
+  MK_DEVICE void fragment(const float (&d)[Tile::cols / 2], int row, int col) {
+#pragma unroll
+    for (int c = 0; c < Tile::cols / width; ++c) {
+      float v[width / 2];
+#pragma unroll
+      for (int i = 0; i < width / 2; ++i) v[i] = d[c * width / 2 + i];
+      if constexpr (sizeof(Out) == 2) chunk_of_16_bits(v, row, col + c * width);
+      else chunk_of_32_bits(v, row, col + c * width);
+    }
+  }
+};
+
+// --- the kernel ---
+
+// T of a and b: bf16 or fp16. Out: T or float; with float no bias, activation, residual. For the grid: whole clusters.
+template <class T, class Out, Layout L, class Tile>
+MK_KERNEL void __launch_bounds__(kProductThreads, 1)
+    product_kernel(const MK_GRID_CONSTANT TensorMap a_map, const MK_GRID_CONSTANT TensorMap b_map,
+                   const MK_GRID_CONSTANT TensorMap out_map, const MK_GRID_CONSTANT TensorMap pre_map,
+                   const MK_GRID_CONSTANT Product p) {
+#if MK_SM90A
+  constexpr bool a_major_m = L == Layout::tn, b_major_n = L != Layout::nt;
+  constexpr int stages = Tile::stages, fragments = Tile::fragments;
+  SharedMemory shared;
+  unsigned char* a_tiles = shared.take<unsigned char>(stages * Tile::a_bytes, 1024);
+  unsigned char* b_tiles = shared.take<unsigned char>(stages * Tile::b_bytes, 1024);
+  unsigned char* chunks = shared.take<unsigned char>(2 * Tile::chunks * Tile::chunk_bytes, 1024);
+  MBarrier* full = shared.take<MBarrier>(stages);
+  MBarrier* empty = shared.take<MBarrier>(stages);
+
+  const int warpgroup = int(threadIdx.x) / 128, thread = int(threadIdx.x) % 128;
+  const int rank = Tile::cluster == 1 ? 0 : cluster_rank();
+  const int first = int(blockIdx.x) / Tile::cluster, programs = int(gridDim.x) / Tile::cluster;
+  const Schedule<Tile> schedule(p);
+  const int steps = ceil_div(p.K, Tile::depth);
+
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < stages; ++s) {
+      mbar_init(&full[s], 1, "full");
+      mbar_init(&empty[s], Tile::readers * 4 * Tile::cluster, "empty");  // one arrival a warp
+    }
+    mbar_init_fence();
+    prefetch_map(&a_map), prefetch_map(&b_map), prefetch_map(&out_map);
+  }
+  if constexpr (Tile::cluster == 1) sync_block();
+  else cluster_arrive(), cluster_wait();
+
+  Ring<stages> ring;
+  if (warpgroup == 0) {
+    registers_shrink<kProducerRegisters>();
+    if (thread == 0) {
+      for (int tile = first; tile < schedule.count; tile += programs) {
+        int row, col;
+        schedule.place(tile, rank, row, col);
+#pragma unroll 1
+        for (int step = 0; step < steps; ++step, ring.advance()) {
+          mbar_wait(&empty[ring.stage], ring.phase ^ 1);
+          fetch<Tile, a_major_m, b_major_n>(a_tiles + ring.stage * Tile::a_bytes, b_tiles + ring.stage * Tile::b_bytes,
+                                            &full[ring.stage], &a_map, &b_map, row, col, step * Tile::depth, rank);
+        }
+      }
+    }
+  } else {
+    registers_grow<kConsumerRegisters>();
+    const int consumer = warpgroup - 1;
+    const int top = Tile::ping_pong ? 0 : consumer * fragments * 64;  // first row in the tile
+    Epilogue<T, Out, Tile> epilogue{p, &out_map, &pre_map, chunks + consumer * Tile::chunks * Tile::chunk_bytes, consumer,
+                                    thread};
+    const auto release = [&](int stage) {
+      if (thread % 32 < Tile::cluster) {
+        if constexpr (Tile::cluster == 1) mbar_arrive(&empty[stage]);
+        else mbar_arrive_at(&empty[stage], thread % 32);
+      }
+    };
+    float d[fragments][Tile::cols / 2];
+    if (Tile::ping_pong && consumer == 1) ring.advance(steps);
+    const int stride = Tile::ping_pong ? 2 * programs : programs;
+    for (int tile = first + (Tile::ping_pong ? consumer * programs : 0); tile < schedule.count; tile += stride) {
+      // In turn: a phase of `full` is told from the one two before only by who has already waited for the one between.
+      if (Tile::ping_pong && tile >= programs) consumer_sync<3>(consumer, 256);
+      int previous = -1;
+#pragma unroll 1
+      for (int step = 0; step < steps; ++step, ring.advance()) {
+        mbar_wait(&full[ring.stage], ring.phase);
+        const unsigned char* a = a_tiles + ring.stage * Tile::a_bytes;
+        const unsigned char* b = b_tiles + ring.stage * Tile::b_bytes;
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < Tile::depth / 16; ++k) {
+          const std::uint64_t b_part = matrix_descriptor(b, b_major_n ? k * 2048 : k * 32, 64 * 128);
+#pragma unroll
+          for (int m = 0; m < fragments; ++m) {
+            const int a_row = (top + 64 * m) * 128;  // 64 rows of K-major A and a slab of MN-major A are both 8 KB
+            const std::uint64_t a_part = matrix_descriptor(a, a_row + (a_major_m ? k * 2048 : k * 32), 64 * 128);
+            wgmma_ss<T, Tile::cols, a_major_m, b_major_n>(d[m], a_part, b_part, step > 0 || k > 0);
+          }
+        }
+        wgmma_commit();
+        wgmma_wait<1>();  // the step before: its stage is free
+        if (previous >= 0) release(previous);
+        previous = ring.stage;
+      }
+      if (Tile::ping_pong && tile + programs < schedule.count) {
+        if (consumer == 0) barrier_arrive<4>(256);
+        else barrier_arrive<3>(256);
+      }
+      if constexpr (fragments == 1) wgmma_wait<0>(d[0]);
+      else wgmma_wait<0>(d[0], d[1]);
+      release(previous);
+      if (Tile::ping_pong) ring.advance(steps);  // the other consumer's
+
+      int row, col;
+      schedule.place(tile, rank, row, col);
+#pragma unroll
+      for (int m = 0; m < fragments; ++m) epilogue.fragment(d[m], row + top + 64 * m, col);
+    }
+    if (thread == 0) tma_wait<0>();
+  }
+  // No block leaves while another may still write to its shared memory or arrive at its barriers.
+  if constexpr (Tile::cluster > 1) cluster_arrive(), cluster_wait();
+#endif
+}
+
+}  // namespace megakern

@@ -1,0 +1,123 @@
+"""Launchers of csrc/linear.cu: the products of a linear layer on sm_90a, and the sums of columns for its bias gradient.
+
+The copy engine wants rows that start on multiples of 16 bytes: other views are copied first. bf16 and fp16 alone.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from megakern.kernels.cuda import module
+from megakern.kernels.cuda.activation import KINDS
+from megakern.kernels.cuda.module import DTYPES, call, pointer
+from megakern.kernels.memory import empty, rows_of
+
+NT, NN, TN = range(3)
+"""enum Layout of csrc/api.h: a (M, K) b (N, K); a (M, K) b (K, N); a (K, M) b (K, N)."""
+
+BLOCKS_ON_A_CPU = 4  # of the persistent kernel under simt: fewer than the tiles of the tests
+
+
+def product(layout, a, b, out, *, bias=None, pre=None, residual=None, activation="", accumulate=False,
+            tile=None, band=0, blocks=None):  # fmt: skip
+    """out (M, N) (+)= act(A B + bias) + residual, of matrices as `layout` says; `pre` gets A B + bias."""
+    (M, N), K = out.shape, a.shape[0 if layout == TN else 1]
+    if tile is None:
+        tile = choose_tile(M, N, K, out.device)
+    call(
+        "linear_product", out, pointer(a), pointer(b), pointer(bias), pointer(residual), pointer(out), pointer(pre),
+        DTYPES[a.dtype], DTYPES[out.dtype], DTYPES[a.dtype if bias is None else bias.dtype], layout,
+        KINDS[activation] if activation else -1, accumulate, M, N, K, a.stride(0), b.stride(0),
+        0 if residual is None else residual.stride(0), out.stride(0), tile, band,
+        blocks or multiprocessors(out.device),
+    )  # fmt: skip
+
+
+def choose_tile(M: int, N: int, K: int, device: torch.device) -> int:
+    """The number of the tile shape that the cost model of csrc/linear.cu takes."""
+    compiled = module._simt if device.type == "cpu" else module._C
+    return compiled.linear_tile(M, N, K, multiprocessors(device))
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many blocks share the tiles: a matter of speed alone, each tile is computed the same way by any of them."""
+    return BLOCKS_ON_A_CPU if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _operand(x):
+    """x (..., C) as (M, C) whose rows start on multiples of 16 bytes, apart from each other; a copy if no view is."""
+    rows = rows_of(x)
+    size = rows.element_size()
+    if rows.shape[0] == 1:
+        rows = rows.as_strided(rows.shape, (rows.shape[1], 1))  # the stride of a single row says nothing
+    if rows.data_ptr() % 16 or rows.stride(0) * size % 16 or rows.stride(0) < rows.shape[1]:
+        rows = rows.clone(memory_format=torch.contiguous_format)
+    return rows
+
+
+def linear_forward(x, weight, bias, residual, activation, keep):
+    """-> y (..., N), pre-activation (..., N) if `keep`, else empty. `activation` is "" for none."""
+    N = weight.shape[0]
+    shape = (*x.shape[:-1], N)
+    y = empty(shape, x.dtype, x.device)
+    pre = empty(shape if keep else (0,), x.dtype, x.device)
+    if y.numel():
+        product(
+            NT,
+            _operand(x),
+            _operand(weight),
+            y.view(-1, N),
+            bias=None if bias is None else _operand(bias)[0],
+            pre=pre if keep else None,
+            residual=None if residual is None else _operand(residual),
+            activation=activation,
+        )
+    return y, pre
+
+
+def linear_input_gradient(dy, weight):
+    """-> dx (..., K) from dy (..., N), the gradient before the activation."""
+    K = weight.shape[1]
+    dx = empty((*dy.shape[:-1], K), dy.dtype, dy.device)
+    if dx.numel():
+        product(NN, _operand(dy), _operand(weight), dx.view(-1, K))
+    return dx
+
+
+def linear_weight_gradient(dy, x, weight_dtype, bias_dtype):
+    """-> dweight (N, K) of weight_dtype, dbias (N,) of bias_dtype; empty where the dtype is None. Sums are fp32."""
+    rows, N, K = _operand(dy), dy.shape[-1], x.shape[-1]
+    with_weight = weight_dtype is not None
+    dweight = empty((N, K) if with_weight else (0,), weight_dtype or dy.dtype, dy.device)
+    if with_weight and rows.shape[0]:
+        product(TN, rows, _operand(x), dweight)
+    elif with_weight:
+        dweight.zero_()
+    dbias = empty((0,) if bias_dtype is None else (N,), bias_dtype or dy.dtype, dy.device)
+    if bias_dtype is not None:
+        _column_sums(rows, dbias)
+    return dweight, dbias
+
+
+def linear_accumulate_weight_gradient(into, dy, x):
+    """into (N, K), fp32 += dy^T x."""
+    if into.stride(1) != 1 or into.stride(0) % 4 or into.data_ptr() % 16:
+        into.add_(linear_weight_gradient(dy, x, torch.float32, None)[0])
+    elif dy.numel():
+        product(TN, _operand(dy), _operand(x), into, accumulate=True)
+
+
+def _column_sums(rows, out):
+    """out (N,) = sums of the columns of rows (M, N)."""
+    M, N = rows.shape
+    if M == 0:
+        out.zero_()
+        return
+    columns = -(-N // 256)  # blocks across; 8 to a multiprocessor keep its memory busy, with 64 rows for each or more
+    P = max(1, min(-(-M // 64), 8 * multiprocessors(rows.device) // columns))
+    parts = empty((P, N), torch.float32, rows.device)
+    dtypes = DTYPES[rows.dtype], DTYPES[out.dtype]
+    call("column_sums", rows, pointer(rows), pointer(parts), pointer(out), *dtypes, M, N, rows.stride(0), P)
