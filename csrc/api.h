@@ -83,20 +83,14 @@ struct LinearProduct {
   int activation;  // an Activation, or -1
   bool accumulate;
   int64_t M, N, K, a_stride, b_stride, residual_stride, out_stride;
-  int tile;    // of linear_tile
-  int band;    // rows of out whose tiles are walked column by column; 0: linear.cu's choice
-  int blocks;  // multiprocessors to use
+  int tile_rows, tile_cols, cluster;  // one of the tile shapes of linear.cu
+  int band;                           // rows of out whose tiles are walked column by column
+  int blocks;                         // multiprocessors to use
 };
 void linear_product(const LinearProduct&, Place);
 
-// The number of the tile shape that the cost model of linear.cu takes for a product on so many multiprocessors, and what
-// it is, for messages. There are linear_tiles() of them.
-int linear_tile(int64_t M, int64_t N, int64_t K, int blocks);
-int linear_tiles();
-const char* linear_tile_name(int tile);
-
 // out (N,) = sums of the columns of x (M, N), in fp32, in an order that depends on the shape alone. parts: (P, N) fp32
-// scratch; M, N > 0.
+// scratch.
 struct ColumnSums {
   const void* x;
   void *parts, *out;

@@ -115,9 +115,6 @@ PYBIND11_MODULE(MEGAKERN_MODULE, m) {
   BIND(swiglu_backward, "dgate = dy up silu'(gate), dup = dy silu(gate).");
   BIND(linear_product, "out (+)= act(A B + bias) + residual.");
   BIND(column_sums, "out = sums of the columns of x.");
-  m.def("linear_tile", &megakern::linear_tile, "The tile shape for M, N, K on so many multiprocessors.");
-  m.def("linear_tiles", &megakern::linear_tiles, "How many tile shapes there are.");
-  m.def("linear_tile_name", &megakern::linear_tile_name, "What a tile shape is.");
 
 #if defined(MEGAKERN_SIMT)
   m.def("set_schedule", &megakern::simt::set_schedule, "The order in which threads run; simt/simt.h has the names.");

@@ -10,11 +10,8 @@
 #include "api.h"
 
 namespace megakern {
-void linear_product(const LinearProduct&, Place) { throw std::runtime_error("linear_product: not in this emulator"); }
-void column_sums(const ColumnSums&, Place) { throw std::runtime_error("column_sums: not in this emulator"); }
-int linear_tile(int64_t, int64_t, int64_t, int) { return 0; }
-int linear_tiles() { return 0; }
-const char* linear_tile_name(int) { return ""; }
+void linear_product(const LinearProduct&, Place) { throw std::invalid_argument("linear_product: not in this emulator"); }
+void column_sums(const ColumnSums&, Place) { throw std::invalid_argument("column_sums: not in this emulator"); }
 }  // namespace megakern
 #else
 #include <algorithm>
@@ -28,78 +25,26 @@ namespace megakern {
 
 // --- tiles ---
 
-// How the cost model sees a tile shape. Figures: not yet measured.
-struct TileCost {
-  const char* name;
-  double rate;      // of the tensor cores' peak in the main loop, when all blocks run
-  double epilogue;  // cycles a tile in which no product runs
-};
-
-// One table: shapes for the compiler, costs for the choice.
+// megakern/kernels/cuda/linear.py chooses among them.
 using Tiles = std::tuple<ProductTile<128, 256, 4, 2, false>, ProductTile<128, 192, 4, 2, false>,
                          ProductTile<128, 128, 6, 2, true>, ProductTile<64, 128, 8, 1, true>
 #if defined(MEGAKERN_TRIAL_TILES)
                          , ProductTile<128, 256, 4, 1, false>, ProductTile<256, 128, 4, 2, false>,
-                         ProductTile<128, 256, 3, 2, false>, ProductTile<128, 128, 6, 1, true>
+                         ProductTile<128, 128, 6, 1, true>
 #endif
                          >;
-constexpr TileCost kTileCosts[] = {
-    {"128 x 256, cooperative, clusters of 2", 0.80, 2000},
-    {"128 x 192, cooperative, clusters of 2", 0.75, 1500},
-    {"128 x 128, ping-pong, clusters of 2", 0.70, 300},
-    {"64 x 128, ping-pong", 0.50, 300},
-#if defined(MEGAKERN_TRIAL_TILES)
-    {"128 x 256, cooperative, no cluster", 0.1, 0},
-    {"256 x 128, cooperative, clusters of 2", 0.1, 0},
-    {"128 x 256, cooperative, clusters of 2, 3 stages", 0.1, 0},
-    {"128 x 128, ping-pong, no cluster", 0.1, 0},
-#endif
-};
-constexpr int kBand = 2048;  // rows of out in a band of tiles (Schedule); not yet measured
-constexpr int kTiles = int(std::tuple_size_v<Tiles>);
-static_assert(kTiles == int(sizeof kTileCosts / sizeof kTileCosts[0]));
 
-// f(Tile{}) for the tile shape of that number.
+// f(Tile{}) for the tile shape that the problem names.
 template <int I = 0, class F>
-void with_tile(int tile, F f) {
-  if constexpr (I < kTiles) {
-    if (tile == I) return f(std::tuple_element_t<I, Tiles>{});
-    with_tile<I + 1>(tile, f);
+void with_tile(const Checks& check, const LinearProduct& p, F f) {
+  if constexpr (I < int(std::tuple_size_v<Tiles>)) {
+    using Tile = std::tuple_element_t<I, Tiles>;
+    if (p.tile_rows == Tile::rows && p.tile_cols == Tile::cols && p.cluster == Tile::cluster) return f(Tile{});
+    with_tile<I + 1>(check, p, f);
+  } else {
+    check.require(false, "there is no tile of " + std::to_string(p.tile_rows) + " x " + std::to_string(p.tile_cols) +
+                             " in clusters of " + std::to_string(p.cluster));
   }
-}
-
-// Groups of blocks that share B, and rounds in which they compute all tiles.
-template <class Tile>
-int64_t tasks(int64_t M, int64_t N) {
-  return ceil_div(M, int64_t(Tile::rows * Tile::cluster)) * ceil_div(N, int64_t(Tile::cols));
-}
-
-// Cycles: rounds of tiles, each with its main loop at 2048 multiply-adds a cycle times `rate`, then what hides nothing.
-template <class Tile>
-double cycles(int64_t M, int64_t N, int64_t K, int blocks, const TileCost& cost) {
-  const int64_t clusters = blocks / Tile::cluster > 0 ? blocks / Tile::cluster : 1;
-  const double rounds = double(ceil_div(tasks<Tile>(M, N), clusters));
-  const double steps = double(ceil_div(K, int64_t(Tile::depth)));
-  return rounds * (steps * Tile::rows * Tile::cols * Tile::depth / 2048 / cost.rate + cost.epilogue);
-}
-
-int linear_tile(int64_t M, int64_t N, int64_t K, int blocks) {
-  int best = 0;
-  double least = 0;
-  for (int i = 0; i < kTiles; ++i) {
-    with_tile(i, [&](auto tile) {
-      const double cost = cycles<decltype(tile)>(M, N, K, blocks, kTileCosts[i]);
-      if (i == 0 || cost < least) best = i, least = cost;
-    });
-  }
-  return best;
-}
-
-int linear_tiles() { return kTiles; }
-
-const char* linear_tile_name(int tile) {
-  if (tile < 0 || tile >= kTiles) throw std::invalid_argument("linear_tile_name: there is no tile " + std::to_string(tile));
-  return kTileCosts[tile].name;
 }
 
 // --- kernels ---
@@ -154,17 +99,18 @@ void launch_product(const LinearProduct& p, Place place) {
   const int width = 128 / int(sizeof(Out));
   const TensorMap out = matrix_map(p.out, p.out_dtype, p.M, p.N, p.out_stride, 64, width, Swizzle::b128);
   const TensorMap pre = p.pre ? matrix_map(p.pre, p.dtype, p.M, p.N, p.N, 64, width, Swizzle::b128) : out;
-  const int64_t clusters = std::min<int64_t>(tasks<Tile>(p.M, p.N), std::max(1, p.blocks / Tile::cluster));
+  const int64_t tasks = ceil_div(p.M, int64_t(Tile::rows * Tile::cluster)) * ceil_div(p.N, int64_t(Tile::cols));
+  const int64_t clusters = std::min<int64_t>(tasks, std::max(1, p.blocks / Tile::cluster));
   const Product product = {p.bias, p.residual, p.residual_stride, int(p.M), int(p.N), int(p.K),
-                           std::max(1, (p.band ? p.band : kBand) / (Tile::rows * Tile::cluster)), p.activation,
+                           std::max(1, p.band / (Tile::rows * Tile::cluster)), p.activation,
                            p.bias_dtype == Dtype::f32, p.pre != nullptr, p.accumulate};
   MK_LAUNCH_CLUSTER((product_kernel<T, Out, L, Tile>), dim3(unsigned(clusters * Tile::cluster)), dim3(kProductThreads),
                     Tile::shared, Tile::cluster, place, a, b, out, pre, product);
 }
 
 template <class T>
-void with_kernel(const LinearProduct& p, Place place) {
-  with_tile(p.tile, [&](auto tile) {
+void with_kernel(const Checks& check, const LinearProduct& p, Place place) {
+  with_tile(check, p, [&](auto tile) {
     using Tile = decltype(tile);
     const bool wide = p.out_dtype == Dtype::f32;
     if (p.layout == Layout::nt) launch_product<T, T, Layout::nt, Tile>(p, place);
@@ -189,8 +135,7 @@ void linear_product(const LinearProduct& p, Place place) {
                 "activation must be -1 to 3, got " + std::to_string(p.activation));
   constexpr int64_t most = (int64_t(1) << 31) - 1024;  // coordinates of the last tile fit 32 bits
   check.size("M", p.M, 1, most), check.size("N", p.N, 1, most), check.size("K", p.K, 1, most);
-  check.size("tile", p.tile, 0, kTiles - 1);
-  check.size("band", p.band, 0, most), check.size("blocks", p.blocks, 1, kMostBlocks);
+  check.size("band", p.band, 1, most), check.size("blocks", p.blocks, 1, kMostBlocks);
   const bool a_across = p.layout == Layout::tn, b_across = p.layout != Layout::nt;
   check.reads("a", p.a, p.dtype, a_across ? p.K : p.M, a_across ? p.M : p.K, p.a_stride);
   check.reads("b", p.b, p.dtype, b_across ? p.K : p.N, b_across ? p.N : p.K, p.b_stride);
@@ -208,8 +153,8 @@ void linear_product(const LinearProduct& p, Place place) {
   on_16_bytes("a", p.a, p.a_stride, p.dtype), on_16_bytes("b", p.b, p.b_stride, p.dtype);
   on_16_bytes("out", p.out, p.out_stride, p.out_dtype), on_16_bytes("pre", p.pre, p.N, p.dtype);
   on_16_bytes("residual", p.residual, p.residual_stride, p.dtype), on_16_bytes("bias", p.bias, 0, p.bias_dtype);
-  if (p.dtype == Dtype::bf16) with_kernel<bf16>(p, place);
-  else with_kernel<fp16>(p, place);
+  if (p.dtype == Dtype::bf16) with_kernel<bf16>(check, p, place);
+  else with_kernel<fp16>(check, p, place);
 }
 
 void column_sums(const ColumnSums& p, Place place) {

@@ -6,10 +6,10 @@ The copy engine wants rows that start on multiples of 16 bytes: other views are 
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import torch
 
-from megakern.kernels.cuda import module
 from megakern.kernels.cuda.activation import KINDS
 from megakern.kernels.cuda.module import DTYPES, call, pointer
 from megakern.kernels.memory import empty, rows_of
@@ -17,28 +17,59 @@ from megakern.kernels.memory import empty, rows_of
 NT, NN, TN = range(3)
 """enum Layout of csrc/api.h: a (M, K) b (N, K); a (M, K) b (K, N); a (K, M) b (K, N)."""
 
+
+@dataclass(frozen=True)
+class Tile:
+    """A tile shape of csrc/linear.cu, and what a cost model has to know of it."""
+
+    rows: int
+    cols: int
+    cluster: int
+    """Blocks that compute tiles below each other and share their columns' operand."""
+    rate: float
+    """Share of the tensor cores' peak that the main loop reaches when all blocks run."""
+    epilogue: int
+    """Cycles a tile in which the block multiplies nothing. Ping-pong hides most of it."""
+
+    def cycles(self, M: int, N: int, K: int, blocks: int) -> float:
+        """Rounds in which all blocks compute their tiles, times what a tile takes."""
+        tasks = -(-M // (self.rows * self.cluster)) * -(-N // self.cols)
+        rounds = -(-tasks // max(1, blocks // self.cluster))
+        return rounds * (-(-K // 64) * 64 * self.rows * self.cols / MULTIPLY_ADDS / self.rate + self.epilogue)
+
+
+MULTIPLY_ADDS = 2048  # of bf16 or fp16, a cycle and multiprocessor of sm_90
+# Figures: not yet measured.
+TILES = (
+    Tile(128, 256, 2, rate=0.80, epilogue=2000),
+    Tile(128, 192, 2, rate=0.75, epilogue=1500),
+    Tile(128, 128, 2, rate=0.70, epilogue=300),
+    Tile(64, 128, 1, rate=0.50, epilogue=300),
+)
+BAND = 2048  # rows of the output whose tiles are walked column by column, for the L2 cache; not yet measured
 BLOCKS_ON_A_CPU = 4  # of the persistent kernel under simt: fewer than the tiles of the tests
 
 
-def product(layout, a, b, out, *, bias=None, pre=None, residual=None, activation="", accumulate=False,
-            tile=None, band=0, blocks=None):  # fmt: skip
+def product(
+    layout, a, b, out, *, bias=None, pre=None, residual=None, activation="", accumulate=False, tile=None, band=BAND,
+    blocks=None,
+):  # fmt: skip
     """out (M, N) (+)= act(A B + bias) + residual, of matrices as `layout` says; `pre` gets A B + bias."""
     (M, N), K = out.shape, a.shape[0 if layout == TN else 1]
-    if tile is None:
-        tile = choose_tile(M, N, K, out.device)
+    blocks = blocks or multiprocessors(out.device)
+    tile = tile or choose_tile(M, N, K, blocks)
     call(
         "linear_product", out, pointer(a), pointer(b), pointer(bias), pointer(residual), pointer(out), pointer(pre),
         DTYPES[a.dtype], DTYPES[out.dtype], DTYPES[a.dtype if bias is None else bias.dtype], layout,
         KINDS[activation] if activation else -1, accumulate, M, N, K, a.stride(0), b.stride(0),
-        0 if residual is None else residual.stride(0), out.stride(0), tile, band,
-        blocks or multiprocessors(out.device),
+        0 if residual is None else residual.stride(0), out.stride(0), tile.rows, tile.cols, tile.cluster, band, blocks,
     )  # fmt: skip
 
 
-def choose_tile(M: int, N: int, K: int, device: torch.device) -> int:
-    """The number of the tile shape that the cost model of csrc/linear.cu takes."""
-    compiled = module._simt if device.type == "cpu" else module._C
-    return compiled.linear_tile(M, N, K, multiprocessors(device))
+@functools.lru_cache(maxsize=1024)
+def choose_tile(M: int, N: int, K: int, blocks: int) -> Tile:
+    """The tile shape with the lowest cost."""
+    return min(TILES, key=lambda tile: tile.cycles(M, N, K, blocks))
 
 
 @functools.cache
