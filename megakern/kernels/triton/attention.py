@@ -78,7 +78,9 @@ def _forward(
     rows = first + tl.arange(0, BM)
     own = (rows + S - T)[:, None]
     query = tiles.tile(q + batch * q_batch + q_at * q_row + at * q_head, first, q_row, T, BM, D, BD, True)
-    slope = tiles.slope_of(slopes, sample, head, slope_batch)
+    slope = None
+    if slopes is not None:
+        slope = tiles.slope_of(slopes, sample, head, slope_batch)
     keys = None
     if DROPOUT:
         keys = fold(tiles.head_key(seed, first_sample + sample, first_head + head), rows)[:, None]

@@ -110,7 +110,9 @@ def _key_value_gradient(
         dout_here = dout + batch * dout_batch + q_at * dout_row + at * dout_head
         lse_here = lse + batch * lse_batch + at * lse_head + q_at
         delta_here = delta + batch * lse_batch + at * lse_head + q_at
-        slope = tiles.slope_of(slopes, sample, head, slope_batch)
+        slope = None
+        if slopes is not None:
+            slope = tiles.slope_of(slopes, sample, head, slope_batch)
         head_key = tiles.head_key(seed, first_sample + sample, first_head + head)
         dkey, dvalue = _meet_rows(
             dkey, dvalue, key, value, q_here, dout_here, lse_here, delta_here, q_row, dout_row, start,
@@ -186,7 +188,9 @@ def _query_gradient(
     statistics = batch * lse_batch + at * lse_head + q_at + rows
     log = tl.load(lse + statistics, rows < T, tiles.INFINITY)[:, None] * tiles.LOG2_E
     delta_here = tl.load(delta + statistics, rows < T, 0.0)[:, None]
-    slope = tiles.slope_of(slopes, sample, head, slope_batch)
+    slope = None
+    if slopes is not None:
+        slope = tiles.slope_of(slopes, sample, head, slope_batch)
     keys = None
     if DROPOUT:
         keys = fold(tiles.head_key(seed, first_sample + sample, first_head + head), rows)[:, None]

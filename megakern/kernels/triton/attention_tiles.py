@@ -135,11 +135,8 @@ def scores(product, own, cols, scale, cap, slope, CAPPED: tl.constexpr):
 
 @triton.jit
 def slope_of(slopes, sample, head, batch_stride):
-    """The ALiBi slope of a head in powers of two; None without."""
-    if slopes is None:
-        return None
-    else:
-        return tl.load(slopes + sample * batch_stride + head) * LOG2_E
+    """The ALiBi slope of a head in powers of two."""
+    return tl.load(slopes + sample * batch_stride + head) * LOG2_E
 
 
 @triton.jit
