@@ -9,8 +9,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import multiprocessing
+import os
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,7 @@ from megakern.verify.reduce import LIMIT, reduce_model
 from megakern.verify.report import Report, Row, judge
 from megakern.verify.tolerances import ALONE, FLOOR, FP32, Measures, bound_of
 from megakern.verify.worker import Distance, run_rank
+from tests.commands import Command, finish, start
 
 # --- bugs, each planted on every rank of a layout and never in the reference ---
 
@@ -160,14 +162,13 @@ def test_the_table_and_the_json_say_the_same(verify):
     assert "not run: it needs 8 processes" in lines[1] and "(1 not run)" in output
 
 
-def test_real_processes_and_a_run_with_its_own_data(tiny_data, tmp_path, capsys):
+def test_real_processes_and_a_run_with_its_own_data(tiny_data, tmp_path):
     config = tmp_path / "config.toml"
     settings = {"preset": '"tiny-gpt2"', "vocab_size": 257, "sequence_length": 32, "dropout": 0.1}
     model = "\n".join(f"{key} = {value}" for key, value in settings.items())
     config.write_text(f'[model]\n{model}\n[data]\npath = "{tiny_data}"\n[train]\nbatch = 8\nmicro_batch = 4\n')
     words = ["--steps", "2", "--layouts", "tp=2,sp", "--precisions", "fp32"]
-    assert main(["verify", str(config), *words]) == 0
-    output = capsys.readouterr().out
+    output = finish(start("verify", config, *words))
     assert f"tokens of {tiny_data}" in output and "all 1 runs agree" in output
 
 
@@ -220,14 +221,36 @@ def test_a_rank_that_fails_is_a_row(monkeypatch, capsys):
     assert "tp=2 fp32 torch: rank 1 of 2: ValueError: planted" in capsys.readouterr().out
 
 
-def test_processes_name_the_rank_that_failed_and_leave_none(tmp_path):
+def refuse(folder: Path, count: int, fork: bool) -> int:
+    processes.can_fork = lambda: fork
+    with pytest.raises(processes.LayoutError) as error:
+        processes.run_alone(folder) if count == 1 else processes.run_processes(folder, count)
+    print(error.value)
+    return 0
+
+
+@pytest.mark.parametrize(
+    ("count", "fork", "message"),
+    [(2, True, r"rank \d of 2: ValueError: unknown backend 'none'"), (1, True, "ValueError: unknown backend 'none'"),
+     (1, False, "ValueError: unknown backend 'none'")],
+)  # fmt: skip
+def test_processes_name_the_rank_that_failed_and_leave_none(tmp_path, count, fork, message):
     """Real processes, with a job that every rank refuses."""
-    (tmp_path / "config.toml").write_text("[parallel]\ntp = 2\n[model]\npreset = 'tiny-gpt2'\n")
+    (tmp_path / "config.toml").write_text(f"[parallel]\ntp = {count}\n[model]\npreset = 'tiny-gpt2'\n")
     (tmp_path / "job.json").write_text(json.dumps({"steps": 1, "backend": "none", "reference": None}))
-    before = set(multiprocessing.active_children())
-    with pytest.raises(processes.LayoutError, match=r"^rank \d of 2: ValueError: unknown backend 'none'"):
-        processes.run_processes(tmp_path, 2)
-    assert set(multiprocessing.active_children()) == before
+    assert re.match(message, finish(Command(refuse, tmp_path, count, fork)))
+
+
+def die(folder: Path) -> int:
+    processes.run_rank = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    with pytest.raises(processes.LayoutError, match=r"^rank 0 of 1 died by SIGKILL$"):
+        processes.run_alone(folder)
+    return 0
+
+
+def test_a_process_that_dies_is_named(tmp_path):
+    (tmp_path / "config.toml").write_text("[model]\npreset = 'tiny-gpt2'\n")
+    finish(Command(die, tmp_path))
 
 
 # --- measures, without any run ---
