@@ -7,12 +7,9 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import statistics
+import subprocess
 import sys
-import time
-import traceback
 
 import torch
 
@@ -20,6 +17,7 @@ from megakern.kernels.cuda import linear
 from megakern.kernels.cuda.linear import NN, NT, TILES, TN, Tile, product
 from megakern.ops.linear import linear_reference
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there simt: of the script, not of the kernels
 SIZES = [(128, 256, 64), (8, 8, 8), (1, 16, 72), (256, 512, 192), (200, 264, 328), (129, 136, 1000), (1000, 2056, 520),
          (4096, 4096, 256), (4104, 3000, 264)]  # fmt: skip
 TRIAL = [*TILES, Tile(128, 256, 1, 0, 0), Tile(256, 128, 2, 0, 0), Tile(128, 128, 1, 0, 0)]
@@ -31,8 +29,8 @@ def name_of(tile):
 
 
 def operands(layout, M, N, K, dtype, scale=1.0):
-    g = torch.Generator("cuda").manual_seed(M + N + K)
-    a, b = (torch.randn(s, generator=g, device="cuda") for s in ((M, K), (N, K)))
+    g = torch.Generator(DEVICE).manual_seed(M + N + K)
+    a, b = (torch.randn(s, generator=g, device=DEVICE) for s in ((M, K), (N, K)))
     a, b = a.to(dtype), (b * scale).to(dtype)
     stored_a = a if layout != TN else a.t().contiguous()
     stored_b = b if layout == NT else b.t().contiguous()
@@ -61,11 +59,10 @@ def right(tile):
                 if stored_a is None or M * N * 2 % 16 or N % 8:
                     continue
                 for blocks in (132, 6):
-                    out = torch.full((M, N), float("nan"), dtype=dtype, device="cuda")
+                    out = torch.full((M, N), float("nan"), dtype=dtype, device=DEVICE)
                     product(layout, stored_a, stored_b, out, tile=tile, blocks=blocks)
                     again = torch.empty_like(out)
                     product(layout, stored_a, stored_b, again, tile=tile, blocks=blocks)
-                    torch.cuda.synchronize()
                     exact = a.double() @ b.double().t()
                     what = f"{NAMES[layout]} {dtype} {M} x {N} x {K} blocks {blocks}"
                     ok = compare(what, out, exact, a @ b.t())
@@ -74,8 +71,8 @@ def right(tile):
                         ok = False
                     good, bad = good + ok, bad + (not ok)
                 if layout == TN:
-                    start = torch.randn(M, N, device="cuda")
-                    into, wide = start.clone(), torch.full((M, N), float("nan"), device="cuda")
+                    start = torch.randn(M, N, device=DEVICE)
+                    into, wide = start.clone(), torch.full((M, N), float("nan"), device=DEVICE)
                     product(layout, stored_a, stored_b, into, accumulate=True, tile=tile)
                     product(layout, stored_a, stored_b, wide, tile=tile)
                     exact = a.double() @ b.double().t()
@@ -87,9 +84,9 @@ def right(tile):
         for M, N, K in ((200, 264, 328), (1000, 2056, 520)):
             for activation in ("", "gelu", "gelu_tanh", "relu_squared", "silu"):
                 a, b, stored_a, stored_b = operands(NT, M, N, K, dtype, K**-0.5)
-                bias, residual = torch.randn(N, device="cuda"), torch.randn(M, N, device="cuda").to(dtype)
+                bias, residual = torch.randn(N, device=DEVICE), torch.randn(M, N, device=DEVICE).to(dtype)
                 for given in (bias, bias.to(dtype)):
-                    out, pre = (torch.full((M, N), float("nan"), dtype=dtype, device="cuda") for _ in range(2))
+                    out, pre = (torch.full((M, N), float("nan"), dtype=dtype, device=DEVICE) for _ in range(2))
                     product(NT, stored_a, stored_b, out, bias=given, pre=pre, residual=residual, activation=activation,
                             tile=tile)  # fmt: skip
                     keywords = {"activation": activation or None}
@@ -107,8 +104,8 @@ def right(tile):
 
 def sums():
     for M, N in ((1, 8), (1000, 1032), (8192, 4096)):
-        x = torch.randn(M, N, device="cuda").bfloat16()
-        out = torch.empty(N, device="cuda")
+        x = torch.randn(M, N, device=DEVICE).bfloat16()
+        out = torch.empty(N, device=DEVICE)
         linear._column_sums(x, out)
         if not compare(f"column sums {M} x {N}", out[None], x.double().sum(0)[None], x.float().sum(0)[None]):
             return False
@@ -145,7 +142,7 @@ def timed(tiles):
     for M, N, K in shapes:
         for layout in (NT, NN, TN):
             _, _, a, b = operands(layout, M, N, K, torch.bfloat16)
-            out = torch.empty(M, N, dtype=torch.bfloat16, device="cuda")
+            out = torch.empty(M, N, dtype=torch.bfloat16, device=DEVICE)
             left, right_ = a.t() if layout == TN else a, b.t() if layout == NT else b
             calls = {"cuBLAS": lambda left=left, right_=right_: torch.matmul(left, right_, out=out)}
             cube = M == N == K and M >= 4096
@@ -163,8 +160,8 @@ def timed(tiles):
                 f"{name} {flops / t / 1e9:.0f} ({ms['cuBLAS'] / t:.3f})" for name, t in ms.items()), flush=True)  # fmt: skip
     M, N, K = 8192, 16384, 4096
     _, _, a, b = operands(NT, M, N, K, torch.bfloat16, K**-0.5)
-    bias = torch.randn(N, device="cuda").bfloat16()
-    out, pre, residual = (torch.randn(M, N, device="cuda").bfloat16() for _ in range(3))
+    bias = torch.randn(N, device=DEVICE).bfloat16()
+    out, pre, residual = (torch.randn(M, N, device=DEVICE).bfloat16() for _ in range(3))
     F = torch.nn.functional
     calls = {
         "cuBLAS, bias, gelu_tanh": lambda: F.gelu(F.linear(a, b, bias), approximate="tanh"),
@@ -185,28 +182,42 @@ def timed(tiles):
     return True
 
 
-def child(name, function, *arguments, seconds=60):
-    """Runs it in a process of its own: an error of the GPU ends that alone."""
-    print(f"{name}:", flush=True)
-    started = time.monotonic()
-    pid = os.fork()
-    if pid == 0:
-        signal.alarm(seconds)
-        try:
-            os._exit(0 if function(*arguments) else 1)
-        except BaseException:  # noqa: BLE001
-            traceback.print_exc(limit=-2)
-            os._exit(2)
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    print(f"  {'ok' if status == 0 else f'FAILED ({status})'} in {time.monotonic() - started:.0f} s", flush=True)
-    return status == 0
+def start(*words):
+    """This file in a process of its own: an error of the GPU ends that alone."""
+    command = [sys.executable, "-m", "benchmarks.gemm_check", "one", *words]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process, seconds):
+    try:
+        told, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        told = process.communicate()[0] + f"  NOT DONE after {seconds} s"
+    lines = told.splitlines()
+    print("\n".join(lines[:60]) + f"\n  exit {process.returncode}", flush=True)
+    return process.returncode == 0
+
+
+def one(what, tiles):
+    chosen = [tile for tile in TRIAL if name_of(tile) in tiles]
+    ok = sums() if what == "sums" else timed(chosen) if what == "timed" else all([right(tile) for tile in chosen])
+    sys.exit(0 if ok else 1)
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["one"]:
+        one(sys.argv[2], sys.argv[3:])
     wanted = sys.argv[1:] or ["right", "timed"]
-    tiles = TRIAL
+    tiles = [name_of(tile) for tile in TRIAL]
     if "right" in wanted:
-        child("column sums", sums)
-        tiles = [tile for tile in tiles if child(f"tile {name_of(tile)}", right, tile)]
+        running = {"sums": start("sums"), **{tile: start("right", tile) for tile in tiles}}
+        good = set()
+        for name, process in running.items():
+            print(name, flush=True)
+            if finish(process, 60):
+                good.add(name)
+        tiles = [tile for tile in tiles if tile in good]
     if "timed" in wanted and tiles:
-        child("times, TFLOP/s (x cuBLAS)", timed, tiles, seconds=100)
+        print("times, TFLOP/s (x cuBLAS)", flush=True)
+        finish(start("timed", *tiles), 120)
