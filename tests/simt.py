@@ -1,4 +1,4 @@
-"""The test kernels of csrc/simt/tests as a library: built once for each content, by g++ to run in the emulator.
+"""The test kernels of csrc/simt/tests as a library, built once for each content: by g++ for the emulator, by nvcc for a GPU.
 
 `library().run("case", tensors, numbers)` calls a case and raises RuntimeError with its message.
 """
@@ -15,16 +15,25 @@ from pathlib import Path
 
 import torch
 
+from megakern.kernels.cuda import toolkit
+
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SCHEDULES = ("forward", "reverse", "random:1", "random:2", "pct:1", "pct:2", "pct:3", "pct:4", "pct:5")
 
-GCC = ["-std=c++17", "-O3", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
-
-
-def compiler() -> list[str]:
-    return [os.environ.get("CXX", "g++"), *GCC, "-DMEGAKERN_SIMT", f"-I{CSRC}"]
+GCC = [
+    "-std=c++17",
+    "-O3",
+    "-g1",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unknown-pragmas",
+    "-Wno-psabi",
+]
+NVCC = ["-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 
 
 class Library:
@@ -50,7 +59,7 @@ class Library:
         self._call(self.functions.megakern_schedule, ctypes.c_char_p(schedule.encode()))
 
 
-def build(command: list[str], sources: list[Path], extra: tuple[str, ...] = ()) -> Path:
+def build(command: list[str], language: str, sources: list[Path]) -> Path:
     """Compiles what changed, two files at a time, and links; processes that want the same wait for one another."""
     headers = [*CSRC.glob("*.h"), *CSRC.glob("device/*"), *CSRC.glob("simt/**/*.h")]
     common = hashlib.sha256(" ".join(command).encode() + b"".join(path.read_bytes() for path in sorted(headers)))
@@ -65,7 +74,7 @@ def build(command: list[str], sources: list[Path], extra: tuple[str, ...] = ()) 
             target = folder / f"{source.stem}-{own.hexdigest()[:16]}.o"
             objects.append(target)
             if not target.exists():
-                waiting.append([*command, "-x", "c++", "-c", str(source), "-o", str(target) + ".new"])
+                waiting.append([*command, f"-I{CSRC}", "-x", language, "-c", str(source), "-o", f"{target}.new"])
         running: list[subprocess.Popen] = []
         while waiting or running:
             while waiting and len(running) < 2:
@@ -80,12 +89,20 @@ def build(command: list[str], sources: list[Path], extra: tuple[str, ...] = ()) 
         name = hashlib.sha256("".join(path.name for path in objects).encode()).hexdigest()[:16]
         library = folder / f"cases-{name}.so"
         if not library.exists():
-            subprocess.run([command[0], *extra, "-shared", *map(str, objects), "-o", f"{library}.new"], check=True)
+            link = [word for word in command if not word.startswith("-std")]
+            subprocess.run([*link, "-shared", *map(str, objects), "-o", f"{library}.new"], check=True)
             library.with_name(library.name + ".new").rename(library)
     return library
 
 
 @cache
 def library() -> Library:
-    sources = sorted([*CSRC.glob("simt/*.cpp"), *CSRC.glob("simt/tests/*.cpp"), *CSRC.glob("simt/tests/*.cu")])
-    return Library(build(compiler(), sources))
+    sources = [*CSRC.glob("simt/*.cpp"), *CSRC.glob("simt/tests/*.cpp"), *CSRC.glob("simt/tests/*.cu")]
+    command = [os.environ.get("CXX", "c++"), *GCC, "-DMEGAKERN_SIMT"]
+    return Library(build(command, "c++", sorted(sources)))
+
+
+@cache
+def gpu_library() -> Library:
+    sources = [CSRC / "simt/tests" / name for name in ("cases.cpp", "golden.cu", "golden_wgmma.cu", "rows.cu")]
+    return Library(build([str(toolkit.find_nvcc()), *NVCC], "cu", sources), torch.cuda.current_device())

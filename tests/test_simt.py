@@ -46,25 +46,6 @@ def test_a_launch_of_no_blocks_runs_nothing(library):
     library.run("normalize_rows", [torch.zeros(0), torch.zeros(0)], [0, 64, 0, 32])
 
 
-def test_rounding_is_that_of_torch(library):
-    """All fp16 and bf16 values, the midpoints between neighbours, and what lies beside those."""
-    bits = torch.arange(1 << 16, dtype=torch.int32)
-    for dtype in (torch.bfloat16, torch.float16):
-        values = bits.to(torch.int16).view(dtype).float()
-        beside = torch.tensor([-1, 0, 1, 0xFFF, 0x1000, 0x1001, 0x7FFF, 0x8000, 0x8001])
-        near = (values.view(torch.int32)[:, None] + beside).flatten()
-        x = near.to(torch.int32).view(torch.float32)
-        y = torch.zeros(x.numel(), dtype=torch.int16)
-        back = torch.full_like(x, 7.0)
-        library.run("convert", [x, y, back], [x.numel(), simt.DTYPES[dtype]])
-        expected = x.to(dtype)
-        nan = expected.isnan()
-        assert torch.equal(y[~nan], expected.view(torch.int16)[~nan])
-        assert (y[nan] == 0x7FFF).all()
-        assert torch.equal(back[~nan], expected.float()[~nan])
-        assert back[nan].isnan().all()
-
-
 def test_chain_of_blocks_that_wait_for_one_another(library, schedule):
     out, flag = torch.full((9,), -1, dtype=torch.int32), torch.zeros(10, dtype=torch.int32)
     library.run("chain", [out, flag], [9, 0])

@@ -19,9 +19,9 @@
 #include "simt/ptx.h"
 #else
 
-namespace megakern {
+#include "device/ptx_warp.cuh"
 
-MK_DEVICE std::uint32_t shared_address(const void* p) { return std::uint32_t(__cvta_generic_to_shared(p)); }
+namespace megakern {
 
 // --- mbarrier: 64 bits in shared memory that count arrivals and bytes, and flip their phase when both are complete ---
 
@@ -73,6 +73,11 @@ MK_DEVICE void mbar_wait(MBarrier* b, int parity) {
 #endif
 }
 
+// One of the barrier's arrivals comes when all copies that this thread has started by cp_async are complete.
+MK_DEVICE void cp_async_arrive(MBarrier* b) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(b)) : "memory");
+}
+
 // What this thread has written to shared memory becomes visible to the copy engine and the tensor cores, once a barrier
 // has told the thread that starts them.
 MK_DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
@@ -84,6 +89,11 @@ MK_DEVICE void prefetch_map(const TensorMap* map) { asm volatile("prefetch.tenso
 #define MK_TMA_LOAD "cp.async.bulk.tensor."
 #define MK_TMA_TO_SHARED ".shared::cluster.global.mbarrier::complete_tx::bytes"
 
+MK_DEVICE void tma_load_1d(void* to, const TensorMap* map, MBarrier* b, int x) {
+  asm volatile(MK_TMA_LOAD "1d" MK_TMA_TO_SHARED " [%0], [%1, {%3}], [%2];" ::"r"(shared_address(to)), "l"(map),
+               "r"(shared_address(b)), "r"(x)
+               : "memory");
+}
 MK_DEVICE void tma_load_2d(void* to, const TensorMap* map, MBarrier* b, int x, int y) {
   asm volatile(MK_TMA_LOAD "2d" MK_TMA_TO_SHARED " [%0], [%1, {%3, %4}], [%2];" ::"r"(shared_address(to)), "l"(map),
                "r"(shared_address(b)), "r"(x), "r"(y)
@@ -115,6 +125,11 @@ MK_DEVICE void bulk_load(void* to, const void* from, MBarrier* b, int bytes) {
 }
 
 // Stores belong to the thread's current group until tma_commit closes it.
+MK_DEVICE void tma_store_1d(const TensorMap* map, const void* from, int x) {
+  asm volatile(MK_TMA_LOAD "1d.global.shared::cta.bulk_group [%0, {%2}], [%1];" ::"l"(map), "r"(shared_address(from)),
+               "r"(x)
+               : "memory");
+}
 MK_DEVICE void tma_store_2d(const TensorMap* map, const void* from, int x, int y) {
   asm volatile(MK_TMA_LOAD "2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
                "r"(shared_address(from)), "r"(x), "r"(y)
@@ -134,6 +149,11 @@ MK_DEVICE void tma_store_4d(const TensorMap* map, const void* from, int x, int y
 MK_DEVICE void tma_add_2d(const TensorMap* map, const void* from, int x, int y) {
   asm volatile("cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
                "r"(shared_address(from)), "r"(x), "r"(y)
+               : "memory");
+}
+MK_DEVICE void bulk_store(void* to, const void* from, int bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(__cvta_generic_to_global(to)),
+               "r"(shared_address(from)), "r"(bytes)
                : "memory");
 }
 MK_DEVICE void bulk_add(float* to, const float* from, int bytes) {
@@ -184,16 +204,6 @@ MK_DEVICE void registers_shrink() {
 template <int Count>
 MK_DEVICE void registers_grow() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Count));
-}
-
-// --- matrices in shared memory ---
-
-// Four 8 x 8 matrices of 16-bit values: lane l gives the address of row l % 8 of matrix l / 8 (16 bytes); of matrix i,
-// r[i] holds row lane / 4, columns 2 (lane % 4) and the next.
-MK_DEVICE void stmatrix_x4(void* row, const std::uint32_t (&r)[4]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)), "r"(r[0]),
-               "r"(r[1]), "r"(r[2]), "r"(r[3])
-               : "memory");
 }
 
 // --- wgmma: D (64, N) (+)= A (64, 16) B (16, N) by a warpgroup, sums in fp32 ---

@@ -157,6 +157,7 @@ void mbar_arrive(MBarrier* address, int rank, Site site) {
   MBarrierState& b = barrier_at(*block, address, site);
   if (elsewhere && !b.fenced) fail(named(b) + " is used by the cluster before mbar_init_fence", site);
   arrive(b, site);
+  breathe();
 }
 
 void mbar_expect(MBarrier* address, int bytes, Site site) {
@@ -166,6 +167,7 @@ void mbar_expect(MBarrier* address, int bytes, Site site) {
   }
   b.bytes += bytes;
   arrive(b, site);
+  breathe();
 }
 
 static bool passes(const MBarrierState& b, int parity) { return (b.phase & 1) != parity; }

@@ -113,7 +113,9 @@ T warp_reduce(T value, Combine combine, MK_SITE) {
 template <class T>
 T atomic_add(T* address, T value) {
   static_assert(std::is_integral_v<T>, "atomics on floats are not deterministic");
-  return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
+  const T old = __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
+  simt::breathe();
+  return old;
 }
 template <class T>
 T atomic_max(T* address, T value) {

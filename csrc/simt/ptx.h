@@ -66,6 +66,9 @@ inline void fence_async() { simt::fence_async(); }
 
 inline void prefetch_map(const TensorMap*) {}
 
+inline void tma_load_1d(void* to, const TensorMap* map, MBarrier* b, int x, MK_SITE) {
+  simt::tma_load(to, map, b, &x, 1, 0, site);
+}
 inline void tma_load_2d(void* to, const TensorMap* map, MBarrier* b, int x, int y, MK_SITE) {
   const int at[] = {x, y};
   simt::tma_load(to, map, b, at, 2, 0, site);
@@ -84,6 +87,9 @@ inline void tma_load_2d_multicast(void* to, const TensorMap* map, MBarrier* b, i
 }
 inline void bulk_load(void* to, const void* from, MBarrier* b, int bytes, MK_SITE) {
   simt::bulk_load(to, from, b, bytes, site);
+}
+inline void tma_store_1d(const TensorMap* map, const void* from, int x, MK_SITE) {
+  simt::tma_store(map, from, &x, 1, false, site);
 }
 inline void tma_store_2d(const TensorMap* map, const void* from, int x, int y, MK_SITE) {
   const int at[] = {x, y};
@@ -141,9 +147,33 @@ void registers_grow(MK_SITE) {
   simt::meet("setmaxnreg", site, nullptr);
 }
 
-// --- matrices in shared memory ---
+// --- of a warp ---
 
+template <int Bytes>
+void cp_async(void* to, const void* from, int valid = Bytes, MK_SITE) {
+  static_assert(Bytes == 4 || Bytes == 8 || Bytes == 16);
+  simt::cp_async(to, from, Bytes, valid, site);
+}
+inline void cp_async_commit() { simt::cp_async_commit(); }
+template <int Pending>
+void cp_async_wait() {
+  simt::cp_async_wait(Pending);
+}
+inline void cp_async_arrive(MBarrier* b, MK_SITE) { simt::cp_async_arrive(b, site); }
+
+inline void ldmatrix_x4(std::uint32_t (&r)[4], const void* row, MK_SITE) { simt::ldmatrix(row, r, 4, false, site); }
+inline void ldmatrix_x4_transposed(std::uint32_t (&r)[4], const void* row, MK_SITE) {
+  simt::ldmatrix(row, r, 4, true, site);
+}
 inline void stmatrix_x4(void* row, const std::uint32_t (&r)[4], MK_SITE) { simt::stmatrix(row, r, 4, false, site); }
+inline void stmatrix_x4_transposed(void* row, const std::uint32_t (&r)[4], MK_SITE) {
+  simt::stmatrix(row, r, 4, true, site);
+}
+
+template <class T>
+void mma_m16n8k16(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2], MK_SITE) {
+  simt::mma_m16n8k16(d, a, b, std::is_same_v<T, bf16>, site);
+}
 
 // --- wgmma ---
 

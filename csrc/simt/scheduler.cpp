@@ -301,6 +301,13 @@ void spin(Site site) {
   pause();
 }
 
+void breathe() {
+  if (machine.order == Order::forward || machine.order == Order::reverse) return;
+  if (machine.order == Order::random && machine.random() % 2) return;
+  Fiber* next = choose();
+  if (next->warp != self->warp) switch_to(next);
+}
+
 // --- meetings ---
 
 static std::string at(Site site) { return std::string(site.file) + ":" + std::to_string(site.line); }
@@ -374,7 +381,7 @@ void barrier_sync(int id, int threads, Site site) {
     Barrier& barrier = warp.block->barrier[id];
     barrier.waiting |= 1u << warp.index;
     arrive(warp, id, threads, site);
-    if (barrier.waiting == 0) return;
+    if (barrier.waiting == 0) return breathe();
   }
   wait(name, "", id, site);
 }
@@ -384,6 +391,7 @@ void barrier_arrive(int id, int threads, Site site) {
   if (!gathered(warp, "barrier_arrive", site)) return wait("barrier_arrive", "", id, site);
   arrive(warp, id, threads, site);
   wake_all(warp);
+  breathe();
 }
 
 }  // namespace megakern::simt

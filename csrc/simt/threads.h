@@ -99,6 +99,9 @@ void wake(Fiber* fiber);
 // Lets other fibers run; comes back when no other can make progress.
 void spin(Site site);
 
+// Something that other threads may see has happened: under random and pct schedules another may run from here.
+void breathe();
+
 // All lanes of a warp come here; the last runs finish(warp), which fills warp.out from warp.in, and all go on.
 void meet(const char* name, Site site, void (*finish)(Warp&), const void* argument = nullptr);
 
