@@ -122,6 +122,8 @@ def simt_ninja() -> str:
 
 def cuda_ninja() -> str:
     nvcc = toolkit.find_nvcc()
+    if nvcc is None:
+        raise FileNotFoundError(toolkit.no_nvcc())
     archs = toolkit.archs() or toolkit.ARCHS
     release = toolkit.release(nvcc)
     strict = ["-Xptxas=-Werror"] if release == BUDGETED_NVCC else []
@@ -165,6 +167,8 @@ class BuildExtensions(build_ext):
     def finalize_options(self):
         super().finalize_options()
         asked = self.modules.split(",") if self.modules else []
+        if asked and self.inplace:
+            self.build_lib = str(Path(self.build_temp) / "inplace")  # what lies in build/lib gets into the next wheel
         if unknown := set(asked) - set(MODULES):
             raise SystemExit(f"--modules must be some of {', '.join(MODULES)}, got {', '.join(sorted(unknown))}")
         left_out = toolkit.why_not()

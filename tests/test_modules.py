@@ -13,12 +13,13 @@ import shutil
 import subprocess
 import sys
 import threading
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
-from megakern.kernels.cuda import module
+from megakern.kernels.cuda import module, toolkit
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILT = [name for name in ("_C", "_simt") if getattr(module, name) is not None]
@@ -111,6 +112,21 @@ def test_nothing_is_launched_for_nothing(name, function):
         getattr(getattr(module, name), function)(*numbers)
     except ValueError as error:
         assert str(error).startswith(f"{function}: "), error
+
+
+@pytest.mark.slow
+def test_a_wheel_holds_what_users_need_and_is_small(tmp_path):
+    """With the module for every architecture where there is nvcc; never the one for tests."""
+    nvcc = toolkit.find_nvcc()
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), "."]
+    environment = {**os.environ, toolkit.VARIABLE: "none" if nvcc is None else "all"}
+    subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    held = zipfile.ZipFile(wheel).namelist()
+    compiled = {Path(name).name.split(".")[0] for name in held if name.endswith(".so")}
+    assert compiled == {"_cpu"} | ({"_C"} if nvcc is not None else set())
+    assert "megakern/_C.pyi" in held and "megakern/kernels/cuda/activation.py" in held
+    assert wheel.stat().st_size < 20e6, f"{wheel.stat().st_size / 1e6:.1f} MB"
 
 
 # --- the checks of csrc/device/checks.h, through one function that has two inputs and one output ---

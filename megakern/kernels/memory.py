@@ -15,6 +15,8 @@ def empty(shape, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
 
 def empty_like(x: torch.Tensor) -> torch.Tensor:
     """An uninitialised contiguous tensor of x's shape, dtype and device."""
+    if allocate is torch.empty:  # the same, at 0.5 us instead of 1.8
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
     return empty(x.shape, x.dtype, x.device)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 ARCHS = ("80", "90a", "100")  # A100 and later of its family, H100 / H200, B200; PTX of the last serves what comes later
 VARIABLE = "MEGAKERN_CUDA_ARCHS"
+USUAL = Path("/usr/local/cuda/bin/nvcc")
 
 
 def find_nvcc() -> Path | None:
@@ -27,7 +28,7 @@ def find_nvcc() -> Path | None:
         return Path(on_path)
     packages = {sysconfig.get_paths()[name] for name in ("purelib", "platlib")} | set(sys.path)
     wheels = [nvcc for folder in sorted(packages) for nvcc in sorted(Path(folder).glob("nvidia/*/bin/nvcc"))]
-    return next(filter(_there, [Path("/usr/local/cuda/bin/nvcc"), *wheels]), None)
+    return next(filter(_there, [USUAL, *wheels]), None)
 
 
 def _there(path: Path) -> Path | None:
@@ -76,7 +77,8 @@ def why_not() -> str | None:
 def no_nvcc() -> str:
     home = os.environ.get("CUDA_HOME")
     where = f"in CUDA_HOME={home}" if home else "on the PATH, in /usr/local/cuda or as a wheel"
-    return f"there is no nvcc {where}; install CUDA's toolkit or the wheel nvidia-cuda-nvcc, then megakern"
+    wheels = "nvidia-cuda-nvcc, nvidia-cuda-runtime and nvidia-cuda-cccl"
+    return f"there is no nvcc {where}; install CUDA's toolkit or the wheels {wheels}, then megakern"
 
 
 def how_to_build() -> str:
