@@ -1,4 +1,4 @@
-"""The test kernels of csrc/simt/tests as a library, built once for each content: by g++ for the emulator, by nvcc for a GPU.
+"""The test kernels of csrc/simt/tests as a library: by g++ for the emulator, by nvcc for a GPU, once for each content.
 
 `library().run("case", tensors, numbers)` calls a case and raises RuntimeError with its message.
 """

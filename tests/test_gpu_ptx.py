@@ -1,4 +1,4 @@
-"""What each instruction of csrc/device/ptx.cuh and ptx_warp.cuh does: in the emulator, and on the GPU where there is one.
+"""What each instruction of csrc/device/ptx.cuh and ptx_warp.cuh does, in the emulator and on a GPU where there is one.
 
 The expected values come from formulas in plain PyTorch. All of them are exact: copies, and sums of whole numbers.
 """

@@ -1,6 +1,6 @@
-"""Bugs planted into asynchronous kernels (csrc/simt/tests/planted_async.cu): the emulator catches each, under any schedule.
+"""Bugs planted into asynchronous kernels (csrc/simt/tests/planted_async.cu): the emulator catches each of them.
 
-Caught is an error, or a result that is not that of the right kernel. A few need more than one schedule; those are named.
+Caught is an error, or a result that is not that of the right kernel; under every schedule but for those named below.
 """
 
 from __future__ import annotations
