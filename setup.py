@@ -110,7 +110,17 @@ def escaped(path: Path) -> str:
 
 
 def simt_ninja() -> str:
-    kernels = ["-std=c++17", "-O2", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+    kernels = [
+        "-std=c++17",
+        "-O2",
+        "-g0",
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-Wall",
+        "-Wextra",
+        "-Wno-unknown-pragmas",
+        "-Wno-psabi",
+    ]
     flags = {
         "macros": ["-DMEGAKERN_SIMT"],
         "kernels": [*kernels, "-DMEGAKERN_SIMT", "-x", "c++"],

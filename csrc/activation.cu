@@ -3,81 +3,45 @@
 // Writes: every output whole (=), contiguous; it may be one of the inputs. Backward computes the activation again.
 // Parallel: elementwise (device/elementwise.cuh), a thread owns 16 bytes of each tensor at a time; no shared memory.
 // Limits: fp32, bf16, fp16, computed in fp32; any M and C, rows at any distance.
+#include "device/activation.cuh"
 #include "device/elementwise.cuh"
 
 namespace megakern {
 
 // --- kernels ---
 
-// 1 / (1 + exp(-x))
-MK_DEVICE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
-
-// act(x) and act'(x). NaN stays NaN.
-struct Gelu {
-  static MK_DEVICE float value(float x) { return 0.5f * x * (1.0f + erff(x * 0.70710678f)); }
-  static MK_DEVICE float slope(float x) {
-    return 0.5f * (1.0f + erff(x * 0.70710678f)) + x * expf(-0.5f * x * x) * 0.39894228f;
-  }
-};
-
-struct GeluTanh {
-  // (1 + tanh(u)) / 2 = sigmoid(2 u), without the cancellation; u = sqrt(2 / pi) (x + 0.044715 x^3)
-  static MK_DEVICE float share(float x) { return sigmoid(1.59576912f * (x + 0.044715f * x * x * x)); }
-  static MK_DEVICE float value(float x) { return x * share(x); }
-  static MK_DEVICE float slope(float x) {
-    const float s = share(x);
-    return s + x * s * (1.0f - s) * 1.59576912f * (1.0f + 0.134145f * x * x);
-  }
-};
-
-struct ReluSquared {
-  static MK_DEVICE float value(float x) { return x < 0.0f ? 0.0f : x * x; }
-  static MK_DEVICE float slope(float x) { return x < 0.0f ? 0.0f : 2.0f * x; }
-};
-
-struct Silu {
-  static MK_DEVICE float value(float x) { return x * sigmoid(x); }
-  static MK_DEVICE float slope(float x) {
-    const float s = sigmoid(x);
-    return s * (1.0f + x * (1.0f - s));
-  }
-};
-
-// f(Gelu{}) and so on: one branch a thread, instead of four kernels to compile.
-template <class F>
-MK_DEVICE void with_activation(Activation kind, F f) {
-  switch (kind) {
-    case Activation::gelu: return f(Gelu{});
-    case Activation::gelu_tanh: return f(GeluTanh{});
-    case Activation::relu_squared: return f(ReluSquared{});
-    case Activation::silu: return f(Silu{});
-  }
-}
+template <class T>
+constexpr bool kExact = std::is_same_v<T, float>;
 
 template <class T, int N>
 MK_KERNEL void activation_forward_kernel(Elementwise<1, 1> p, Activation kind) {
-  with_activation(kind, [&](auto act) {
-    elementwise<T, N>(p, [=](const float* in, float* out) { out[0] = act.value(in[0]); });
+  with_activation(kind, [&](auto k) {
+    elementwise<T, N>(p, [](const float* in, float* out) { out[0] = activate<decltype(k)::value, kExact<T>>(in[0]); });
   });
 }
 
 template <class T, int N>
 MK_KERNEL void activation_backward_kernel(Elementwise<2, 1> p, Activation kind) {
-  with_activation(kind, [&](auto act) {
-    elementwise<T, N>(p, [=](const float* in, float* out) { out[0] = in[0] * act.slope(in[1]); });
+  with_activation(kind, [&](auto k) {
+    elementwise<T, N>(p, [](const float* in, float* out) {
+      out[0] = in[0] * slope<decltype(k)::value, kExact<T>>(in[1]);
+    });
   });
 }
 
 template <class T, int N>
 MK_KERNEL void swiglu_forward_kernel(Elementwise<2, 1> p) {
-  elementwise<T, N>(p, [](const float* in, float* out) { out[0] = Silu::value(in[0]) * in[1]; });
+  elementwise<T, N>(p, [](const float* in, float* out) {
+    out[0] = activate<Activation::silu, kExact<T>>(in[0]) * in[1];
+  });
 }
 
 template <class T, int N>
 MK_KERNEL void swiglu_backward_kernel(Elementwise<3, 2> p) {
   elementwise<T, N>(p, [](const float* in, float* out) {
-    out[0] = in[0] * in[2] * Silu::slope(in[1]);
-    out[1] = in[0] * Silu::value(in[1]);
+    const float share = sigmoid<kExact<T>>(in[1]);
+    out[0] = in[0] * in[2] * share * (1.0f + in[1] * (1.0f - share));
+    out[1] = in[0] * in[1] * share;
   });
 }
 

@@ -93,6 +93,27 @@ def test_transposed_and_expanded_input(device, backend):
     torch.testing.assert_close(backward(dy, x, "silu"), backward(dy.contiguous(), x.contiguous(), "silu"))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("C", [64, 67])
+@pytest.mark.parametrize("offset", [0, 1, 8])
+def test_views_with_and_without_room_for_16_byte_accesses(offset, C, dtype, device, backend):
+    """Rows that start on any element; the wide accesses of an aligned view must give the bits of the narrow ones."""
+    forward, backward = launchers(backend)
+    x, dy = (draw(5, C, dtype=dtype, device=device, seed=seed) for seed in (0, 1))
+    inside = [torch.full((5, 96), math.nan, dtype=dtype, device=device)[:, offset : offset + C] for _ in range(2)]
+    for view, values in zip(inside, (x, dy), strict=True):
+        view.copy_(values)
+    assert torch.equal(forward(inside[0], "silu"), forward(x, "silu"))
+    assert torch.equal(backward(inside[1], inside[0], "silu"), backward(dy, x, "silu"))
+
+
+def test_a_lazily_negated_input(device, backend):
+    """`imag` of a conjugate is a view of the other sign: its memory alone would be wrong."""
+    x = torch.view_as_complex(draw(5, 2, device=device)).conj().imag
+    assert x.is_neg()
+    torch.testing.assert_close(mk.gelu(x, backend=backend), gelu_reference(x))
+
+
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
 def test_gelu_compiles_and_passes_opcheck(approximate, device, unguarded, backend):
     x = draw(3, 14, device=device).requires_grad_()
