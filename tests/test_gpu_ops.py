@@ -105,19 +105,25 @@ def test_explain_names_the_kernel_and_its_tiles():
 
 @pytest.mark.parametrize("options", [{}, {"master": "split"}, {"master": "split", "state_dtype": torch.bfloat16}])
 def test_the_optimizer_takes_the_steps_of_the_cpu(options):
-    """Three clipped steps over parameters of odd sizes: the bits of the C++ or PyTorch kernels, to rounding."""
+    """Three clipped steps over parameters of odd sizes: those of the C++ or PyTorch kernels, to rounding.
+
+    The two norms may differ in their last bit. Then a clipped bf16 gradient may round to its other neighbour, 2^-8 away,
+    and a step, which is at most lr, by as much of itself.
+    """
     dtype = torch.bfloat16 if "master" in options else torch.float32
+    steps, lr = 3, 0.01
+    near = {"rtol": 2**-7, "atol": steps * lr * 2**-7} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6}
     shapes = [(3,), (129, 65), (1,), (70000,)]
     runs = {}
     for device in ("cpu", "cuda"):
         generator = torch.Generator().manual_seed(0)
         params = [torch.randn(s, generator=generator).to(device, dtype).requires_grad_() for s in shapes]
-        optimizer = mk.AdamW(params, lr=0.01, weight_decay=0.1, **options)
-        for _ in range(3):
+        optimizer = mk.AdamW(params, lr=lr, weight_decay=0.1, **options)
+        for _ in range(steps):
             for p in params:
                 p.grad = torch.randn(p.shape, generator=generator).to(device, dtype)
             mk.clip_grad_norm_(params, 1.0)
             optimizer.step()
         runs[device] = [p.detach().cpu().float() for p in params]
     for ours, expected in zip(runs["cuda"], runs["cpu"], strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+        torch.testing.assert_close(ours, expected, **near)
