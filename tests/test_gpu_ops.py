@@ -107,8 +107,8 @@ def test_explain_names_the_kernel_and_its_tiles():
 def test_the_optimizer_takes_the_steps_of_the_cpu(options):
     """Three clipped steps over parameters of odd sizes: those of the C++ or PyTorch kernels, to rounding.
 
-    The two norms may differ in their last bit. Then a clipped bf16 gradient may round to its other neighbour, 2^-8 away,
-    and a step, which is at most lr, by as much of itself.
+    The two norms may differ in their last bit. Then a clipped bf16 gradient may round to its other neighbour, 2^-8
+    away, and a step, which is at most lr, by as much of itself.
     """
     dtype = torch.bfloat16 if "master" in options else torch.float32
     steps, lr = 3, 0.01
