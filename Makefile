@@ -8,7 +8,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-CSRC := setup.py $(wildcard csrc/*.* csrc/device/* csrc/simt/*)
+CSRC := $(wildcard csrc/*.* csrc/device/* csrc/simt/*)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 .PHONY: help setup demo simt test test-all faults gates gpu sanitize lint bench clean
@@ -21,7 +21,7 @@ setup: .venv/runtime
 	  { echo "megakern needs Python 3.10 or newer; got $$($(PYTHON) --version). Name one: make PYTHON=python3.12 ..." >&2; exit 2; }
 	$(PYTHON) -m venv .venv
 
-.venv/runtime: .venv/bin/python requirements.txt pyproject.toml setup.py $(wildcard csrc/cpu/*)
+.venv/runtime: .venv/bin/python requirements.txt pyproject.toml setup.py csrc/build.py $(wildcard csrc/cpu/*)
 	$(PIP) -r requirements.txt
 	$(PIP) --no-deps --no-build-isolation --editable .
 	@$(BIN)/python -m megakern.kernels.torch.native
@@ -34,7 +34,7 @@ setup: .venv/runtime
 # The CUDA kernels for CPU tensors, which the tests run. Without a C++ compiler the tests leave them out.
 simt: .venv/simt
 .venv/simt: .venv/runtime $(CSRC)
-	$(BIN)/python setup.py -q build_ext --inplace --modules simt
+	$(BIN)/python csrc/build.py simt
 	@touch $@
 
 demo: .venv/runtime

@@ -4,7 +4,7 @@
     python -m benchmarks.cuda_report --check    fail when a kernel needs more than benchmarks/cuda_budget.json
     python -m benchmarks.cuda_report --update   write that file anew; look at the difference before committing it
 
-Needs nvcc and no GPU. The figures are those of ptxas (-Xptxas -v), in the logs that setup.py's build leaves beside
+Needs nvcc and no GPU. The figures are those of ptxas (-Xptxas -v), in the logs that csrc/build.py leaves beside its
 objects. Any note C75xx fails: with those ptxas says that it made wgmma serial, or waits of its own. Dynamic shared
 memory is not here: a launch that asks for more than a block may have fails at once, under simt as well.
 """
@@ -47,7 +47,7 @@ class Need:
 def build() -> dict[str, str]:
     """Compile what has changed for all architectures -> the log of each source, by its stem."""
     environment = {**os.environ, toolkit.VARIABLE: "all"}
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace", "--modules", "cuda"]
+    command = [sys.executable, "csrc/build.py", "cuda"]
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
     return {path.name.split(".")[0]: path.read_text() for path in sorted(ROOT.glob("build/csrc/_C.*/*.cu.o.log"))}
 

@@ -2,7 +2,7 @@
 """Each tile shape of the sm_90a product: right against float64 in every layout, then timed beside cuBLAS.
 
     MEGAKERN_CUDA_ARCHS=90a NVCC_APPEND_FLAGS="-DMEGAKERN_SPINS=100000 -DMEGAKERN_TRIAL_TILES" \
-        python setup.py build_ext --inplace --modules cuda && python -m benchmarks.gemm_check [right] [timed]
+        python csrc/build.py cuda && python -m benchmarks.gemm_check [right] [timed]
 """
 
 from __future__ import annotations

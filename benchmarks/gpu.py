@@ -94,8 +94,11 @@ def _build(options: argparse.Namespace) -> subprocess.Popen | None:
     if not (ROOT / "csrc" / "bindings.cpp").exists() or options.backend == "triton" or not torch.cuda.is_available():
         return None
     log = (options.out / "build.log").open("w")
-    words = [sys.executable, "setup.py", "build_ext", "--inplace", "--modules", "cuda"]
-    return subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+    major, minor = torch.cuda.get_device_capability()
+    arch = f"{major}{minor}{'a' if major == 9 else ''}"
+    environment = {"MEGAKERN_CUDA_ARCHS": arch, **os.environ}  # this GPU alone: a third of the time
+    words = [sys.executable, "csrc/build.py", "cuda"]
+    return subprocess.Popen(words, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
 
 def _finish(build: subprocess.Popen | None, deadline: float) -> str | None:

@@ -86,23 +86,25 @@ def test_machine_code_for_each_and_portable_code_of_the_last():
     assert toolkit.gencode(("90a",)) == ["-gencode=arch=compute_90a,code=sm_90a"]  # its PTX runs on nothing else
 
 
-def setup(*words: str, **variables: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "setup.py", "-q", "build_ext", *words]
+def run(*words: str, **variables: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, **variables}
+    command = [sys.executable, *words]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
-def test_a_module_that_was_asked_for_and_cannot_be_built_is_an_error(tmp_path):
-    asked = setup("--modules", "cuda", "--build-lib", str(tmp_path), CUDA_HOME="/nowhere")
-    assert asked.returncode != 0 and "there is no nvcc in CUDA_HOME=/nowhere" in asked.stderr
-    unknown = setup("--modules", "cuda,gpu")
-    assert unknown.returncode != 0 and "--modules must be some of cpu, cuda, simt, got gpu" in unknown.stderr
+def test_a_module_that_was_asked_for_and_cannot_be_built_is_an_error():
+    asked = run("csrc/build.py", "cuda", CUDA_HOME="/nowhere")
+    assert asked.returncode == 1
+    assert asked.stderr.startswith("megakern._C: there is no nvcc in CUDA_HOME=/nowhere; install")
+    asked = run("csrc/build.py", "cuda", MEGAKERN_CUDA_ARCHS="hopper")
+    assert asked.returncode == 1 and "must be all, none or a list" in asked.stderr
+    asked = run("csrc/build.py", "gpu")
+    assert asked.returncode == 2 and asked.stderr == "usage: python csrc/build.py cuda | simt ...\n"
 
 
 def test_an_installation_without_nvcc_or_compiler_goes_on_and_says_so(tmp_path):
-    lean = setup(
-        "--build-lib", str(tmp_path), "--build-temp", str(tmp_path), CUDA_HOME="/nowhere", CXX="/no/c++", CC="/no/cc"
-    )
+    folders = ("--build-lib", str(tmp_path), "--build-temp", str(tmp_path))
+    lean = run("setup.py", "-q", "build_ext", *folders, CUDA_HOME="/nowhere", CXX="/no/c++", CC="/no/cc")
     assert lean.returncode == 0, lean.stderr
     assert "megakern._C is left out: there is no nvcc in CUDA_HOME=/nowhere" in lean.stderr
     assert "megakern._cpu was NOT built" in lean.stderr
