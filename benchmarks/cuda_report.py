@@ -57,15 +57,14 @@ def read(log: str) -> dict[str, dict[str, Need]]:
     found: dict[str, dict[str, Need]] = {}
     starts = list(ENTRY.finditer(log))
     for start, following in zip(starts, [*starts[1:], None], strict=True):
-        text = log[start.end() : following.start() if following else len(log)]
+        text = log[start.end() : following.start() if following else len(log)].split("ptxas warning")[0]
         name, arch = start.groups()
-        # Functions that were not inlined follow with figures of their own, so: those with this kernel's name.
-        stack, spill = re.search(
-            rf"properties for {name}\n\s*(\d+) bytes stack frame, (\d+) bytes spill", text
-        ).groups()
+        # Functions that were not inlined follow, with spills of their own.
+        spill = sum(map(int, re.findall(r"(\d+) bytes spill stores, \d+ bytes spill loads\n", text)))
+        stack = re.search(r"(\d+) bytes cumulative stack size", text) or re.search(r"(\d+) bytes stack frame", text)
         registers = re.search(r"Used (\d+) registers", text).group(1)
         shared = re.search(r"(\d+) bytes smem", text)
-        need = Need(int(registers), int(spill), int(stack), int(shared.group(1)) if shared else 0)
+        need = Need(int(registers), spill, int(stack.group(1)), int(shared.group(1)) if shared else 0)
         found.setdefault(arch, {})[name] = need
     return found
 

@@ -1,0 +1,85 @@
+"""What `make gates` reads from ptxas, and what it refuses. The log is that of nvcc 13.0; no compiler is needed here."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from benchmarks import cuda_report
+from benchmarks.cuda_report import Need
+
+pytestmark = pytest.mark.skipif(shutil.which("c++filt") is None, reason="c++filt is not installed (binutils)")
+
+LOG = """\
+ptxas warning : Registers are spilled to local memory in function '_ZN8megakern10two_kernelEPf', 520 bytes spill stores, 1012 bytes spill loads
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_ZN8megakern10one_kernelIfEEvPT_' for 'sm_80'
+ptxas info    : Function properties for _ZN8megakern10one_kernelIfEEvPT_
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 10 registers, used 1 barriers, 1024 bytes smem, 360 bytes cmem[0]
+ptxas info    : Compile time = 10.721 ms
+ptxas info    : Compiling entry function '_ZN8megakern10two_kernelEPf' for 'sm_80'
+ptxas info    : Function properties for _ZN8megakern10two_kernelEPf
+    576 bytes stack frame, 520 bytes spill stores, 1012 bytes spill loads
+ptxas info    : Used 32 registers, used 0 barriers, 592 bytes cumulative stack size, 360 bytes cmem[0]
+ptxas info    : Compile time = 82.041 ms
+ptxas info    : Function properties for _ZN8megakern1fEfPf
+    0 bytes stack frame, 240 bytes spill stores, 268 bytes spill loads
+ptxas warning : Registers are spilled to local memory in function '_ZN8megakern1fEfPf', 208 bytes spill stores, 236 bytes spill loads
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_ZN8megakern10one_kernelIfEEvPT_' for 'sm_90a'
+ptxas info    : Function properties for _ZN8megakern10one_kernelIfEEvPT_
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 12 registers, used 1 barriers, 1024 bytes smem
+"""  # noqa: E501 - as ptxas prints it
+ONE, TWO = Need(10, 0, 0, 1024), Need(32, 760, 592, 0)
+
+
+BUDGET = {
+    "nvcc": "13.0",
+    "kernels": {
+        "sm_80": {"file one_kernel<float>": vars(ONE), "file two_kernel": vars(TWO)},
+        "sm_90a": {"file one_kernel<float>": vars(Need(12, 0, 0, 1024))},
+    },
+}
+
+
+def test_each_kernel_of_each_architecture_is_read():
+    needs = cuda_report.measure({"file": LOG})
+    assert needs["sm_80"] == {"file one_kernel<float>": ONE, "file two_kernel": TWO}
+    assert needs["sm_90a"] == {"file one_kernel<float>": Need(12, 0, 0, 1024)}
+    assert needs["sm_100"] == {}
+
+
+def test_the_budget_is_kept_or_the_rise_is_named():
+    assert cuda_report.complaints({"file": LOG}, BUDGET, "13.0") == []
+    worse = LOG.replace("Used 12 registers", "Used 13 registers").replace(
+        "0 bytes stack frame, 0 bytes spill", "8 bytes stack frame, 8 bytes spill"
+    )
+    assert cuda_report.complaints({"file": worse}, BUDGET, "13.0") == [
+        "sm_80 file one_kernel<float>: spill rose from 0 to 8",
+        "sm_80 file one_kernel<float>: stack rose from 0 to 8",
+        "sm_90a file one_kernel<float>: registers rose from 12 to 13",
+        "sm_90a file one_kernel<float>: spill rose from 0 to 8",
+        "sm_90a file one_kernel<float>: stack rose from 0 to 8",
+    ]
+    assert "the budget is for nvcc 13.0, this is 13.1" in cuda_report.complaints({"file": LOG}, BUDGET, "13.1")[0]
+    gone = LOG[: LOG.index("ptxas info    : Compiling entry function '_ZN8megakern10two_kernelEPf'")]
+    assert "sm_80 file two_kernel: in the budget, but gone; --update" in cuda_report.complaints(
+        {"file": gone}, BUDGET, "13.0"
+    )
+    assert "sm_80 new one_kernel<float>: not in the budget; add it with --update" in cuda_report.complaints(
+        {"file": LOG, "new": LOG}, BUDGET, "13.0"
+    )
+
+
+@pytest.mark.parametrize("note", ["C7514", "C7517", "C7519"])
+def test_a_note_about_wgmma_fails_though_the_code_is_small(note):
+    line = f"ptxas info    : ({note}) Potential Performance Loss: wgmma.mma_async instructions are serialized"
+    assert cuda_report.complaints({"file": f"{line}\n{LOG}"}, BUDGET, "13.0") == [f"file.cu: {line}"]
+
+
+def test_names_lose_what_every_kernel_has():
+    mangled = ["_ZN8megakern10one_kernelIfEEvPT_", "_ZN8megakern12_GLOBAL__N_13twoILi3EEEvPf"]
+    assert cuda_report.demangle(mangled) == ["one_kernel<float>", "(anonymous namespace)::two<3>"]
