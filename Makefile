@@ -49,7 +49,7 @@ test-all: .venv/dev
 	$(BIN)/python -m pytest --durations=20
 
 faults: .venv/dev
-	$(BIN)/python -m pytest -m promise --faults build/faults.json
+	$(BIN)/python -m pytest -vv -m promise --faults build/faults.json --durations=20
 
 gates: .venv/dev
 	$(BIN)/python -m benchmarks.compile_report --check

@@ -2,14 +2,15 @@
 
 python -m benchmarks.tables            print them
 python -m benchmarks.tables --write    put them into README.md between the `speed` and the `faults` marks
-
-The faults come from `make faults`, whose build/faults.json is copied to benchmarks/results/MACHINE/.
+python -m benchmarks.tables --write --faults build/faults.json
+                                       the same, after `make faults`: its file becomes one of the results
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 from megakern.train.metrics import quantity
@@ -41,6 +42,33 @@ def faults() -> str:
             parts.append(f"{_where(folder, results['machine'])}, {results['seconds'] / 60:.0f} minutes")
             parts.append(_faults_table(results["rows"]))
     return "\n\n".join(parts)
+
+
+def take(file: Path) -> Path:
+    """Makes what `make faults` has written one of the results of its machine, and returns that file.
+
+    Raises SystemExit when there is none, or when the run was broken off.
+    """
+    if not file.exists():
+        raise SystemExit(f"{file} is not there; make it with: make faults")
+    results = json.loads(file.read_text())
+    if not results["complete"]:
+        raise SystemExit(f"{file} is of a run that was broken off after {results['seconds']} s; run make faults again")
+    target = _folder_of(results["machine"]) / f"{FAULTS}.json"
+    target.parent.mkdir(exist_ok=True)
+    target.write_text(file.read_text())
+    return target
+
+
+def _folder_of(facts: dict) -> Path:
+    """The folder with results of this machine, or a new one named after its processor."""
+    same = ("cpu", "gpu", "cores")
+    for folder in _folders():
+        files = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+        if any(all(each["machine"][key] == facts[key] for key in same) for each in files):
+            return folder
+    name = re.sub(r"[^a-z0-9]+", "-", str(facts["gpu"] or facts["cpu"]).lower()).strip("-")
+    return RESULTS / f"{name}-{facts['cores']}core"
 
 
 def _faults_table(rows: list[dict]) -> str:
@@ -125,7 +153,11 @@ def with_tables(readme: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help="put the tables into README.md")
-    if not parser.parse_args().write:
+    parser.add_argument("--faults", type=Path, metavar="FILE", help="what make faults has written: take it in first")
+    options = parser.parse_args()
+    if options.faults is not None:
+        print(f"{take(options.faults).relative_to(ROOT)} is from {options.faults}")
+    if not options.write:
         print(speeds(), faults(), sep="\n\n")
         return
     path = ROOT / "README.md"

@@ -34,6 +34,8 @@ PROMISES = {
     "R16": "async save: training is not altered, a crash before the commit loses nothing, saves do not pile up",
 }
 
+WRITE_EVERY = 20.0  # seconds: a run that is broken off leaves what it has found
+
 
 @pytest.fixture
 def trials(request):
@@ -49,9 +51,10 @@ class Promises:
     """The pytest plugin: rows by promise, of the tests that ran."""
 
     def __init__(self, file: str | None) -> None:
-        self.file = file
+        self.file = Path(file) if file else None
         self.rows: dict[str, dict] = {}
-        self.started = time.perf_counter()
+        self.failed: list[str] = []
+        self.started = self.written = time.perf_counter()
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item, call):
@@ -60,6 +63,10 @@ class Promises:
         if ids and (report.when == "call" or not report.passed):
             for name in ids:
                 self._count(name, report, getattr(item, "trials", 1))
+            if report.failed:
+                self.failed.append(item.nodeid)
+            if self.file and time.perf_counter() - self.written > WRITE_EVERY:
+                self._write(complete=False)
         return report
 
     def _count(self, name: str, report: pytest.TestReport, count: int) -> None:
@@ -104,8 +111,13 @@ class Promises:
                 f"{row['verdict']:<8}  {row['what']}"
             )
 
-    def pytest_sessionfinish(self) -> None:
+    def pytest_sessionfinish(self, exitstatus: int) -> None:
         if self.file and self.rows:
-            path = Path(self.file)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_results(path, {"seconds": round(time.perf_counter() - self.started), "rows": self.table()})
+            self._write(complete=exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED))
+
+    def _write(self, *, complete: bool) -> None:
+        """complete: false while tests are to come, and for ever when the run is broken off."""
+        self.written = time.perf_counter()
+        seconds = round(self.written - self.started)
+        results = {"complete": complete, "seconds": seconds, "failed": self.failed, "rows": self.table()}
+        write_results(self.file, results)

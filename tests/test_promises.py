@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.tables import _faults_table
+from benchmarks import tables
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -70,7 +70,10 @@ def run(folder: Path, tests: str) -> subprocess.CompletedProcess:
 def test_counts(tmp_path):
     done = run(tmp_path, TESTS)
     assert done.returncode == 1, done.stdout + done.stderr
-    rows = json.loads((tmp_path / "out" / "faults.json").read_text())["rows"]
+    results = json.loads((tmp_path / "out" / "faults.json").read_text())
+    rows = results["rows"]
+    names = [name.split("::")[1] for name in results["failed"]]
+    assert results["complete"] and names == ["test_fails_in_the_third", "test_without_its_fixture"]
     assert [(row["id"], row["trials"], row["failures"], row["skipped"], row["verdict"]) for row in rows] == [
         ("R2", 8, 0, 0, "kept"),
         ("R3", 4, 1, 0, "broken"),
@@ -79,7 +82,44 @@ def test_counts(tmp_path):
         ("R12", 1, 1, 0, "broken"),
     ]
     assert "R2       8 trials    0 failures" in done.stdout
-    assert _faults_table(rows).splitlines()[3].startswith("| R3 | disk full at every file operation")
+    assert tables._faults_table(rows).splitlines()[3].startswith("| R3 | disk full at every file operation")
+
+
+BROKEN_OFF = """
+import pytest
+from tests import promises
+promises.WRITE_EVERY = 0.0
+
+@pytest.mark.promise("R1")
+def test_first(): pass
+
+@pytest.mark.promise("R2")
+def test_killed():
+    import os
+    os._exit(9)
+"""
+
+
+def test_a_run_that_is_broken_off_leaves_what_it_found(tmp_path):
+    assert run(tmp_path, BROKEN_OFF).returncode == 9
+    file = tmp_path / "out" / "faults.json"
+    results = json.loads(file.read_text())
+    assert not results["complete"] and [row["id"] for row in results["rows"]] == ["R1"]
+    with pytest.raises(SystemExit, match="broken off after"):
+        tables.take(file)
+
+
+def test_the_file_goes_to_the_results_of_its_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path / "results")
+    facts = {"cpu": "A CPU (R) 9", "gpu": None, "cores": 2}
+    (tmp_path / "results" / "known").mkdir(parents=True)
+    (tmp_path / "results" / "known" / "train.json").write_text(json.dumps({"machine": facts}))
+    file = tmp_path / "faults.json"
+    for more, name in (({}, "known"), ({"cores": 4}, "a-cpu-r-9-4core")):
+        file.write_text(json.dumps({"machine": {**facts, **more}, "complete": True, "seconds": 1, "rows": []}))
+        assert tables.take(file) == tmp_path / "results" / name / "faults.json"
+    with pytest.raises(SystemExit, match="make it with: make faults"):
+        tables.take(tmp_path / "none.json")
 
 
 @pytest.mark.parametrize("ids", ['"R99"', ""])
