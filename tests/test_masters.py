@@ -16,18 +16,20 @@ from megakern.config import ConfigError, GPTConfig
 from megakern.inference import load_run
 from megakern.kernels.torch.adamw import join_master, split_master
 from megakern.parallel.blocks import local_of
+from megakern.parallel.collectives import finish_gradients
 from megakern.parallel.context import ParallelContext
 from megakern.train.checkpoint import CheckpointError
 from megakern.train.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
 from megakern.train.launch import StopRequest
 from megakern.train.metrics import read_metrics
 from megakern.train.run import new_run
-from megakern.train.state_bytes import parameter_shapes, state_bytes
+from megakern.train.state_bytes import StateBytes, parameter_shapes, state_bytes
 from megakern.train.trainer import Trainer
 
 ROPE = {"positions": "rope", "norm": "rmsnorm", "bias": False, "activation": "swiglu", "tied_embeddings": False}
 MODEL = GPTConfig(layers=2, width=32, heads=2, vocab_size=257, sequence_length=32, dropout=0.1, **ROPE)
 MASTERS = ["none", "fp32", "split"]
+SLOW = pytest.mark.slow
 
 
 def settings(data: Path, master: str, *, model: GPTConfig = MODEL, precision: str = "bf16", **optimizer) -> RunConfig:
@@ -143,7 +145,7 @@ def train_on_ranks(config: RunConfig, run: str) -> tuple[dict, dict, int, int]:
     trainer.train_step()
     trainer.save(last=True)
     trainer._gradients()
-    return before, masters(trainer), allocated(trainer), announced(trainer)
+    return before, masters(trainer), allocated(trainer), announced(trainer).total
 
 
 def allocated(trainer: Trainer) -> int:
@@ -157,8 +159,10 @@ def allocated(trainer: Trainer) -> int:
     return sum(storage.nbytes() for storage in storages)
 
 
-def announced(trainer: Trainer) -> int:
-    return state_bytes(trainer.config.model, trainer.config.optimizer, tp=trainer.parallel.tp_size).total
+def announced(trainer: Trainer) -> StateBytes:
+    parallel = trainer.parallel
+    layout = {"tp": parallel.tp_size, "dp": parallel.size("dp"), "shard": parallel.rank("dp")}
+    return state_bytes(trainer.config.model, trainer.config.optimizer, **layout)
 
 
 @pytest.mark.parametrize("master", MASTERS)
@@ -176,13 +180,50 @@ def test_other_numbers_of_ranks_go_on_from_the_same_bits(ranks, tiny_data, tmp_p
     same(masters(again), results[0][1])
 
 
+# --- data parallel ---
+
+
+def gradients_on_ranks(config: RunConfig, run: str, tp: int) -> dict[str, torch.Tensor]:
+    """The whole gradient of each parameter after one step's micro-batches, as the optimizer gets it."""
+    dp = dist.get_world_size() // tp if dist.is_initialized() else 1
+    parallel = ParallelContext.create(tp=tp, dp=dp) if dp > 1 else ParallelContext()
+    trainer = Trainer(config, Path(run), parallel)
+    trainer._gradients()
+    finish_gradients(trainer.model.parameters())
+    said = announced(trainer)
+    gradients = {name: parameter.grad for name, parameter in trainer.model.named_parameters()}
+    assert sum(local_of(gradient).nbytes for gradient in gradients.values()) == said.gradient * said.parameters
+    return {name: full(gradient) for name, gradient in gradients.items()}
+
+
+@pytest.mark.parametrize(
+    "tp, zero, master", [(1, 1, "split"), (1, 2, "fp32"), (1, 3, "split"), pytest.param(2, 2, "split", marks=SLOW)]
+)
+def test_gradients_of_data_parallel_ranks_are_fp32(ranks, tiny_data, tmp_path, tp, zero, master):
+    """The same micro-batches in one process and on two dp ranks: their sums differ by fp32 rounding, not by bf16's."""
+    config = settings(tiny_data, master)
+    config = dataclasses.replace(
+        config,
+        train=dataclasses.replace(config.train, batch=8),
+        parallel=dataclasses.replace(config.parallel, zero=zero),
+    )
+    new_run(config, tmp_path / "run", 1).create()
+    expected = gradients_on_ranks(config, str(tmp_path / "run"), 1)
+    for found in ranks.run(gradients_on_ranks, 2 * tp, config, str(tmp_path / "run"), tp):
+        assert found.keys() == expected.keys()
+        for name, gradient in found.items():
+            assert gradient.dtype == torch.float32, name
+            apart = torch.dist(gradient, expected[name]) / expected[name].norm()
+            assert apart < (1e-6 if tp == 1 else 0.02), f"{name}: {apart:.1e}"  # tp rounds other partial sums to bf16
+
+
 @pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("master", MASTERS)
 def test_announced_bytes_are_allocated(tiny_data, tmp_path, capsys, master, state_dtype):
     trainer = start(settings(tiny_data, master, state_dtype=state_dtype), tmp_path / "run")
     trainer.train_step()
     trainer._gradients()
-    assert allocated(trainer) == announced(trainer)
+    assert allocated(trainer) == announced(trainer).total
     each = {"none": 8, "fp32": 10, "split": 8}[master] + (8 if state_dtype == "float32" else 4)
     assert f"states: {each} bytes a parameter (weight " in capsys.readouterr().out
 
@@ -223,8 +264,8 @@ def test_shards_are_those_of_fsdp(ranks, model, tp):
 def test_bytes_of_a_large_model_need_no_model():
     model = mk.presets["megatron-8.3b"]
     lean = state_bytes(model, OptimizerConfig(master="split", state_dtype="bfloat16"), tp=8, dp=64)
-    assert lean.each == 10
-    assert lean.total == pytest.approx(10 * 8.3e9 / 512, rel=0.02)
+    assert lean.each == 12
+    assert lean.total == pytest.approx(12 * 8.3e9 / 512, rel=0.02)
 
 
 @pytest.mark.parametrize(

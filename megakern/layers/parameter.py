@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from megakern.ops.gradients import GradientTarget
 from megakern.parallel.blocks import blocks_of, local_of
 from megakern.parallel.context import ParallelContext
+from megakern.parallel.data import keep_gradients_wide
 from megakern.parallel.random import fill_normal, fold
 
 
@@ -120,8 +121,7 @@ def accumulate_in_fp32(module: nn.Module) -> None:
     `.grad` is fp32 whatever the parameter's dtype: use an optimizer that allows this, as `mk.AdamW`. Linear layers add
     later micro-batches to `.grad` in place and give autograd nothing, so hooks on a gradient miss those, and only
     `backward()` may be used, not `torch.autograd.grad` with respect to a parameter.
-    Under FSDP2 this holds for the gathered parameters; after its reduction the shard's gradient has the shard's dtype.
-    Call it after `fully_shard`. All ranks must call it.
+    Under FSDP2 the reduced gradients of the shards are fp32 too. Call it after `fully_shard`. All ranks must call it.
     """
     sharded = [child for child in module.modules() if isinstance(child, FSDPModule)]
     if not sharded:
@@ -130,12 +130,19 @@ def accumulate_in_fp32(module: nn.Module) -> None:
         child.unshard()
         _accumulate(_own_parameters(child))
         child.reshard()
+        for shard in _own_parameters(child):
+            shard.grad_dtype = _wide(shard)
+        keep_gradients_wide(child)
 
 
 def _accumulate(parameters: Iterable[nn.Parameter]) -> None:
     for parameter in parameters:
-        parameter.grad_dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+        parameter.grad_dtype = _wide(parameter)
         parameter.accumulates = True
+
+
+def _wide(parameter: torch.Tensor) -> torch.dtype:
+    return torch.float64 if parameter.dtype == torch.float64 else torch.float32
 
 
 def _own_parameters(module: nn.Module) -> Iterator[nn.Parameter]:

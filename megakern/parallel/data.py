@@ -50,6 +50,26 @@ def shard_data_parallel(model: nn.Module, parallel: ParallelContext, blocks: Ite
     fully_shard(model, **how)
 
 
+def keep_gradients_wide(module: FSDPModule) -> None:
+    """Leave the reduced gradients of this module's bf16 and fp16 shards in fp32; their `grad_dtype` must allow it.
+
+    FSDP2 rounds them to the parameters' dtype after each reduction, under zero 2 and 3 once a micro-batch. It has no
+    public switch for that: the dtype is an attribute that it sets as it starts, in torch 2.11 to 2.13.
+    """
+    group = module._get_fsdp_state()._fsdp_param_group
+    if group is None:  # no parameters of its own
+        return
+    start = group._init_mp_dtypes
+
+    def start_wide() -> None:
+        start()
+        if group._orig_dtype in (torch.bfloat16, torch.float16):
+            group._orig_dtype = torch.float32
+
+    group._init_mp_dtypes = start_wide
+    start_wide()
+
+
 def begin_pass(model: nn.Module, *, zero: int, last: bool) -> None:
     """Before the forward pass of a micro-batch. last: its backward pass ends the step."""
     if not isinstance(model, FSDPModule):

@@ -3,7 +3,7 @@
     component      "none"      "fp32"      "split"      bytes a parameter, by `optimizer.master`
     weight         4           2           2
     master         -           4           2            fp32, or the int16 low half
-    gradient       4           4 (2)       4 (2)        (dp > 1: FSDP2 keeps reduced gradients in the weight's dtype)
+    gradient       4           4           4
     exp_avg        4 (2)       4 (2)       4 (2)        (optimizer.state_dtype = "bfloat16")
     exp_avg_sq     4 (2)       4 (2)       4 (2)
 
@@ -61,7 +61,7 @@ def state_bytes(
     return StateBytes(
         weight=2 if narrow else 4,
         master={"none": 0, "fp32": 4, "split": 2}[optimizer.master],
-        gradient=2 if narrow and dp > 1 else 4,
+        gradient=4,
         exp_avg=moment,
         exp_avg_sq=moment,
         parameters=sum(_elements(shape, cut, tp, dp // replicas, shard) for shape, cut in parameter_shapes(model)),
