@@ -1,0 +1,6 @@
+"""The functions of _C for CPU tensors (device -1, stream 0), and the emulator's settings."""
+
+from megakern._C import *  # noqa: F403
+
+def set_schedule(schedule: str) -> None: ...
+def schedule() -> str: ...
