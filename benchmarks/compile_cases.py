@@ -106,7 +106,7 @@ def _add_cross_entropy() -> None:
 def _adamw(param: torch.Tensor, grad: torch.Tensor, moment: torch.Tensor, master: torch.Tensor | None) -> None:
     masters = [] if master is None else [master]
     options = (3, 1e-3, 0.9, 0.95, 1e-8, 0.1)
-    adamw.adamw([param], [grad], [moment], [moment], masters, tensor(1, dtype=torch.float32), *options)
+    adamw.adamw([param], [grad], [moment], [moment], masters, tensor(1, dtype=torch.float32), False, *options)
 
 
 def _add_optimizer() -> None:

@@ -98,5 +98,108 @@ struct ColumnSums {
   int64_t M, N, x_stride, P;
 };
 void column_sums(const ColumnSums&, Place);
+// --- cross_entropy.cu: math and options in megakern/ops/cross_entropy.py ---
+
+// What all its functions take: logits (M, C), targets (M,). C columns of this rank, of which the first `real` are no
+// padding; column 0 is number `start` of the vocab_size real columns of all ranks.
+struct CrossEntropy {
+  const void* logits;
+  const int64_t* targets;
+  Dtype dtype;
+  int64_t M, C, stride, start, real, vocab_size, ignore_index;
+  float label_smoothing, z_loss;
+};
+
+// loss, lse (M,) of a vocabulary on one rank; both 0 where the target is ignore_index.
+struct CrossEntropyRows {
+  CrossEntropy rows;
+  float *loss, *lse;
+};
+void cross_entropy_rows(const CrossEntropyRows&, Place);
+
+// The same in parts, for more ranks: 1. peaks (M,) and sums (2 or, with label smoothing, 3, M) of this rank's columns;
+// 2. with `highest`, the maximum of the ranks' peaks, sums are made comparable in place; 3. from the sum of the ranks' sums
+// loss and lse.
+struct CrossEntropyParts {
+  CrossEntropy rows;
+  float *peaks, *sums;
+};
+void cross_entropy_parts(const CrossEntropyParts&, Place);
+struct CrossEntropyShift {
+  CrossEntropy rows;
+  const float *peaks, *highest;
+  float* sums;
+};
+void cross_entropy_shift(const CrossEntropyShift&, Place);
+struct CrossEntropyFinish {
+  CrossEntropy rows;
+  const float *highest, *sums;
+  float *loss, *lse;
+};
+void cross_entropy_finish(const CrossEntropyFinish&, Place);
+
+// out (M, C) = scale d(row loss)/d(logits); may be the logits. scale: null for 1, stride 0 for one number.
+struct CrossEntropyGradient {
+  CrossEntropy rows;
+  const float *lse, *scale;
+  int64_t scale_stride;
+  void* out;
+  int64_t out_stride;
+};
+void cross_entropy_gradient(const CrossEntropyGradient&, Place);
+
+// loss and out at once, for a vocabulary on one rank. The plan, made by megakern/kernels/cuda/cross_entropy.py: threads of a
+// block, chunks of 16 bytes that each holds in registers (0 or 10) and keeps in shared memory, and blocks, which share the
+// rows.
+struct CrossEntropyLossAndGradient {
+  CrossEntropy rows;
+  const float* scale;
+  int64_t scale_stride;
+  float* loss;
+  void* out;
+  int64_t out_stride;
+  int threads, held, kept, blocks;
+};
+void cross_entropy_loss_and_gradient(const CrossEntropyLossAndGradient&, Place);
+
+// x (count,) = factor x, for one factor on the device; where that is 1, x is not read.
+struct ScaleUnlessOne {
+  void* x;
+  Dtype dtype;
+  int64_t count;
+  const float* factor;
+};
+void scale_unless_one(const ScaleUnlessOne&, Place);
+
+// --- adamw.cu: math and masters in megakern/ops/adamw.py ---
+
+enum class Master : int { none = 0, fp32 = 1, low = 2 };
+
+// One step of many tensors, in place. `table`, in the host's memory and read before the call returns: for each tensor the
+// addresses of param, grad, exp_avg, exp_avg_sq and master (0 without), then its number of elements. All are contiguous.
+// grad_scale: one number on the device that multiplies the gradients, or null. zero_grads: leave zeros in the gradients.
+// decay = 1 - lr weight_decay; step_size = lr / (1 - beta1^t); correction = 1 / sqrt(1 - beta2^t).
+struct AdamW {
+  const int64_t* table;
+  int64_t tensors;
+  Dtype param, grad, moment;
+  Master master;
+  const float* grad_scale;
+  bool zero_grads;
+  float decay, beta1, one_beta1, beta2, one_beta2, step_size, correction, eps;
+};
+void adamw(const AdamW&, Place);
+
+// --- grad_norm.cu ---
+
+// out = the sum of the squares of all elements. `table`, in the host's memory and read before the call returns: for each
+// tensor its address, number of elements and Dtype. sums (count,): room for the pieces of `piece` elements that each tensor
+// is cut into, the last one shorter.
+struct SumOfSquares {
+  const int64_t* table;
+  int64_t tensors, piece, count;
+  float *sums, *out;
+};
+void sum_of_squares(const SumOfSquares&, Place);
 
 }  // namespace megakern

@@ -115,6 +115,15 @@ PYBIND11_MODULE(MEGAKERN_MODULE, m) {
   BIND(swiglu_backward, "dgate = dy up silu'(gate), dup = dy silu(gate).");
   BIND(linear_product, "out (+)= act(A B + bias) + residual.");
   BIND(column_sums, "out = sums of the columns of x.");
+  BIND(cross_entropy_rows, "loss, lse of each row of logits.");
+  BIND(cross_entropy_parts, "peaks, sums of each row of logits: this rank's part of its loss.");
+  BIND(cross_entropy_shift, "sums in place, from this rank's peaks to the highest of all ranks.");
+  BIND(cross_entropy_finish, "loss, lse of each row, from the sums over all ranks.");
+  BIND(cross_entropy_gradient, "out = scale d(row loss)/d(logits).");
+  BIND(cross_entropy_loss_and_gradient, "loss of each row, and out = scale d(row loss)/d(logits), in one pass.");
+  BIND(scale_unless_one, "x = factor x, or nothing where factor is 1.");
+  BIND(adamw, "One step of AdamW, in place, for a list of tensors.");
+  BIND(sum_of_squares, "out = the sum of the squares of all elements of a list of tensors.");
 
 #if defined(MEGAKERN_SIMT)
   m.def("set_schedule", &megakern::simt::set_schedule, "The order in which threads run; simt/simt.h has the names.");

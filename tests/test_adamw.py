@@ -103,6 +103,18 @@ def test_grad_scale_multiplies_and_leaves_the_gradients(dtype):
         assert torch.equal(param.grad, gradient)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_zero_grads_leaves_zeros_after_the_same_update(dtype):
+    runs = []
+    for zero in (False, True):
+        param = torch.nn.Parameter(torch.linspace(-1, 1, 12, dtype=dtype).view(3, 4))
+        param.grad = torch.linspace(1, -2, 12, dtype=dtype).view(4, 3).t()
+        mk.AdamW([param]).step(zero_grads=zero)
+        assert (param.grad == 0).all() == zero
+        runs.append(param.detach())
+    assert torch.equal(*runs)
+
+
 def test_grad_scale_of_one_changes_nothing():
     plain, scaled = parameters(), parameters()
     train(plain, mk.AdamW(plain, **OPTIONS))
@@ -209,7 +221,7 @@ def test_closure_runs_with_gradients():
 def test_opcheck():
     params, grads = draw(0), draw(1)
     moments = [torch.zeros_like(p) for p in params], [torch.zeros_like(p) for p in params]
-    options = (1, 1e-3, 0.9, 0.95, 1e-8, 0.1, "torch")
+    options = (True, 1, 1e-3, 0.9, 0.95, 1e-8, 0.1, "torch")
     scale = torch.tensor(0.5)
     torch.library.opcheck(torch.ops.megakern.adamw.default, (params, grads, *moments, [], scale, *options))
     narrow = [p.bfloat16() for p in params]
@@ -297,7 +309,7 @@ def test_the_op_compiles_in_one_graph():
 
     def update(params, grads, exp_avgs, exp_avg_sqs, scale):
         torch.ops.megakern.adamw(
-            params, grads, exp_avgs, exp_avg_sqs, [], scale, 3, 1e-2, 0.9, 0.95, 1e-8, 0.1, "torch"
+            params, grads, exp_avgs, exp_avg_sqs, [], scale, False, 3, 1e-2, 0.9, 0.95, 1e-8, 0.1, "torch"
         )
         return params[0] * 2
 

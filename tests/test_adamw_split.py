@@ -275,7 +275,7 @@ def test_opcheck():
     params = [value.bfloat16() for value in draw(0)]
     moments = [torch.zeros_like(p).float() for p in params], [torch.zeros_like(p).float() for p in params]
     low = [torch.full(p.shape, -3, dtype=torch.int16) for p in params]
-    options = (1, 1e-3, 0.9, 0.95, 1e-8, 0.1, "torch")
+    options = (False, 1, 1e-3, 0.9, 0.95, 1e-8, 0.1, "torch")
     torch.library.opcheck(torch.ops.megakern.adamw.default, (params, draw(1), *moments, low, None, *options))
 
 

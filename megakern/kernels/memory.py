@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 
 allocate = torch.empty
@@ -33,3 +36,28 @@ def tiles_of(*tensors: torch.Tensor) -> tuple[list[torch.Tensor], int, int]:
     else:
         rows = [rows_of(x) for x in tensors]
     return rows, *rows[0].shape
+
+
+@contextlib.contextmanager
+def contiguous_rows(params, grads, exp_avgs, exp_avg_sqs, masters, zero_grads) -> Iterator[dict[tuple, list[tuple]]]:
+    """Lists of an optimizer's tensors -> {dtypes: rows (param, grad, exp_avg, exp_avg_sq, master if any)}, contiguous.
+
+    What is written to the copy of a strided parameter is copied back at the end of the block; a strided gradient, of
+    which the block sees a copy too, is zeroed then if `zero_grads`.
+    """
+    groups: dict[tuple, list[tuple]] = {}
+    strided = []
+    columns = [params, grads, exp_avgs, exp_avg_sqs, *([masters] if masters else [])]
+    for param, grad, *state in zip(*columns, strict=True):
+        if param.numel() == 0:
+            continue
+        row = (param.contiguous(), grad.contiguous(), *state)
+        if row[0] is not param or row[1] is not grad:
+            strided.append((param, grad, *row[:2]))
+        groups.setdefault(tuple(tensor.dtype for tensor in row), []).append(row)
+    yield groups
+    for param, grad, flat_param, flat_grad in strided:
+        if flat_param is not param:
+            param.copy_(flat_param)
+        if zero_grads and flat_grad is not grad:
+            grad.zero_()

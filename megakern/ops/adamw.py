@@ -63,18 +63,18 @@ def _problem(
     return Problem("AdamW", first.device.type, first.dtype, sizes, {"state_dtype": state_dtype, "master": master})
 
 
-def _forward(params, grads, exp_avgs, exp_avg_sqs, masters, grad_scale, *options):
+def _forward(params, grads, exp_avgs, exp_avg_sqs, masters, *options):
     *options, backend = options
-    launcher(backend, "adamw", "adamw")(params, grads, exp_avgs, exp_avg_sqs, masters, grad_scale, *options)
+    launcher(backend, "adamw", "adamw")(params, grads, exp_avgs, exp_avg_sqs, masters, *options)
 
 
 # The lists are parallel; masters is empty where params are wide, fp32, or int16: the low halves of bf16 params. All
 # params of a call have one dtype, device and step.
 _adamw = register(
     "adamw",
-    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] masters, "
-    "Tensor? grad_scale, int step, float lr, float beta1, float beta2, float eps, float weight_decay, str backend)"
-    " -> ()",
+    "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, "
+    "Tensor(e!)[] masters, Tensor? grad_scale, bool zero_grads, int step, float lr, float beta1, float beta2, "
+    "float eps, float weight_decay, str backend) -> ()",
     forward=_forward,
     fake=lambda *arguments: None,
     opaque=lambda *arguments: True,  # some backends need the tensors' addresses
@@ -139,11 +139,18 @@ class AdamW(torch.optim.Optimizer):
                 raise TypeError('AdamW: float16 is not the upper half of float32; use master="fp32" for it')
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None, *, grad_scale: torch.Tensor | None = None) -> Any:
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        grad_scale: torch.Tensor | None = None,
+        zero_grads: bool = False,
+    ) -> Any:
         """One update of every parameter that has a gradient -> what `closure` returned, if given.
 
         grad_scale: a tensor of one element that multiplies all gradients inside the update; the gradients themselves
-        are left as they are.
+        are left as they are. zero_grads: leave zeros in them, in the same pass over memory, for loops that keep their
+        gradient buffers; where `zero_grad()` frees them, that is cheaper.
         """
         loss = None
         if closure is not None:
@@ -159,7 +166,8 @@ class AdamW(torch.optim.Optimizer):
                 masters = [] if masters[0] is None else masters
                 problem = _problem(params, state_dtype=self.state_dtype, master=self.master)
                 backend = resolve(problem, self.backend)
-                _adamw(params, grads, exp_avgs, exp_avg_sqs, masters, grad_scale, step, *options, backend)
+                lists = (params, grads, exp_avgs, exp_avg_sqs, masters)
+                _adamw(*lists, grad_scale, zero_grads, step, *options, backend)
         return loss
 
     def start_state(self, updates: int) -> None:

@@ -9,8 +9,13 @@ are none, as torch.nn.functional.cross_entropy), "sum" does not divide.
 
 Shapes: logits (..., V/R), targets (...) int64, row losses and lse (...), fp32 (fp64 for fp64 logits).
 Gradient, made in the logits' dtype: dlogits = dloss ((1 + 2 z lse) softmax - (1 - a) onehot - a / vocab_size).
-Saved for backward: logits, targets, lse. With a `group` of R ranks, rank r holds columns [r V/R, (r+1) V/R), all of one
-size; what crosses ranks is one MAX of (M,) and one SUM of (2, M) or (3, M) in forward, nothing in backward.
+Saved for backward: logits, targets, lse. Logits are read forward, and read and written backward: 6 bytes an element of
+bf16. With `in_place` the forward pass writes the gradient over the logits, 1 / (number of counted rows) included (not in
+fp16, where it would underflow), and saves that alone: 4 bytes, and no second tensor. Backward multiplies it by the
+upstream gradient, another 4 bytes unless that is 1.
+
+With a `group` of R ranks, rank r holds columns [r V/R, (r+1) V/R), all of one size; what crosses ranks is one MAX of
+(M,) and one SUM of (2, M) or (3, M) in forward, nothing in backward.
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.autograd.graph import increment_version
 
 from megakern.ops import checks
 from megakern.ops.dispatch import Problem, describes, launcher, register, resolve
@@ -29,7 +35,7 @@ def cross_entropy_reference(
     logits, targets, *, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, reduction="mean", vocab_size=None
 ):
     """The whole vocabulary on one rank."""
-    wide = logits[..., :vocab_size].to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    wide = logits[..., :vocab_size].to(_wide(logits))
     log_p = F.log_softmax(wide, dim=-1)
     counted = targets != ignore_index
     nll = -log_p.gather(-1, torch.where(counted, targets, 0).unsqueeze(-1)).squeeze(-1)
@@ -78,6 +84,21 @@ def _check(logits, targets) -> None:
     checks.same_device("cross_entropy", "logits", logits, "targets", targets)
 
 
+def _check_in_place(logits, reduction) -> None:
+    if reduction == "none":
+        raise ValueError(
+            'cross_entropy: in_place needs reduction "mean" or "sum", got "none", whose rows have their own gradients'
+        )
+    if logits.requires_grad and logits.is_leaf:
+        raise ValueError(
+            "cross_entropy: in_place writes over the logits, which must not be a leaf that needs a gradient"
+        )
+    if not logits.is_contiguous():
+        raise ValueError(
+            f"cross_entropy: in_place writes over the logits, which must be contiguous, got strides {logits.stride()}"
+        )
+
+
 @describes("cross_entropy")
 def _problem(
     logits,
@@ -89,12 +110,14 @@ def _problem(
     reduction="mean",
     group=None,
     vocab_size=None,
+    in_place=False,
 ) -> Problem:
     options = {
         "label_smoothing": label_smoothing,
         "z_loss": z_loss,
         "reduction": reduction,
         "ranks": 1 if group is None else group.size(),
+        "in_place": in_place,
     }
     return Problem(
         "cross_entropy", logits.device.type, logits.dtype, {"M": targets.numel(), "V": logits.shape[-1]}, options
@@ -111,8 +134,12 @@ def _forward(logits, targets, ignore_index, label_smoothing, z_loss, vocab_size,
     return launch(logits, targets, ignore_index, label_smoothing, z_loss, vocab_size, group)
 
 
+def _wide(logits):
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
 def _fake(logits, targets, *options):
-    loss = logits.new_empty(targets.shape, dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    loss = logits.new_empty(targets.shape, dtype=_wide(logits))
     return loss, torch.empty_like(loss)
 
 
@@ -127,6 +154,55 @@ _cross_entropy_backward = register(
     forward=_backward,
     fake=lambda dloss, logits, *rest: torch.empty_like(logits, memory_format=torch.contiguous_format),
 )
+
+
+_cross_entropy_in_place = register(
+    "cross_entropy_in_place",
+    f"(Tensor(a!) logits, Tensor? scale, Tensor targets, {OPTIONS}) -> Tensor",
+    forward=lambda *a: launcher(a[-1], "cross_entropy", "cross_entropy_in_place")(*a[:-1]),
+    fake=lambda logits, scale, targets, *options: _fake(logits, targets)[0],
+    opaque=lambda *arguments: True,
+)
+
+_scale = register(
+    "cross_entropy_scale",
+    "(Tensor(a!) x, Tensor factor, str backend) -> ()",
+    forward=lambda x, factor, backend: launcher(backend, "cross_entropy", "scale_")(x, factor),
+    fake=lambda *arguments: None,
+    opaque=lambda *arguments: True,
+)
+
+
+class _InPlace(torch.autograd.Function):
+    """Scalar loss whose gradient takes the place of the logits."""
+
+    @staticmethod
+    def forward(ctx, logits, targets, ignore_index, label_smoothing, z_loss, reduction, *options):
+        ctx.backend, ctx.spent = options[-1], False
+        counted = (targets != ignore_index).sum() if reduction == "mean" else None
+        early = counted is not None and logits.dtype != torch.float16
+        ctx.late = None if early else counted
+        scale = counted.to(_wide(logits)).reciprocal() if early else None
+        loss_options = (ignore_index, label_smoothing, z_loss, *options)
+        rows = _cross_entropy_in_place(logits.detach(), scale, targets, *loss_options)
+        increment_version(logits)  # whoever saved them for a backward pass of its own gets an error, not our gradient
+        ctx.save_for_backward(logits)
+        total = rows.sum()
+        return total if counted is None else total / counted
+
+    @staticmethod
+    def backward(ctx, dtotal):
+        if torch.is_grad_enabled():
+            raise RuntimeError("cross_entropy: in_place=True has no second derivative; use in_place=False for one")
+        if ctx.spent:
+            raise RuntimeError(
+                "cross_entropy: a second backward pass through in_place=True, which makes one gradient and gave it "
+                "away; use in_place=False where a graph is kept"
+            )
+        ctx.spent = True
+        dlogits = ctx.saved_tensors[0].detach()
+        _scale(dlogits, dtotal if ctx.late is None else dtotal / ctx.late, ctx.backend)
+        return dlogits, *([None] * 8)
 
 
 def _setup_context(ctx, inputs, output):
@@ -163,6 +239,7 @@ def cross_entropy(
     reduction: str = "mean",
     group: dist.ProcessGroup | None = None,
     vocab_size: int | None = None,
+    in_place: bool = False,
     backend: str | None = None,
 ) -> torch.Tensor:
     """Cross-entropy of logits (..., V) against class indices, in fp32 (fp64 for fp64 logits).
@@ -170,6 +247,10 @@ def cross_entropy(
     logits (..., V) of any floating dtype, targets (...) int64. With `group`, logits are (..., V/R), this rank's equal
     part of the vocabulary, targets are the same on all ranks and so is the result. Columns with global index of
     `vocab_size` or more are padding and never count. Returns a scalar, or (...) for reduction "none".
+
+    `in_place`: where logits, contiguous, need a gradient, it is written over them in the forward pass, and they are
+    lost: a third less memory traffic and no second tensor of their size. It can be used once: a second backward pass
+    raises RuntimeError, and so does one that needs the logits. A function that torch.compile compiles ignores it.
     Raises ValueError or TypeError on wrong arguments; IndexError on a target outside the vocabulary (on the CPU; on
     other devices its row's loss is NaN).
     """
@@ -177,10 +258,18 @@ def cross_entropy(
     check_options("cross_entropy", targets, ignore_index, label_smoothing, z_loss, reduction)
     size = whole_vocabulary("cross_entropy", logits.shape[-1], vocab_size, group)
     problem = _problem(
-        logits, targets, label_smoothing=label_smoothing, z_loss=z_loss, reduction=reduction, group=group
+        logits,
+        targets,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        reduction=reduction,
+        group=group,
+        in_place=in_place,
     )
-    name = "" if group is None else group.group_name
-    rows, _ = _cross_entropy(
-        logits, targets, ignore_index, label_smoothing, z_loss, size, name, resolve(problem, backend)
-    )
+    options = (size, "" if group is None else group.group_name, resolve(problem, backend))
+    if in_place:
+        _check_in_place(logits, reduction)
+        if logits.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return _InPlace.apply(logits, targets, ignore_index, label_smoothing, z_loss, reduction, *options)
+    rows, _ = _cross_entropy(logits, targets, ignore_index, label_smoothing, z_loss, *options)
     return reduce_rows(rows, targets, ignore_index, reduction)

@@ -46,11 +46,11 @@ def _fused(params, grads, exp_avgs, exp_avg_sqs, step, lr, beta1, beta2, eps, we
     )
 
 
-def adamw(params, grads, exp_avgs, exp_avg_sqs, masters, grad_scale, step, *options):
+def adamw(params, grads, exp_avgs, exp_avg_sqs, masters, grad_scale, zero_grads, step, *options):
     """Update params, exp_avgs, exp_avg_sqs and masters in place; options are lr, beta1, beta2, eps, weight_decay.
 
     `masters` has one tensor a parameter, fp32 (bf16, fp16 parameters) or the int16 low half (bf16), or is empty (fp32,
-    fp64). grads are only read.
+    fp64). grads are only read, and left as zeros if `zero_grads`.
     """
     if grad_scale is not None and grad_scale.device.type == "cpu" and grad_scale.item() == 1:
         grad_scale = None
@@ -59,9 +59,11 @@ def adamw(params, grads, exp_avgs, exp_avg_sqs, masters, grad_scale, step, *opti
     rows = list(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True))
     if grad_scale is None and all(t.dtype == wide and t.is_contiguous() for row in rows for t in row):
         _fused(params, grads, exp_avgs, exp_avg_sqs, *options)
-        return
-    for row, master in zip(rows, masters or [None] * len(rows), strict=True):
-        _by_blocks(*row, master, grad_scale, wide, options)
+    else:
+        for row, master in zip(rows, masters or [None] * len(rows), strict=True):
+            _by_blocks(*row, master, grad_scale, wide, options)
+    if zero_grads:
+        torch._foreach_zero_(grads)
 
 
 def _by_blocks(param, grad, exp_avg, exp_avg_sq, master, grad_scale, wide, options):

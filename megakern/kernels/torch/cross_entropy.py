@@ -145,6 +145,16 @@ def write_gradient(out, scale, logits, targets, lse, ignore_index, label_smoothi
             target_rows.copy_(gradient)
 
 
+def scale_(x, factor):
+    """x *= factor (0-d, of the wide dtype), in place; x is contiguous. The CPU does not read it where factor is 1."""
+    if factor.device.type == "cpu" and factor == 1:
+        return
+    flat = x.view(-1)
+    for first, last in row_blocks(x.numel(), 1, x.device):  # x.mul_(factor) would round the factor to x's dtype first
+        block = flat[first:last]
+        block.copy_(block.to(factor.dtype).mul_(factor))
+
+
 def cross_entropy_forward(logits, targets, ignore_index, label_smoothing, z_loss, vocab_size, group):
     """-> loss and lse, each of targets' shape, fp32 (fp64 for fp64)."""
     flat = targets.reshape(-1)
@@ -172,3 +182,14 @@ def cross_entropy_backward(dloss, logits, targets, lse, ignore_index, label_smoo
         shard_of(V, vocab_size, group),
     )
     return dlogits
+
+
+def cross_entropy_in_place(logits, scale, targets, ignore_index, label_smoothing, z_loss, vocab_size, group):
+    """-> loss of targets' shape, fp32 (fp64 for fp64); logits become scale (0-d, or None) times their gradient."""
+    flat = targets.reshape(-1)
+    check_targets("cross_entropy", flat, ignore_index, vocab_size)
+    rows = logits.view(-1, logits.shape[-1])
+    options = (ignore_index, label_smoothing, z_loss, vocab_size, shard_of(logits.shape[-1], vocab_size, group))
+    loss, lse = row_losses(rows, flat, *options)
+    write_gradient(rows, 1.0 if scale is None else scale, rows, flat, lse, *options)
+    return loss.view(targets.shape)

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from megakern.kernels.memory import contiguous_rows
 from megakern.kernels.triton import configs
 from megakern.kernels.triton.launch import launch
 from megakern.kernels.triton.tables import TYPES, address_table, aligned, pieces
@@ -32,7 +33,7 @@ def pointer(table, row, column, COLUMNS: tl.constexpr, TYPE: tl.constexpr, ALIGN
 @triton.jit
 def _update(
     params, grads, exp_avgs, exp_avg_sqs, masters, at, mask,
-    scale, decay, beta1, one_beta1, beta2, one_beta2, step_size, correction, eps,
+    scale, decay, beta1, one_beta1, beta2, one_beta2, step_size, correction, eps, ZERO: tl.constexpr,
 ):  # fmt: skip
     """One step of the elements `at`."""
     grad = tl.load(grads + at, mask).to(tl.float32) * scale
@@ -55,13 +56,15 @@ def _update(
         tl.store(params + at, ((bits + 0x8000) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True), mask)
     else:
         tl.store(params + at, weight.to(params.dtype.element_ty), mask)
+    if ZERO:
+        tl.store(grads + at, tl.zeros_like(grad).to(grads.dtype.element_ty), mask)
 
 
 @triton.jit
 def _adamw(
     table, pieces_of, grad_scale, decay, beta1, one_beta1, beta2, one_beta2, step_size, correction, eps,
     PARAM: tl.constexpr, GRAD: tl.constexpr, MOMENT: tl.constexpr, MASTER: tl.constexpr, ALIGNED: tl.constexpr,
-    PIECE: tl.constexpr, TILE: tl.constexpr,
+    ZERO: tl.constexpr, PIECE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Program i: the i-th piece of PIECE elements. MASTER None: the parameter itself; int16: its low half."""
     program = tl.program_id(0)
@@ -82,36 +85,28 @@ def _adamw(
         for first in range(0, PIECE, TILE):
             _update(
                 params, grads, exp_avgs, exp_avg_sqs, masters, start + first + lane, None,
-                scale, decay, beta1, one_beta1, beta2, one_beta2, step_size, correction, eps,
+                scale, decay, beta1, one_beta1, beta2, one_beta2, step_size, correction, eps, ZERO,
             )  # fmt: skip
     else:
         for begin in range(start, count, TILE):
             _update(
                 params, grads, exp_avgs, exp_avg_sqs, masters, begin + lane, begin + lane < count,
-                scale, decay, beta1, one_beta1, beta2, one_beta2, step_size, correction, eps,
+                scale, decay, beta1, one_beta1, beta2, one_beta2, step_size, correction, eps, ZERO,
             )  # fmt: skip
 
 
 # --- launchers ---
 
 
-def adamw(params, grads, exp_avgs, exp_avg_sqs, masters, grad_scale, step, lr, beta1, beta2, eps, weight_decay):
+def adamw(
+    params, grads, exp_avgs, exp_avg_sqs, masters, grad_scale, zero_grads,
+    step, lr, beta1, beta2, eps, weight_decay,
+):  # fmt: skip
     """Update params, exp_avgs, exp_avg_sqs and masters in place.
 
     `masters` has one tensor a parameter, fp32 (bf16, fp16 parameters) or the int16 low half (bf16), or is empty (fp32).
-    grads are only read.
+    grads are only read, and left as zeros if `zero_grads`.
     """
-    columns = [params, grads, exp_avgs, exp_avg_sqs, *([masters] if masters else [])]
-    groups: dict[tuple[torch.dtype, ...], list[tuple[torch.Tensor, ...]]] = {}
-    strided = []
-    for param, grad, *state in zip(*columns, strict=True):
-        if param.numel() == 0:
-            continue
-        flat = param.contiguous()
-        if flat is not param:
-            strided.append((param, flat))
-        row = (flat, grad.contiguous(), *state)
-        groups.setdefault(tuple(tensor.dtype for tensor in row), []).append(row)
     if grad_scale is not None:
         grad_scale = grad_scale.to(params[0].device, torch.float32)
     rates = (
@@ -119,11 +114,10 @@ def adamw(params, grads, exp_avgs, exp_avg_sqs, masters, grad_scale, step, lr, b
         lr / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step), eps,
     )  # fmt: skip
     config = configs.MANY_TENSORS
-    for dtypes, rows in groups.items():
-        param, grad, moment, _, *master = (TYPES[dtype] for dtype in dtypes)
-        table, owners = address_table(rows), pieces(rows, config.tiles["PIECE"])
-        types = {"PARAM": param, "GRAD": grad, "MOMENT": moment, "MASTER": master[0] if master else None}
-        grid = (owners.shape[0],)
-        launch(_adamw, grid, table, owners, grad_scale, *rates, config=config, ALIGNED=aligned(rows), **types)
-    for param, flat in strided:
-        param.copy_(flat)
+    with contiguous_rows(params, grads, exp_avgs, exp_avg_sqs, masters, zero_grads) as groups:
+        for dtypes, rows in groups.items():
+            param, grad, moment, _, *master = (TYPES[dtype] for dtype in dtypes)
+            table, owners = address_table(rows), pieces(rows, config.tiles["PIECE"])
+            types = {"PARAM": param, "GRAD": grad, "MOMENT": moment, "MASTER": master[0] if master else None}
+            constants = {"ALIGNED": aligned(rows), "ZERO": zero_grads, **types}
+            launch(_adamw, (owners.shape[0],), table, owners, grad_scale, *rates, config=config, **constants)

@@ -133,6 +133,16 @@ def _gradient(
     tl.store(out + row * out_stride + cols, gradient.to(out.dtype.element_ty), cols < C)
 
 
+@triton.jit
+def _scale(x, factor, N, COLS: tl.constexpr):
+    """Program i: COLS elements of x times the factor; nothing where that is 1."""
+    scale = tl.load(factor)
+    if scale != 1.0:
+        at = tl.program_id(0).to(tl.int64) * COLS + tl.arange(0, COLS)
+        value = tl.load(x + at, at < N).to(tl.float32) * scale
+        tl.store(x + at, value.to(x.dtype.element_ty), at < N)
+
+
 # --- launchers ---
 
 
@@ -172,14 +182,24 @@ def write_gradient(out, scale, logits, targets, lse, ignore_index, label_smoothi
     launch(_gradient, grid, out, scale, logits, targets, lse, C, *strides, *options, config=config)
 
 
+def scale_(x, factor):
+    """x *= factor (0-d fp32, on x's device), in place; x, contiguous, is not even read where factor is 1."""
+    config = configs.CROSS_ENTROPY
+    launch(_scale, (cdiv(x.numel(), config.tiles["COLS"]),), x, factor, x.numel(), config=config)
+
+
+def _flat(logits, targets, ignore_index, vocab_size):
+    targets = targets.reshape(-1).contiguous()
+    if INTERPRETED:
+        check_targets("cross_entropy", targets, ignore_index, vocab_size)
+    return rows_of(logits), targets
+
+
 def cross_entropy_forward(logits, targets, ignore_index, label_smoothing, z_loss, vocab_size, group):
     """-> loss and lse, each of targets' shape, fp32."""
-    flat = targets.reshape(-1)
-    if INTERPRETED:
-        check_targets("cross_entropy", flat, ignore_index, vocab_size)
+    flat = _flat(logits, targets, ignore_index, vocab_size)
     shard = shard_of(logits.shape[-1], vocab_size, group)
-    options = (ignore_index, label_smoothing, z_loss, vocab_size, shard)
-    loss, lse = row_losses(rows_of(logits), flat, *options)
+    loss, lse = row_losses(*flat, ignore_index, label_smoothing, z_loss, vocab_size, shard)
     return loss.view(targets.shape), lse.view(targets.shape)
 
 
@@ -188,6 +208,16 @@ def cross_entropy_backward(dloss, logits, targets, lse, ignore_index, label_smoo
     dlogits = empty_like(logits)
     V = logits.shape[-1]
     options = (ignore_index, label_smoothing, z_loss, vocab_size, shard_of(V, vocab_size, group))
-    flat = (dloss.reshape(-1), rows_of(logits), targets.reshape(-1), lse.reshape(-1))
+    flat = (dloss.reshape(-1), rows_of(logits), targets.reshape(-1).contiguous(), lse.reshape(-1))
     write_gradient(dlogits.view(-1, V), *flat, *options)
     return dlogits
+
+
+def cross_entropy_in_place(logits, scale, targets, ignore_index, label_smoothing, z_loss, vocab_size, group):
+    """-> loss of targets' shape, fp32; logits become scale (0-d fp32, or None) times their gradient."""
+    rows, flat = _flat(logits, targets, ignore_index, vocab_size)
+    options = (ignore_index, label_smoothing, z_loss, vocab_size, shard_of(logits.shape[-1], vocab_size, group))
+    loss, lse = row_losses(rows, flat, *options)
+    scale = None if scale is None else scale.expand(len(flat))
+    write_gradient(rows, scale, rows, flat, lse, *options)
+    return loss.view(targets.shape)

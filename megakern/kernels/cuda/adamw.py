@@ -1,0 +1,40 @@
+"""Launcher of csrc/adamw.cu: one launch for all tensors of equal dtypes."""
+
+from __future__ import annotations
+
+import math
+from array import array
+
+import torch
+
+from megakern.kernels.cuda.module import DTYPES, call, pointer
+from megakern.kernels.memory import contiguous_rows
+
+MASTERS = {None: 0, torch.float32: 1, torch.int16: 2}
+"""enum Master of csrc/api.h."""
+
+
+def adamw(
+    params, grads, exp_avgs, exp_avg_sqs, masters, grad_scale, zero_grads,
+    step, lr, beta1, beta2, eps, weight_decay,
+):  # fmt: skip
+    """Update params, exp_avgs, exp_avg_sqs and masters in place.
+
+    `masters` has one tensor a parameter, fp32 (bf16, fp16 parameters) or the int16 low half (bf16), or is empty (fp32).
+    grads are only read, and left as zeros if `zero_grads`.
+    """
+    if grad_scale is not None:
+        grad_scale = grad_scale.to(params[0].device, torch.float32)
+    rates = (
+        1 - lr * weight_decay, beta1, 1 - beta1, beta2, 1 - beta2,
+        lr / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step), eps,
+    )  # fmt: skip
+    with contiguous_rows(params, grads, exp_avgs, exp_avg_sqs, masters, zero_grads) as groups:
+        for (param, grad, moment, _, *master), rows in groups.items():
+            absent = [] if master else [0]
+            table = array("q")
+            for row in rows:
+                table.extend([*(tensor.data_ptr() for tensor in row), *absent, row[0].numel()])
+            codes = DTYPES[param], DTYPES[grad], DTYPES[moment], MASTERS[master[0] if master else None]
+            tables = table.buffer_info()[0], len(rows)
+            call("adamw", rows[0][0], *tables, *codes, pointer(grad_scale), zero_grads, *rates)
