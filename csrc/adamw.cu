@@ -132,7 +132,7 @@ MK_DEVICE void update(const AdamW& p, const int64_t* row, int64_t at, float scal
 }
 
 template <class P, Master MASTER, class List>
-MK_KERNEL __launch_bounds__(kThreads) adamw_kernel(const MK_GRID_CONSTANT AdamW p, const MK_GRID_CONSTANT List list,
+MK_KERNEL __launch_bounds__(kThreads) void adamw_kernel(const MK_GRID_CONSTANT AdamW p, const MK_GRID_CONSTANT List list,
                                                    int piece) {
   const int tensor = list.owner(int(blockIdx.x));
   const int64_t* row = list.rows[tensor];

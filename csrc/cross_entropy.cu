@@ -227,7 +227,7 @@ MK_DEVICE void each_chunk(const Span<T>& row, int first, int last, F f) {
 
 // Losses of rows, or their parts for the ranks to combine.
 template <class T>
-MK_KERNEL __launch_bounds__(kThreads, 2) rows_kernel(CrossEntropy p, float* loss, float* lse, float* peaks, float* sums) {
+MK_KERNEL __launch_bounds__(kThreads, 2) void rows_kernel(CrossEntropy p, float* loss, float* lse, float* peaks, float* sums) {
   SharedMemory shared;
   Scratch scratch(shared);
   const int64_t row = blockIdx.x, target = p.targets[row];
@@ -262,7 +262,7 @@ MK_KERNEL __launch_bounds__(kThreads, 2) rows_kernel(CrossEntropy p, float* loss
   }
 }
 
-MK_KERNEL __launch_bounds__(kPieceThreads) shift_kernel(CrossEntropy p, const float* peaks, const float* highest,
+MK_KERNEL __launch_bounds__(kPieceThreads) void shift_kernel(CrossEntropy p, const float* peaks, const float* highest,
                                                         float* sums) {
   const int64_t row = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (row >= p.M) return;
@@ -272,7 +272,7 @@ MK_KERNEL __launch_bounds__(kPieceThreads) shift_kernel(CrossEntropy p, const fl
   if (p.label_smoothing > 0.0f && p.real > 0) sums[2 * p.M + row] = fmaf(move, float(p.real), sums[2 * p.M + row]);
 }
 
-MK_KERNEL __launch_bounds__(kPieceThreads) finish_kernel(CrossEntropy p, const float* highest, const float* sums,
+MK_KERNEL __launch_bounds__(kPieceThreads) void finish_kernel(CrossEntropy p, const float* highest, const float* sums,
                                                          float* loss, float* lse) {
   const int64_t row = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (row >= p.M) return;
@@ -284,7 +284,7 @@ MK_KERNEL __launch_bounds__(kPieceThreads) finish_kernel(CrossEntropy p, const f
 }
 
 template <class T>
-MK_KERNEL __launch_bounds__(kPieceThreads, 4) gradient_kernel(CrossEntropy p, const float* lse, const float* scale,
+MK_KERNEL __launch_bounds__(kPieceThreads, 4) void gradient_kernel(CrossEntropy p, const float* lse, const float* scale,
                                                               int64_t scale_stride, void* out, int64_t out_stride,
                                                               unsigned across) {
   const int64_t row = blockIdx.x / across, target = p.targets[row];
@@ -342,7 +342,7 @@ MK_DEVICE void wait_for(int group) {
 }
 
 template <class T, int HELD>
-MK_KERNEL __launch_bounds__(kThreads, HELD > 0 ? 1 : 2) loss_and_gradient_kernel(CrossEntropyLossAndGradient p) {
+MK_KERNEL __launch_bounds__(kThreads, HELD > 0 ? 1 : 2) void loss_and_gradient_kernel(CrossEntropyLossAndGradient p) {
   SharedMemory shared;
   Scratch scratch(shared);
   const int step = int(blockDim.x), me = int(threadIdx.x), per_group = ceil_div(p.kept, kGroups);
@@ -435,7 +435,7 @@ MK_KERNEL __launch_bounds__(kThreads, HELD > 0 ? 1 : 2) loss_and_gradient_kernel
 }
 
 template <class T>
-MK_KERNEL __launch_bounds__(kPieceThreads) scale_kernel(T* x, int64_t count, const float* factor) {
+MK_KERNEL __launch_bounds__(kPieceThreads) void scale_kernel(T* x, int64_t count, const float* factor) {
   const float scale = *factor;
   if (scale == 1.0f) return;
   const int64_t piece = int64_t(kPiece) * kPieceThreads * kVector<T>, start = blockIdx.x * piece, left = count - start;

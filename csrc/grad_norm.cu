@@ -41,7 +41,7 @@ MK_DEVICE float squares(const T* data, int count) {
 }
 
 template <class List>
-MK_KERNEL __launch_bounds__(kThreads) squares_kernel(const MK_GRID_CONSTANT List list, int piece, float* sums) {
+MK_KERNEL __launch_bounds__(kThreads) void squares_kernel(const MK_GRID_CONSTANT List list, int piece, float* sums) {
   SharedMemory shared;
   BlockScratch<> scratch(shared);
   const int tensor = list.owner(int(blockIdx.x));
@@ -58,7 +58,7 @@ MK_KERNEL __launch_bounds__(kThreads) squares_kernel(const MK_GRID_CONSTANT List
   if (threadIdx.x == 0) sums[blockIdx.x] = sum;
 }
 
-MK_KERNEL __launch_bounds__(kTotalThreads) total_kernel(const float* sums, int count, float* out) {
+MK_KERNEL __launch_bounds__(kTotalThreads) void total_kernel(const float* sums, int count, float* out) {
   SharedMemory shared;
   BlockScratch<> scratch(shared);
   float sum = 0.0f;

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from megakern.kernels.cuda import toolkit
-from megakern.kernels.cuda.limits import OPS, refusal
+from megakern.kernels.cuda.limits import OPS, configuration, refusal
 from megakern.kernels.cuda.module import _C, C_ERROR
 
 __all__ = ["OPS", "configuration", "describe", "supports", "unavailable"]
@@ -35,10 +35,6 @@ def supports(problem) -> str | None:
     if problem.device != "cuda":
         return f"CUDA kernels run on NVIDIA GPUs, not on {problem.device!r} tensors"
     return _too_old() or refusal(problem)
-
-
-def configuration(problem) -> str:
-    return OPS[problem.op].describe
 
 
 @torch.compiler.assume_constant_result

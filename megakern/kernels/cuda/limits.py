@@ -14,8 +14,8 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 class Op:
     """What the C++ kernels say of one public op."""
 
-    describe: str
-    """How it is computed, for `mk.explain`."""
+    describe: str | Callable[..., str]
+    """How it is computed, or a function of the problem that says so, for `mk.explain`."""
     dtypes: tuple[torch.dtype, ...] = FLOATS
     most: dict[str, int] = field(default_factory=dict)
     """The largest value of each limited size of a problem."""
@@ -25,7 +25,22 @@ class Op:
 
 _ELEMENTWISE = Op("16 bytes a thread and tensor at a time, where addresses and strides allow")
 
+_TENSORS = Op("all tensors in one launch, their addresses in its arguments; 16 bytes of fp32 a thread and tensor at a time")
+
+
+def _cross_entropy(problem) -> str:
+    if not problem.options["in_place"] or problem.options["ranks"] > 1:
+        return "forward and backward: 16 bytes a thread at a time, one block a row forward, several backward"
+    from megakern.kernels.cuda.cross_entropy import plan_for  # which loads the compiled modules
+
+    device = torch.device(problem.device)
+    return str(plan_for(problem.sizes["M"], problem.sizes["V"], problem.dtype.itemsize, device))
+
+
 OPS: dict[str, Op] = {
+    "AdamW": _TENSORS,
+    "clip_grad_norm_": _TENSORS,
+    "cross_entropy": Op(_cross_entropy, most={"V": 2**31 - 1}),
     "gelu": _ELEMENTWISE,
     "swiglu": _ELEMENTWISE,
 }
@@ -43,3 +58,9 @@ def refusal(problem) -> str | None:
         if problem.sizes[name] > most:
             return f"its C++ kernels take {name} up to {most}, got {problem.sizes[name]}"
     return op.refusal(problem)
+
+
+def configuration(problem) -> str:
+    """How `problem` is computed, for `mk.explain`."""
+    describe = OPS[problem.op].describe
+    return describe if isinstance(describe, str) else describe(problem)

@@ -6,10 +6,10 @@ of the hardware, so that a kernel with a missing barrier gives a wrong answer he
 
 from __future__ import annotations
 
-from megakern.kernels.cuda.limits import OPS, refusal
+from megakern.kernels.cuda.limits import OPS, configuration, refusal
 from megakern.kernels.cuda.module import SIMT_ERROR, _simt
 
-__all__ = ["LAUNCHERS", "OPS", "supports", "unavailable"]
+__all__ = ["LAUNCHERS", "OPS", "configuration", "supports", "unavailable"]
 
 LAUNCHERS = "cuda"
 
