@@ -1,9 +1,8 @@
 // Cross-entropy of rows of logits (M, C): row losses, and d(row loss)/d(logits); writes = . Math, options and the meaning
 // of `real`, `start` and `vocab_size`: megakern/ops/cross_entropy.py.
 //
-// All sums are kept in base 2, d = x log2(e) - peak with an integer `peak`, so that an element costs one fused
-// multiply-add and one exponential, and no sum loses digits to the size of the logits. `peak` may be up to 2^kSlack below
-// the largest: it is a reference and no maximum, which moves seldom. Logits below -6e37 count as -inf.
+// All sums are relative to a `peak`, so that none loses digits to the size of the logits. While a thread reads, its peak may
+// be up to kSlack below the largest logit it has seen: it moves seldom then. In the end it is the maximum of the row.
 //
 // rows, parts          one block a row reads it once, 16 bytes a thread at a time. An ignored row is not read.
 // gradient             one block a piece of a row, from its lse; `out` may be the logits.
@@ -32,8 +31,7 @@ constexpr int kHeld = 10;   // chunks in registers for rows that shared memory c
 constexpr int kGroups = 8;  // parts of a row that arrive one after another
 
 constexpr float kLog2e = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
-constexpr float kLowest = -1e38f;
+constexpr float kLowest = -3.402823466e38f;  // the peak of a row of -inf, or of nothing but padding
 constexpr float kSlack = 8.0f;
 
 // --- kernels ---
@@ -76,18 +74,20 @@ MK_DEVICE float in_pairs(Vector<float, N> x, Combine combine) {
 
 // What one thread, or one block, has seen of a row.
 struct Seen {
-  float peak = kLowest, sum = 0.0f;    // sum of 2^d
-  float total = 0.0f, count = 0.0f;    // of d; kept for label smoothing alone
+  float top = kLowest, peak = kLowest;  // the maximum of x, and a value that is at most kSlack below it
+  float sum = 0.0f;                     // of exp(x - peak)
+  float total = 0.0f, count = 0.0f;     // sum and number of x - peak; for label smoothing alone
 
   template <int N>
   MK_DEVICE void absorb(const Vector<float, N>& x, bool smooth) {
-    const float top = kLog2e * in_pairs(x, Max{});
-    if (top > peak + kSlack) rise(ceilf(top));
+    const float highest = in_pairs(x, Max{});
+    top = fmaxf(top, highest);
+    if (highest > peak + kSlack) rise(highest);
     Vector<float, N> d, power;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      d[i] = fmaf(x[i], kLog2e, -peak);
-      power[i] = exp2_approx(d[i]);
+      d[i] = x[i] - peak;
+      power[i] = exp2_approx(d[i] * kLog2e);
     }
     sum += in_pairs(power, Sum{});
     if (smooth) {
@@ -97,7 +97,7 @@ struct Seen {
   }
 
   MK_DEVICE void rise(float higher) {
-    sum *= exp2_approx(peak - higher);
+    sum *= exp2_approx((peak - higher) * kLog2e);
     if (count > 0.0f) total = fmaf(peak - higher, count, total);
     peak = higher;
   }
@@ -118,10 +118,10 @@ struct Scratch {
 
   MK_DEVICE explicit Scratch(SharedMemory& shared) : peaks(shared), sums(shared) {}
 
-  // What all threads of the block have seen, in each of them.
+  // What all threads of the block have seen, in each of them; the peak is the maximum.
   MK_DEVICE Seen combine(Seen own) {
     Seen all;
-    all.peak = block_max(own.peak, peaks);
+    all.top = all.peak = block_max(own.top, peaks);
     own.rise(all.peak);
     const Pair both = block_reduce(Pair{own.sum, own.total}, PairSum{}, Pair{0.0f, 0.0f}, sums);
     all.sum = both.a;
@@ -140,7 +140,7 @@ struct LossOfRow {
   float loss, lse;
 };
 
-// log_sum, at_target, total: base 2, relative to peak.
+// log_sum, at_target, total: relative to peak.
 MK_DEVICE LossOfRow loss_of_row(float peak, float log_sum, float at_target, float total, int64_t target,
                                 const CrossEntropy& p) {
   if (target == p.ignore_index) return {0.0f, 0.0f};
@@ -149,12 +149,12 @@ MK_DEVICE LossOfRow loss_of_row(float peak, float log_sum, float at_target, floa
     const float uniform = log_sum - total / float(p.vocab_size);
     loss = (1.0f - p.label_smoothing) * loss + p.label_smoothing * uniform;
   }
-  const float lse = kLn2 * (peak + log_sum);
-  loss = kLn2 * loss + p.z_loss * lse * lse;
+  const float lse = peak + log_sum;
+  loss += p.z_loss * lse * lse;
   return {target < 0 || target >= p.vocab_size ? NAN : loss, lse};
 }
 
-// p of gradient g = probability 2^(x log2(e) - peak) - uniform, and at_target more in the target's column.
+// g = probability exp(x - peak) - uniform, and at_target more in the target's column.
 struct GradientOfRow {
   float probability, peak, uniform, at_target;
 
@@ -165,7 +165,7 @@ struct GradientOfRow {
         at_target(scale * (p.label_smoothing - 1.0f)) {}
 
   MK_DEVICE float operator()(float x, bool target) const {
-    const float gradient = fmaf(probability, exp2_approx(fmaf(x, kLog2e, -peak)), -uniform);
+    const float gradient = fmaf(probability, exp2_approx((x - peak) * kLog2e), -uniform);
     return target ? gradient + at_target : gradient;
   }
 
@@ -244,14 +244,14 @@ MK_KERNEL __launch_bounds__(kThreads, 2) void rows_kernel(CrossEntropy p, float*
     }
     if (own >= 0) at_target = to_float(logits[own]);
     seen = scratch.combine(seen);
-    if (own >= 0) at_target = fmaf(at_target, kLog2e, -seen.peak);
+    if (own >= 0) at_target -= seen.peak;
   } else {
     seen.peak = 0.0f;
     seen.sum = 1.0f;
   }
   if (threadIdx.x != 0) return;
   if (loss) {
-    const LossOfRow result = loss_of_row(seen.peak, log2f(seen.sum), at_target, seen.total, target, p);
+    const LossOfRow result = loss_of_row(seen.peak, logf(seen.sum), at_target, seen.total, target, p);
     loss[row] = result.loss;
     lse[row] = result.lse;
   } else {
@@ -267,7 +267,7 @@ MK_KERNEL __launch_bounds__(kPieceThreads) void shift_kernel(CrossEntropy p, con
   const int64_t row = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (row >= p.M) return;
   const float move = peaks[row] - highest[row];
-  sums[row] *= exp2_approx(move);
+  sums[row] *= exp2_approx(move * kLog2e);
   if (own_column(p.targets[row], p) >= 0) sums[p.M + row] += move;
   if (p.label_smoothing > 0.0f && p.real > 0) sums[2 * p.M + row] = fmaf(move, float(p.real), sums[2 * p.M + row]);
 }
@@ -278,7 +278,7 @@ MK_KERNEL __launch_bounds__(kPieceThreads) void finish_kernel(CrossEntropy p, co
   if (row >= p.M) return;
   const float total = p.label_smoothing > 0.0f ? sums[2 * p.M + row] : 0.0f;
   const LossOfRow result =
-      loss_of_row(highest[row], log2f(sums[row]), sums[p.M + row], total, p.targets[row], p);
+      loss_of_row(highest[row], logf(sums[row]), sums[p.M + row], total, p.targets[row], p);
   loss[row] = result.loss;
   lse[row] = result.lse;
 }
@@ -302,7 +302,7 @@ MK_KERNEL __launch_bounds__(kPieceThreads, 4) void gradient_kernel(CrossEntropy 
     return;
   }
   const float row_lse = lse[row];
-  const GradientOfRow gradient(scale ? scale[row * scale_stride] : 1.0f, row_lse * kLog2e, 1.0f, row_lse, p);
+  const GradientOfRow gradient(scale ? scale[row * scale_stride] : 1.0f, row_lse, 1.0f, row_lse, p);
   each_chunk(span, first, last,
              [&](int k, const Words& chunk) {
                to.store(span.first(k), gradient.template chunk<T>(chunk, span.first(k), own));
@@ -400,8 +400,8 @@ MK_KERNEL __launch_bounds__(kThreads, HELD > 0 ? 1 : 2) void loss_and_gradient_k
     each_chunk(row.span, rest, row.span.chunks, absorb);
     if (me < row.span.edge) seen.absorb(filled<float, 1>(to_float(edge)), smooth);
     seen = scratch.combine(seen);
-    if (own >= 0) at_target = fmaf(at_target, kLog2e, -seen.peak);
-    const LossOfRow result = loss_of_row(seen.peak, log2f(seen.sum), at_target, seen.total, row.target, p.rows);
+    if (own >= 0) at_target -= seen.peak;
+    const LossOfRow result = loss_of_row(seen.peak, logf(seen.sum), at_target, seen.total, row.target, p.rows);
     if (me == 0) p.loss[index] = result.loss;
 
     // The gradient, and on its heels the next row. What does not fit comes first: it was read last.

@@ -10,8 +10,8 @@ are none, as torch.nn.functional.cross_entropy), "sum" does not divide.
 Shapes: logits (..., V/R), targets (...) int64, row losses and lse (...), fp32 (fp64 for fp64 logits).
 Gradient, made in the logits' dtype: dlogits = dloss ((1 + 2 z lse) softmax - (1 - a) onehot - a / vocab_size).
 Saved for backward: logits, targets, lse. Logits are read forward, and read and written backward: 6 bytes an element of
-bf16. With `in_place` the forward pass writes the gradient over the logits, 1 / (number of counted rows) included (not in
-fp16, where it would underflow), and saves that alone: 4 bytes, and no second tensor. Backward multiplies it by the
+bf16. With `in_place` the forward pass writes the gradient over the logits, 1 / (number of counted rows) included (not
+in fp16, where it would underflow), and saves that alone: 4 bytes, and no second tensor. Backward multiplies it by the
 upstream gradient, another 4 bytes unless that is 1.
 
 With a `group` of R ranks, rank r holds columns [r V/R, (r+1) V/R), all of one size; what crosses ranks is one MAX of

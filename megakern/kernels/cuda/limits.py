@@ -25,7 +25,9 @@ class Op:
 
 _ELEMENTWISE = Op("16 bytes a thread and tensor at a time, where addresses and strides allow")
 
-_TENSORS = Op("all tensors in one launch, their addresses in its arguments; 16 bytes of fp32 a thread and tensor at a time")
+_TENSORS = Op(
+    "all tensors in one launch, their addresses in its arguments; 16 bytes of fp32 a thread and tensor at a time"
+)
 
 
 def _cross_entropy(problem) -> str:
