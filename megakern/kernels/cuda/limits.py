@@ -44,6 +44,9 @@ OPS: dict[str, Op] = {
     "clip_grad_norm_": _TENSORS,
     "cross_entropy": Op(_cross_entropy, most={"V": 2**31 - 1}),
     "gelu": _ELEMENTWISE,
+    "linear_cross_entropy": Op(
+        "matrix products by PyTorch; the loss as cross_entropy with in_place", most={"V": 2**31 - 1}
+    ),
     "swiglu": _ELEMENTWISE,
 }
 

@@ -145,6 +145,13 @@ def write_gradient(out, scale, logits, targets, lse, ignore_index, label_smoothi
             target_rows.copy_(gradient)
 
 
+def loss_and_gradient(out, scale, logits, targets, *options):
+    """-> loss (M,); out as `write_gradient`."""
+    loss, lse = row_losses(logits, targets, *options)
+    write_gradient(out, 1.0 if scale is None else scale, logits, targets, lse, *options)
+    return loss
+
+
 def scale_(x, factor):
     """x *= factor (0-d, of the wide dtype), in place; x is contiguous. The CPU does not read it where factor is 1."""
     if factor.device.type == "cpu" and factor == 1:
@@ -190,6 +197,4 @@ def cross_entropy_in_place(logits, scale, targets, ignore_index, label_smoothing
     check_targets("cross_entropy", flat, ignore_index, vocab_size)
     rows = logits.view(-1, logits.shape[-1])
     options = (ignore_index, label_smoothing, z_loss, vocab_size, shard_of(logits.shape[-1], vocab_size, group))
-    loss, lse = row_losses(rows, flat, *options)
-    write_gradient(rows, 1.0 if scale is None else scale, rows, flat, lse, *options)
-    return loss.view(targets.shape)
+    return loss_and_gradient(rows, scale, rows, flat, *options).view(targets.shape)

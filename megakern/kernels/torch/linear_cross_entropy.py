@@ -2,13 +2,16 @@
 
 In training with one scalar loss, the gradients are made in the same loop as the loss: d(row loss)/d(logits) is written
 over the chunk's logits. They are the gradients of the sum of row losses: with no 1/M in them, fp16 does not underflow.
+
+The launchers take the module that has the kernels of the loss, PyTorch's by default: kernels/cuda/ passes its own.
 """
 
 from __future__ import annotations
 
 import torch
 
-from megakern.kernels.torch.cross_entropy import check_targets, row_losses, shard_of, wide_dtype, write_gradient
+from megakern.kernels.torch import cross_entropy
+from megakern.kernels.torch.cross_entropy import check_targets, shard_of, wide_dtype
 
 # Largest chunk of logits, in bytes. On a GPU larger chunks keep the matrix products long and the sums into dweight few.
 CHUNK_BYTES = {"cpu": 64 << 20}
@@ -20,7 +23,11 @@ class _Problem:
 
     def __init__(self, x, weight, targets, ignore_index, label_smoothing, z_loss, vocab_size, group):
         shard = shard_of(weight.shape[0], vocab_size, group)
-        self.x, self.weight, self.targets = x.reshape(-1, x.shape[-1]), weight[: shard.real], targets.reshape(-1)
+        self.x, self.weight, self.targets = (
+            x.reshape(-1, x.shape[-1]),
+            weight[: shard.real],
+            targets.reshape(-1).contiguous(),
+        )
         self.options = (ignore_index, label_smoothing, z_loss, vocab_size, shard)
         self.wide = wide_dtype(x.dtype)
         limit = CHUNK_BYTES.get(x.device.type, CHUNK_BYTES_ELSEWHERE)
@@ -56,38 +63,41 @@ class _Gradients:
             dweight.addmm_(dlogits.to(self.problem.wide).t(), x.to(self.problem.wide))
 
 
-def linear_cross_entropy_sum(x, weight, targets, with_dx, with_dweight, *options):
+def linear_cross_entropy_sum(x, weight, targets, with_dx, with_dweight, *options, kernels=cross_entropy):
     """-> sum of row losses (0-d, fp32), its dx (..., K) or empty, its dweight (V/R, K) in fp32 or empty."""
     problem = _Problem(x, weight, targets, *options)
     check_targets("linear_cross_entropy", problem.targets, options[0], options[3])
     total = x.new_zeros((), dtype=problem.wide)
     gradients = _Gradients(problem, x, weight, with_dx, with_dweight)
     for chunk, logits in problem.chunks():
-        loss, lse = row_losses(logits, problem.targets[chunk], *problem.options)
-        total += loss.sum()
         if with_dx or with_dweight:
-            write_gradient(logits, 1.0, logits, problem.targets[chunk], lse, *problem.options)
+            loss = kernels.loss_and_gradient(logits, None, logits, problem.targets[chunk], *problem.options)
             gradients.add(chunk, logits)
+        else:
+            loss, _ = kernels.row_losses(logits, problem.targets[chunk], *problem.options)
+        total += loss.sum()
     return total, gradients.dx, gradients.dweight
 
 
-def linear_cross_entropy_rows(x, weight, targets, *options):
+def linear_cross_entropy_rows(x, weight, targets, *options, kernels=cross_entropy):
     """-> loss and lse, each of targets' shape, fp32 (fp64 for fp64)."""
     problem = _Problem(x, weight, targets, *options)
     check_targets("linear_cross_entropy", problem.targets, options[0], options[3])
     loss = x.new_empty(problem.targets.shape, dtype=problem.wide)
     lse = torch.empty_like(loss)
     for chunk, logits in problem.chunks():
-        loss[chunk], lse[chunk] = row_losses(logits, problem.targets[chunk], *problem.options)
+        loss[chunk], lse[chunk] = kernels.row_losses(logits, problem.targets[chunk], *problem.options)
     return loss.view(targets.shape), lse.view(targets.shape)
 
 
-def linear_cross_entropy_rows_backward(dloss, x, weight, targets, lse, with_dx, with_dweight, *options):
+def linear_cross_entropy_rows_backward(
+    dloss, x, weight, targets, lse, with_dx, with_dweight, *options, kernels=cross_entropy
+):
     """-> dx (..., K) of x's dtype or empty, dweight (V/R, K) in fp32 or empty. The logits are computed again."""
     problem = _Problem(x, weight, targets, *options)
     scale, lse = dloss.reshape(-1), lse.view(-1)
     gradients = _Gradients(problem, x, weight, with_dx, with_dweight)
     for chunk, logits in problem.chunks():
-        write_gradient(logits, scale[chunk], logits, problem.targets[chunk], lse[chunk], *problem.options)
+        kernels.write_gradient(logits, scale[chunk], logits, problem.targets[chunk], lse[chunk], *problem.options)
         gradients.add(chunk, logits)
     return gradients.dx, gradients.dweight

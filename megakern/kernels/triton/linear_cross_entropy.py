@@ -21,7 +21,7 @@ class _Problem:
 
     def __init__(self, x, weight, targets, ignore_index, label_smoothing, z_loss, vocab_size, group):
         shard = shard_of(weight.shape[0], vocab_size, group)
-        self.x, self.weight, self.targets = rows_of(x), rows_of(weight)[: shard.real], targets.reshape(-1)
+        self.x, self.weight, self.targets = rows_of(x), rows_of(weight)[: shard.real], targets.reshape(-1).contiguous()
         self.options = (ignore_index, label_smoothing, z_loss, vocab_size, shard)
         if INTERPRETED:
             check_targets("linear_cross_entropy", self.targets, ignore_index, vocab_size)
