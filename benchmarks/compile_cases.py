@@ -94,6 +94,7 @@ def _cross_entropy(logits: torch.Tensor, smoothing: float) -> None:
     options = (-100, smoothing, 1e-4, V, "")
     loss, lse = cross_entropy.cross_entropy_forward(logits, targets, *options)
     cross_entropy.cross_entropy_backward(loss, logits, targets, lse, *options)
+    cross_entropy.scale_(logits, tensor(dtype=torch.float32))
 
 
 def _add_cross_entropy() -> None:
