@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.machinery
+import importlib.util
 import os
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -21,6 +24,10 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    if "SIMT_MODULE" in os.environ:  # a build of megakern._simt with a sanitizer: tests/sanitized.py
+        loader = importlib.machinery.ExtensionFileLoader("megakern._simt", os.environ["SIMT_MODULE"])
+        spec = importlib.util.spec_from_loader("megakern._simt", loader)
+        sys.modules["megakern._simt"] = importlib.util.module_from_spec(spec)
     config.pluginmanager.register(Promises(config.getoption("--faults")), "promises")
 
 

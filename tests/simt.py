@@ -33,6 +33,11 @@ GCC = [
     "-Wno-unknown-pragmas",
     "-Wno-psabi",
 ]
+SANITIZERS = {
+    "address": ("-fsanitize=address,undefined -fno-sanitize-recover=undefined", "-DMEGAKERN_ASAN"),
+    "thread": ("-fsanitize=thread", "-DMEGAKERN_TSAN"),
+}
+SANITIZER = os.environ.get("SIMT_SANITIZER")  # set by tests/sanitized.py
 NVCC = ["-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 
 
@@ -59,22 +64,25 @@ class Library:
         self._call(self.functions.megakern_schedule, ctypes.c_char_p(schedule.encode()))
 
 
-def build(command: list[str], language: str, sources: list[Path]) -> Path:
-    """Compiles what changed, two files at a time, and links; processes that want the same wait for one another."""
-    headers = [*CSRC.glob("*.h"), *CSRC.glob("device/*"), *CSRC.glob("simt/**/*.h")]
-    common = hashlib.sha256(" ".join(command).encode() + b"".join(path.read_bytes() for path in sorted(headers)))
+def build(command: list[str], sources: dict[Path, list[str]], link: list[str], target: str = "cases-{}.so") -> Path:
+    """Compiles what changed, two files at a time, and links; processes that want the same wait for one another.
+
+    `sources`: files, each with flags of its own.
+    """
+    headers = [*CSRC.glob("*.h"), *CSRC.glob("*.cuh"), *CSRC.glob("device/*"), *CSRC.glob("simt/**/*.h")]
+    common = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(headers)))
     folder = ROOT / "build" / "simt-tests"
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         objects, waiting = [], []
-        for source in sources:
+        for source, flags in sources.items():
+            words = [*command, f"-I{CSRC}", *flags, "-c", str(source), "-o"]
             own = common.copy()
-            own.update(source.read_bytes())
-            target = folder / f"{source.stem}-{own.hexdigest()[:16]}.o"
-            objects.append(target)
-            if not target.exists():
-                waiting.append([*command, f"-I{CSRC}", "-x", language, "-c", str(source), "-o", f"{target}.new"])
+            own.update(" ".join(words).encode() + source.read_bytes())
+            objects.append(folder / f"{source.stem}-{own.hexdigest()[:16]}.o")
+            if not objects[-1].exists():
+                waiting.append([*words, f"{objects[-1]}.new"])
         running: list[subprocess.Popen] = []
         while waiting or running:
             while waiting and len(running) < 2:
@@ -87,22 +95,31 @@ def build(command: list[str], language: str, sources: list[Path]) -> Path:
             new = Path(process.args[-1])
             new.rename(new.with_suffix(""))
         name = hashlib.sha256("".join(path.name for path in objects).encode()).hexdigest()[:16]
-        library = folder / f"cases-{name}.so"
+        library = folder / target.format(name)
         if not library.exists():
-            link = [word for word in command if not word.startswith("-std")]
-            subprocess.run([*link, "-shared", *map(str, objects), "-o", f"{library}.new"], check=True)
+            library.parent.mkdir(exist_ok=True)
+            subprocess.run([command[0], *link, "-shared", *map(str, objects), "-o", f"{library}.new"], check=True)
             library.with_name(library.name + ".new").rename(library)
     return library
 
 
+def build_for_cpu(sources: list[Path], target: str = "cases-{}.so", flags: tuple[str, ...] = ()) -> Path:
+    """Kernels with the sanitizer, the emulator without."""
+    instrument, macro = SANITIZERS[SANITIZER] if SANITIZER else ("", "")
+    kernels = ["-O1", "-fno-omit-frame-pointer", *instrument.split()] if SANITIZER else []
+    emulator = [macro] if SANITIZER else []
+    files = {path: [*emulator, "-x", "c++"] for path in sorted(CSRC.glob("simt/*.cpp"))}
+    files |= {path: [*kernels, *flags, "-x", "c++"] for path in sorted(sources)}
+    return build([os.environ.get("CXX", "c++"), *GCC, "-DMEGAKERN_SIMT"], files, instrument.split(), target)
+
+
 @cache
 def library() -> Library:
-    sources = [*CSRC.glob("simt/*.cpp"), *CSRC.glob("simt/tests/*.cpp"), *CSRC.glob("simt/tests/*.cu")]
-    command = [os.environ.get("CXX", "c++"), *GCC, "-DMEGAKERN_SIMT"]
-    return Library(build(command, "c++", sorted(sources)))
+    return Library(build_for_cpu([*CSRC.glob("simt/tests/*.cpp"), *CSRC.glob("simt/tests/*.cu")]))
 
 
 @cache
 def gpu_library() -> Library:
-    sources = [CSRC / "simt/tests" / name for name in ("cases.cpp", "golden.cu", "golden_wgmma.cu", "rows.cu")]
-    return Library(build([str(toolkit.find_nvcc()), *NVCC], "cu", sources), torch.cuda.current_device())
+    names = ("cases.cpp", "golden.cu", "golden_wgmma.cu", "rows.cu")
+    sources = {CSRC / "simt/tests" / name: ["-x", "cu"] for name in names}
+    return Library(build([str(toolkit.find_nvcc()), *NVCC], sources, NVCC[2:]), torch.cuda.current_device())

@@ -1,6 +1,7 @@
 // Where asynchronous state lives, barriers in shared memory (mbarrier), proxy fences, clusters, and the checks at the end
 // of threads and blocks.
 #include "simt/async.h"
+#include "simt/sanitizers.h"
 
 #include <cstring>
 
@@ -63,9 +64,13 @@ unsigned char* shadow_of(Block& block, const unsigned char* p) {
   return async_of(block).shadow.begin() + (p - block.shared);
 }
 
-void fence_async() { async_of(*self->block).fence_pending = true; }
+void fence_async() {
+  const Hardware working;
+  async_of(*self->block).fence_pending = true;
+}
 
 void settle_fences(Block& block) {
+  const Hardware working;
   if (!block.async || !block.async->fence_pending) return;
   block.async->fence_pending = false;
   std::memcpy(block.async->shadow.begin(), block.shared, std::size_t(block.shared_end - block.shared));
@@ -99,6 +104,7 @@ MBarrierState& barrier_at(Block& block, const void* address, Site site) {
 }
 
 void mbar_init(MBarrier* b, int arrivals, const char* name, Site site) {
+  const Hardware working;
   Block& block = *self->block;
   const auto* p = reinterpret_cast<const unsigned char*>(b);
   if (p < block.shared || p + 8 > block.shared_end || reinterpret_cast<std::uintptr_t>(p) % 8) {
@@ -112,10 +118,11 @@ void mbar_init(MBarrier* b, int arrivals, const char* name, Site site) {
     if (other.address == b) fail(named(other) + " is initialised a second time, as '" + name + "'", site);
   }
   b->bits = kMark ^ barriers.size();
-  barriers.push_back({b, name, arrivals, arrivals, 0, 0, false, {}});
+  barriers.push_back({b, name, arrivals, arrivals, 0, 0, false, {}, {}});
 }
 
 void mbar_init_fence() {
+  const Hardware working;
   for (MBarrierState& b : async_of(*self->block).barriers) b.fenced = true;
 }
 
@@ -129,6 +136,7 @@ static void advance(MBarrierState& b) {
 }
 
 void arrive(MBarrierState& b, Site site) {
+  release_to(b.token + b.phase % 2);
   if (b.missing == 0) {
     fail(named(b) + ": more than its " + std::to_string(b.count) + " arrivals in phase " + std::to_string(b.phase), site);
   }
@@ -176,10 +184,16 @@ static void check_parity(int parity, Site site) {
   if (parity != 0 && parity != 1) fail("the parity of a phase is 0 or 1, got " + std::to_string(parity), site);
 }
 
+static void enlist(std::vector<Fiber*>& waiting) {
+  const Hardware working;
+  waiting.push_back(self);
+}
+
 bool mbar_try_wait(MBarrier* address, int parity, Site site) {
   check_parity(parity, site);
   MBarrierState& b = barrier_at(*self->block, address, site);
   if (!passes(b, parity)) spin(site);
+  acquire_from(b.token + parity);
   return passes(b, parity);
 }
 
@@ -187,9 +201,10 @@ void mbar_wait(MBarrier* address, int parity, Site site) {
   check_parity(parity, site);
   MBarrierState& b = barrier_at(*self->block, address, site);
   while (!passes(b, parity)) {
-    b.waiting.push_back(self);
+    enlist(b.waiting);
     wait("mbarrier", b.name, b.phase, site);
   }
+  acquire_from(b.token + parity);
 }
 
 std::string describe_barriers(const Block& block) {
@@ -213,6 +228,7 @@ void cluster_arrive(Site site) {
   ThreadAsync& mine = async_of(*self);
   if (mine.cluster_phase == cluster.phase) fail("a second cluster_arrive without cluster_wait", site);
   mine.cluster_phase = cluster.phase;
+  release_to(cluster.token + cluster.phase % 2);
   int threads = 0;
   for (const Block* block : cluster.blocks) {
     if (block->left) fail("cluster_arrive after threads of the cluster have left the kernel", site);
@@ -232,14 +248,16 @@ void cluster_wait(Site site) {
   const long phase = async_of(*self).cluster_phase;
   if (phase < 0) fail("cluster_wait without cluster_arrive", site);
   if (cluster.phase == phase) {
-    cluster.waiting.push_back(self);
+    enlist(cluster.waiting);
     wait("cluster barrier", "", -1, site);
   }
+  acquire_from(cluster.token + phase % 2);
 }
 
 // --- progress and ends ---
 
 bool complete_one() {
+  const Hardware working;
   const std::size_t loads = in_flight.loads.size(), all = loads + in_flight.arrivals.size();
   if (all == 0) return false;
   const std::size_t i = machine.order == Order::forward ? 0 : machine.order == Order::reverse ? all - 1 : machine.random() % all;
@@ -257,10 +275,12 @@ bool complete_one() {
 }
 
 void end_thread(Fiber& fiber) {
+  const Hardware working;
   if (fiber.async) end_copies(*fiber.async);
 }
 
 void end_block(Block& block) {
+  const Hardware working;
   for (int w = 0; w < block.warps; ++w) {
     if (block.first_warp[w].async) end_products(block.first_warp[w]);
   }

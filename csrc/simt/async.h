@@ -24,6 +24,7 @@ struct MBarrierState {
   long phase;          // completed phases
   bool fenced;         // the copy engine may know it
   std::vector<Fiber*> waiting;
+  char token[2];       // for ThreadSanitizer: of even and odd phases
 };
 
 enum class CopyKind { load, store, add };
@@ -109,6 +110,7 @@ struct ClusterState {
   int arrived = 0;
   long phase = 0;
   std::vector<Fiber*> waiting;
+  char token[2] = {};
 };
 
 struct InFlight {  // what completes only when no thread can run

@@ -4,6 +4,7 @@
 
 #include "device/ptx.cuh"
 #include "simt/async.h"
+#include "simt/sanitizers.h"
 
 namespace megakern::simt {
 
@@ -89,6 +90,7 @@ static Copy row(CopyKind kind, const void* global, const void* shared, int bytes
 
 // The target holds poison until the copy completes.
 static void start_load(Copy copy, MBarrier* b, int blocks) {
+  const Hardware working;
   Block& mine = *self->block;
   const std::ptrdiff_t to = copy.shared - mine.shared, barrier = reinterpret_cast<unsigned char*>(b) - mine.shared;
   const auto& cluster = mine.cluster->blocks;
@@ -136,6 +138,7 @@ void complete(Copy& copy) {
 // --- stores ---
 
 static void start_store(Copy copy) {
+  const Hardware working;
   settle_fences(*self->block);
   async_of(*self).stores.push_back(std::move(copy));
 }
@@ -149,6 +152,7 @@ void bulk_store(void* to, const void* from, int bytes, bool add, Site site) {
 }
 
 void tma_commit() {
+  const Hardware working;
   ThreadAsync& mine = async_of(*self);
   mine.store_groups.push_back(std::move(mine.stores));
   mine.stores.clear();
@@ -187,6 +191,7 @@ static void write_target(const Copy& copy) {
 }
 
 void tma_wait(int pending, bool read_only) {
+  const Hardware working;
   ThreadAsync& mine = async_of(*self);
   auto& groups = mine.store_groups;
   const int ready = int(groups.size()) - pending;
@@ -203,6 +208,7 @@ void tma_wait(int pending, bool read_only) {
 // --- cp.async ---
 
 void cp_async(void* to, const void* from, int bytes, int valid, Site site) {
+  const Hardware working;
   if (valid < 0 || valid > bytes) fail("cp_async reads 0 to " + std::to_string(bytes) + " bytes, got " + std::to_string(valid), site);
   auto* target = static_cast<unsigned char*>(to);
   check_shared_range(target, bytes, bytes, "cp_async", site);
@@ -222,12 +228,14 @@ static void run_small(SmallCopy& copy) {
 }
 
 void cp_async_commit() {
+  const Hardware working;
   ThreadAsync& mine = async_of(*self);
   mine.small_groups.push_back(std::move(mine.small));
   mine.small.clear();
 }
 
 void cp_async_wait(int pending) {
+  const Hardware working;
   auto& groups = async_of(*self).small_groups;
   while (int(groups.size()) > pending) {
     for (SmallCopy& copy : groups.front()) run_small(copy);
@@ -236,6 +244,7 @@ void cp_async_wait(int pending) {
 }
 
 void cp_async_arrive(MBarrier* b, Site site) {
+  const Hardware working;
   ThreadAsync& mine = async_of(*self);
   in_flight.arrivals.push_back({&mine, &barrier_at(*self->block, b, site), mine.small_count, site});
 }

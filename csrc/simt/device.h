@@ -113,7 +113,7 @@ T warp_reduce(T value, Combine combine, MK_SITE) {
 template <class T>
 T atomic_add(T* address, T value) {
   static_assert(std::is_integral_v<T>, "atomics on floats are not deterministic");
-  const T old = __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
+  const T old = __atomic_fetch_add(address, value, __ATOMIC_ACQ_REL);
   simt::breathe();
   return old;
 }
@@ -121,7 +121,7 @@ template <class T>
 T atomic_max(T* address, T value) {
   static_assert(std::is_integral_v<T>);
   T old = __atomic_load_n(address, __ATOMIC_RELAXED);
-  while (old < value && !__atomic_compare_exchange_n(address, &old, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  while (old < value && !__atomic_compare_exchange_n(address, &old, value, true, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED)) {
   }
   return old;
 }

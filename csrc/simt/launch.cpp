@@ -11,6 +11,7 @@
 
 #include "device/platform.cuh"
 #include "simt/async.h"
+#include "simt/sanitizers.h"
 #include "simt/simt.h"
 
 namespace megakern::simt {
@@ -18,12 +19,6 @@ namespace megakern::simt {
 // --- memory ---
 
 static const std::size_t kPage = std::size_t(sysconf(_SC_PAGESIZE));
-
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-constexpr std::size_t kStack = 512 * 1024;
-#else
-constexpr std::size_t kStack = 128 * 1024;
-#endif
 
 GuardedMemory::GuardedMemory(std::size_t bytes) : bytes_((bytes + kPage - 1) / kPage * kPage) {
   void* all = mmap(nullptr, bytes_ + 2 * kPage, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -189,6 +184,7 @@ static void admit(dim3 index, int rank, ClusterState* cluster) {
     const int lanes = std::min(32, threads - 32 * w);
     warp.exists = warp.ready = lanes == 32 ? ~0u : (1u << lanes) - 1;
     warp.left = warp.arrived = 0;
+    warp.meetings = 0;
     warp.async = nullptr;
     machine.warps.push_back(&warp);
     machine.ready.resize((machine.warps.size() + 63) / 64);
@@ -196,7 +192,9 @@ static void admit(dim3 index, int rank, ClusterState* cluster) {
   }
   for (int t = 0; t < threads; ++t) {
     Fiber& fiber = slot.fibers[t];
+    void* sanitizer = fiber.sanitizer;
     fiber = Fiber{};
+    fiber.sanitizer = sanitizer;
     fiber.thread = dim3(t % block.dim.x, t / block.dim.x % block.dim.y, t / (block.dim.x * block.dim.y));
     fiber.lane = t % 32;
     fiber.warp = &slot.warps[t / 32];

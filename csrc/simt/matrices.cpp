@@ -5,6 +5,7 @@
 
 #include "device/ptx.cuh"
 #include "simt/async.h"
+#include "simt/sanitizers.h"
 
 namespace megakern::simt {
 
@@ -155,7 +156,10 @@ void mma_m16n8k16(float* d, const std::uint32_t* a, const std::uint32_t* b, bool
 // Each warp keeps a log of what its lanes issue; it runs when the warp waits, for the warp's 16 rows, and reads shared
 // memory then. Until then the accumulators in the threads' registers hold NaN.
 
-void wgmma_fence() { async_of(*self->warp).fenced[self->lane] = true; }
+void wgmma_fence() {
+  const Hardware working;
+  async_of(*self->warp).fenced[self->lane] = true;
+}
 
 // The element of the warp's tile that a lane's register i holds.
 static float& element(Accumulator& d, int lane, int i) {
@@ -205,6 +209,7 @@ static Product& entry(WarpAsync& w, const Product& mine, int lane) {
 
 void wgmma_issue(float* d, int N, const std::uint32_t* a_registers, std::uint64_t a, std::uint64_t b, bool a_major_m,
                  bool b_major_n, bool accumulate, bool is_bf16, Site site) {
+  const Hardware working;
   settle_fences(*self->block);
   Warp& warp = *self->warp;
   WarpAsync& w = async_of(warp);
@@ -227,6 +232,7 @@ void wgmma_issue(float* d, int N, const std::uint32_t* a_registers, std::uint64_
 }
 
 void wgmma_commit(Site site) {
+  const Hardware working;
   Product mine = {};
   mine.kind = Product::commit;
   mine.site = site;

@@ -7,6 +7,8 @@
 
 #include <algorithm>
 
+#include "simt/sanitizers.h"
+
 #if !defined(__x86_64__)
 #include <ucontext.h>
 #endif
@@ -47,23 +49,28 @@ megakern_simt_switch:
 .size megakern_simt_switch, . - megakern_simt_switch
 )");
 
-static void switch_to(Fiber* next) {
-  Fiber* before = self;
-  self = next;
-  megakern_simt_switch(&before->stack_pointer, next->stack_pointer);
-}
+static void swap_stacks(Fiber* from, Fiber* to) { megakern_simt_switch(&from->stack_pointer, to->stack_pointer); }
 
 #else
 
-static void switch_to(Fiber* next) {
-  Fiber* before = self;
+static void swap_stacks(Fiber* from, Fiber* to) {
   ucontext_t here;  // lives on the stack that it saves
-  before->stack_pointer = &here;
-  self = next;
-  swapcontext(&here, static_cast<ucontext_t*>(next->stack_pointer));
+  from->stack_pointer = &here;
+  swapcontext(&here, static_cast<ucontext_t*>(to->stack_pointer));
 }
 
 #endif
+
+static Fiber* left = nullptr;  // who ran before the fiber that runs
+
+static void switch_to(Fiber* next) {
+  Fiber* before = self;
+  left = before;
+  self = next;
+  void* kept = before_switch(*before, *next);
+  swap_stacks(before, next);
+  after_switch(kept, left);
+}
 
 static Fiber* next_fiber();
 
@@ -87,20 +94,25 @@ static void leave() {
 
 // The first function on each fiber's stack. Nothing may be thrown out of it: there is no caller.
 static void enter() {
+  after_switch(nullptr, left);
+  acquire_from(&machine);  // what came before the launch
+  Fiber* next = &machine.main;
   try {
     machine.launch->call(machine.launch->body);
     leave();
+    release_to(&machine);
+    if (machine.running) next = next_fiber();
   } catch (...) {
     machine.error = std::current_exception();
   }
-  // Outside of the handler: its state belongs to the operating system's thread, not to the fiber.
-  switch_to(machine.error || machine.running == 0 ? &machine.main : next_fiber());
+  switch_to(next);  // outside of the handler: its state belongs to the operating system's thread, not to the fiber
   __builtin_unreachable();
 }
 
 void prepare(Fiber& fiber, const GuardedMemory& stack, int index) {
   // Tops at different offsets in their pages: with the same, the frames of all fibers would compete for the same sets of
   // the first cache.
+  fresh_stack(fiber, stack.begin(), std::size_t(stack.end() - stack.begin()));
   unsigned char* top = stack.end() - index % 12 * 320;
 #if defined(__x86_64__)
   void** frame = reinterpret_cast<void**>(top);
@@ -256,7 +268,10 @@ static Fiber* next_fiber() {
 void run_fibers() {
   machine.starved = false;
   Fiber* next = next_fiber();
-  if (next != &machine.main) switch_to(next);
+  if (next == &machine.main) return;
+  release_to(&machine);
+  switch_to(next);
+  acquire_from(&machine);
 }
 
 void abandon() {
@@ -297,7 +312,10 @@ void spin(Site site) {
   self->what = "";
   self->detail = -1;
   self->site = site;
-  machine.spinners.push_back(self);
+  {
+    const Hardware working;
+    machine.spinners.push_back(self);
+  }
   pause();
 }
 
@@ -342,10 +360,21 @@ static void wake_all(Warp& warp) {
 
 void meet(const char* name, Site site, void (*finish)(Warp&), const void* argument) {
   Warp& warp = *self->warp;
-  if (!gathered(warp, name, site)) return wait(name, "", -1, site);
-  warp.argument = argument;
-  if (finish) finish(warp);
-  wake_all(warp);
+  const char* token = warp.token + warp.meetings % 2;  // of this meeting: the next one may begin before all have left it
+  release_to(token);
+  if (!gathered(warp, name, site)) {
+    wait(name, "", -1, site);
+  } else {
+    acquire_from(token);
+    ++warp.meetings;
+    warp.argument = argument;
+    if (finish) {
+      const Hardware working;
+      finish(warp);
+    }
+    wake_all(warp);
+  }
+  acquire_from(token);
 }
 
 // A whole warp has come: the instructions are .aligned.
@@ -369,6 +398,7 @@ static void arrive(Warp& warp, int id, int threads, Site site) {
   if (barrier.arrived < threads) return;
   if (barrier.arrived > threads) fail(name() + ": more than " + std::to_string(threads) + " threads arrive", site);
   barrier.arrived = 0;
+  ++barrier.meetings;
   settle_fences(block);
   for (unsigned rest = barrier.waiting; rest; rest &= rest - 1) wake_all(block.first_warp[lowest(rest)]);
   barrier.waiting = 0;
@@ -376,18 +406,25 @@ static void arrive(Warp& warp, int id, int threads, Site site) {
 
 void barrier_sync(int id, int threads, Site site) {
   Warp& warp = *self->warp;
+  Barrier& barrier = warp.block->barrier[id];
   const char* name = id == 0 ? "sync_block" : "named barrier";
+  const char* token = barrier.token + barrier.meetings % 2;
+  release_to(token);
+  bool complete = false;
   if (gathered(warp, name, site)) {
-    Barrier& barrier = warp.block->barrier[id];
     barrier.waiting |= 1u << warp.index;
     arrive(warp, id, threads, site);
-    if (barrier.waiting == 0) return breathe();
+    complete = barrier.waiting == 0;
   }
-  wait(name, "", id, site);
+  if (complete) breathe();
+  else wait(name, "", id, site);
+  acquire_from(token);
 }
 
 void barrier_arrive(int id, int threads, Site site) {
   Warp& warp = *self->warp;
+  const Barrier& barrier = warp.block->barrier[id];
+  release_to(barrier.token + barrier.meetings % 2);
   if (!gathered(warp, "barrier_arrive", site)) return wait("barrier_arrive", "", id, site);
   arrive(warp, id, threads, site);
   wake_all(warp);

@@ -48,6 +48,8 @@ struct Warp {
   alignas(16) unsigned char in[32][kValue];
   alignas(16) unsigned char out[32][kValue];
   int from[32];
+  long meetings;  // that have taken place
+  char token[2];  // for ThreadSanitizer: of the even and the odd ones
   void* address[32];  // what a lane points at
   WarpAsync* async;   // nullptr until it is used
 };
@@ -64,11 +66,17 @@ struct Fiber {
   long detail;
   Site site;
   ThreadAsync* async;
+  // Of its stack, and what a sanitizer knows of it.
+  const void* stack_begin;
+  std::size_t stack_bytes;
+  void* sanitizer;
 };
 
 struct Barrier {
   int arrived, wanted;  // threads
   unsigned waiting;     // warps
+  long meetings;
+  char token[2];
   Site site;
 };
 
