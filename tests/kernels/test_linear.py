@@ -1,6 +1,7 @@
-"""The Triton linear layer against float64: epilogues, gradients, every configuration. Interpreter, or a GPU.
+"""The linear layer of every compiled backend against float64: epilogues, gradients, every tile shape.
 
-The interpreter multiplies bfloat16 matrices wrongly, so there products are tested in fp16 and fp32.
+Triton's interpreter multiplies bfloat16 matrices wrongly, so there products are tested in fp16 and fp32. The C++
+kernels take bf16 and fp16, and rows of whole 16 bytes.
 """
 
 from __future__ import annotations
@@ -11,19 +12,27 @@ import pytest
 import torch
 
 import megakern as mk
+from megakern.kernels.cuda import linear as cuda_linear
+from megakern.kernels.cuda import module
+from megakern.kernels.cuda.linear import NN, NT, TILES, TN
 from megakern.kernels.triton import configs
-from megakern.kernels.triton.linear import linear_accumulate_weight_gradient, linear_weight_gradient, product
+from megakern.kernels.triton.linear import product
 from megakern.ops.activation import KINDS
-from megakern.ops.linear import linear_reference
+from megakern.ops.dispatch import launcher, refusal
+from megakern.ops.linear import _problem, linear_reference
 from tests.closeness import assert_close_to_ref, assert_gradients_close
-from tests.kernels.conftest import INTERPRETED
+from tests.kernels.conftest import BACKENDS, INTERPRETED
 from tests.kernels.inputs import draw, fenced
+from tests.simt import SCHEDULES
 
-pytestmark = pytest.mark.only("triton")
-
-DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
+OP = "linear"
+DTYPES = [torch.float32] * ("triton" in BACKENDS) + [torch.float16] + [torch.bfloat16] * (not INTERPRETED)
 # (leading dims of x, N, K): smallest, primes, a tile of 64 and its neighbours, several tiles and steps, no rows.
 SHAPES = [((1,), 1, 1), ((7,), 13, 5), ((2, 3), 65, 64), ((64,), 64, 63), ((130,), 70, 140), ((0,), 4, 8)]
+# The same for kernels that want N and K to be multiples of 8.
+SHAPES_BY_8 = [((1,), 8, 8), ((7,), 16, 24), ((2, 3), 72, 64), ((64,), 64, 56), ((130,), 136, 264), ((0,), 8, 16)]
+LAYOUTS = {"nt": NT, "nn": NN, "tn": TN}
+cxx = pytest.mark.only("cuda", "simt")
 
 
 def make(lead, N, K, dtype, device, *, bias=True, residual=True):
@@ -37,25 +46,40 @@ def make(lead, N, K, dtype, device, *, bias=True, residual=True):
     return {name: value for name, value in inputs.items() if wanted[name]}
 
 
-def check(inputs, activation=None):
-    ours = partial(mk.linear, activation=activation, backend="triton")
+def check(inputs, backend, activation=None):
+    ours = partial(mk.linear, activation=activation, backend=backend)
     assert_gradients_close(ours, partial(linear_reference, activation=activation), inputs)
 
 
+def skip_unless(backend, dtype, N=8, K=8):
+    """Skip with the backend's own reason."""
+    reason = refusal(backend, _problem(torch.empty(1, K, dtype=dtype), torch.empty(N, K, dtype=dtype)))
+    if backend != "triton" and reason:
+        pytest.skip(reason)
+
+
+def size_of(backend, triton, multiple):
+    return triton if backend == "triton" else multiple
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("lead, N, K", SHAPES)
-def test_outputs_and_gradients(lead, N, K, dtype, device):
-    check(make(lead, N, K, dtype, device))
-    check(make(lead, N, K, dtype, device, bias=False, residual=False), "gelu_tanh")
+@pytest.mark.parametrize("case", range(len(SHAPES)))
+def test_outputs_and_gradients(case, dtype, device, backend):
+    lead, N, K = size_of(backend, SHAPES, SHAPES_BY_8)[case]
+    skip_unless(backend, dtype)
+    check(make(lead, N, K, dtype, device), backend)
+    check(make(lead, N, K, dtype, device, bias=False, residual=False), backend, "gelu_tanh")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", KINDS)
-def test_activations_with_everything(activation, dtype, device):
-    check(make((9,), 17, 33, dtype, device), activation)
+def test_activations_with_everything(activation, dtype, device, backend):
+    skip_unless(backend, dtype)
+    check(make((9,), *size_of(backend, (17, 33), (24, 40)), dtype, device), backend, activation)
 
 
 @pytest.mark.parametrize("config", [*configs.LINEAR, configs.LINEAR_FP32], ids=lambda config: config.name)
+@pytest.mark.only("triton")
 def test_every_configuration_and_programs_with_several_tiles(config, device, monkeypatch):
     """Bands of tile rows that are not full, and fewer programs than tiles."""
     from megakern.kernels.triton import linear
@@ -72,50 +96,207 @@ def test_every_configuration_and_programs_with_several_tiles(config, device, mon
     assert_close_to_ref(out, wide, wide.half())
 
 
-def test_the_weight_gradient_is_added_in_fp32(device):
-    dy, x = draw(300, 20, dtype=torch.float16, device=device), draw(300, 9, dtype=torch.float16, device=device, seed=1)
-    start = draw(20, 9, device=device, seed=2)
+# --- the tile shapes of csrc/linear.cu ---
+
+
+def multiply(layout, a, b, tile, out_dtype=None, into=None, **epilogue):
+    """a (M, K) b (N, K)^T by the C++ kernel, from operands stored as `layout` says; out starts as NaN."""
+    stored_a = a.t().contiguous() if layout == TN else a
+    stored_b = b if layout == NT else b.t().contiguous()
+    shape = (a.shape[0], b.shape[0])
+    out = torch.full(shape, float("nan"), dtype=out_dtype or a.dtype, device=a.device) if into is None else into.clone()
+    # 4 blocks: more tiles than blocks; bands of two tiles of a cluster.
+    arguments = {"tile": tile, "blocks": 4, "band": 4 * tile.rows, "accumulate": into is not None}
+    cuda_linear.product(layout, stored_a, stored_b, out, **arguments, **epilogue)
+    return out
+
+
+def two(M, N, K, dtype, device):
+    return (draw(*s, dtype=dtype, device=device, seed=i) for i, s in enumerate([(M, K), (N, K)]))
+
+
+@cxx
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile.rows}x{tile.cols}")
+def test_every_tile_shape_and_layout(tile, layout, dtype, device, backend):
+    """Tiles that stick out on each side, more tiles than blocks, steps that wrap the ring; twice, for the same bits."""
+    for M, N, K in [(tile.rows * 5 + 8, tile.cols * 2 + 24, 136), (tile.rows, tile.cols, 64 * 10), (8, 8, 8)]:
+        a, b = two(M, N, K, dtype, device)
+        out, again = (multiply(layout, a, b, tile) for _ in range(2))
+        wide = a.double() @ b.double().t()
+        assert_close_to_ref(out, wide, wide.to(dtype))
+        assert torch.equal(out, again)
+        if layout == TN:
+            wide32 = multiply(layout, a, b, tile, torch.float32)
+            assert_close_to_ref(wide32, wide, (a.float() @ b.float().t()))
+            start = draw(M, N, device=device, seed=2)
+            into = multiply(layout, a, b, tile, torch.float32, into=start)
+            assert_close_to_ref(into, wide + start.double(), (a.float() @ b.float().t()) + start)
+
+
+@cxx
+@pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile.rows}x{tile.cols}")
+def test_every_tile_shape_with_an_epilogue(tile, device, backend):
+    M, N, K = tile.rows + 9, tile.cols + 8, 72
+    a, b = two(M, N, K, torch.bfloat16, device)
+    b = b / 8
+    bias, residual = draw(N, device=device, seed=2).bfloat16(), draw(M, N, device=device, seed=3).bfloat16()
+    pre = torch.full((M, N), float("nan"), dtype=torch.bfloat16, device=device)
+    out = multiply(NT, a, b, tile, bias=bias, residual=residual, pre=pre, activation="gelu")
+    for found, more in ((pre, {}), (out, {"activation": "gelu", "residual": residual})):
+        results = []
+        for wide in (torch.float64, torch.bfloat16):
+            cast = {name: value.to(wide) if isinstance(value, torch.Tensor) else value for name, value in more.items()}
+            results.append(linear_reference(a.to(wide), b.to(wide), bias.to(wide), **cast))
+        assert_close_to_ref(found, *results)
+
+
+@pytest.mark.only("simt")
+@pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile.rows}x{tile.cols}")
+def test_the_order_of_threads_does_not_matter(tile, backend):
+    """A barrier too few shows under some order of the warps."""
+    M, N, K = tile.rows * 3 + 8, tile.cols + 8, 64 * 9
+    a, b = two(M, N, K, torch.bfloat16, "cpu")
+    default = module._simt.schedule()
+    try:
+        results = []
+        for schedule in SCHEDULES:
+            module._simt.set_schedule(schedule)
+            results.append(multiply(NT, a, b, tile))
+    finally:
+        module._simt.set_schedule(default)
+    wide = a.double() @ b.double().t()
+    assert_close_to_ref(results[0], wide, wide.bfloat16())
+    assert all(torch.equal(results[0], result) for result in results)
+
+
+@cxx
+def test_operands_that_do_not_start_on_16_bytes_are_copied(device, backend):
+    field = draw(20, 64, dtype=torch.bfloat16, device=device)
+    x, weight = field[:, 3:27], draw(16, 31, dtype=torch.bfloat16, device=device, seed=1)[:, 5:29]
+    forward = launcher(backend, "linear", "linear_forward")
+    for rows in (x, x[:1], x[:1].expand(20, 24)):
+        y, pre = forward(rows, weight, None, field[: len(rows), 7:23], "", False)
+        wide = rows.double() @ weight.double().t() + field[: len(rows), 7:23].double()
+        assert_close_to_ref(y, wide, wide.bfloat16())
+        assert pre.numel() == 0
+
+
+@cxx
+def test_what_the_kernel_cannot_do_is_refused_with_the_reason(device, backend):
+    def ask(N, K, dtype):
+        mk.linear(
+            torch.ones(2, K, dtype=dtype, device=device), torch.ones(N, K, dtype=dtype, device=device), backend=backend
+        )
+
+    with pytest.raises(ValueError, match=r"copies rows of whole 16 bytes, so N must be a multiple of 8, got 12"):
+        ask(12, 16, torch.bfloat16)
+    with pytest.raises(ValueError, match=r"so K must be a multiple of 8, got 17"):
+        ask(16, 17, torch.float16)
+    with pytest.raises(ValueError, match=r"take bfloat16, float16, not torch.float32"):
+        ask(16, 16, torch.float32)
+
+
+@cxx
+def test_the_launch_checks_its_arguments(device, backend):
+    a, b = (torch.zeros(16, 16, dtype=torch.bfloat16, device=device) for _ in range(2))
+    out = torch.empty_like(a)
+    tile = TILES[0]
+    wrong = {
+        "there is no tile of 100 x 8 in clusters of 1": lambda: multiply(NT, a, b, cuda_linear.Tile(100, 8, 1, 1.0, 0)),
+        "the rows of a must start on multiples of 16 bytes": lambda: cuda_linear.product(NT, a[:, 1:9], b[:, :8], out),
+        "out is written and must not overlap a": lambda: cuda_linear.product(NT, a, b, a),
+        "out must be dtype code 1, got 2": lambda: multiply(NT, a, b, tile, torch.float16),
+        "out may be fp32 .* with layout 2 alone": lambda: multiply(NT, a, b, tile, torch.float32),
+        "out must be fp32 .* to be accumulated into": lambda: multiply(TN, a, b, tile, into=out),
+        "with fp32 out there is no bias": lambda: multiply(TN, a, b, tile, torch.float32, bias=a[0]),
+    }
+    for message, call in wrong.items():
+        with pytest.raises(ValueError, match=f"linear_product: {message}"):
+            call()
+
+
+@cxx
+@pytest.mark.parametrize("M, N", [(1, 8), (70, 264), (1000, 520)])
+def test_column_sums(M, N, device, backend):
+    rows = draw(M, N + 8, dtype=torch.bfloat16, device=device)[:, 8:]
+    gradient = launcher(backend, "linear", "linear_weight_gradient")
+    for dtype in (torch.float32, torch.bfloat16):
+        dweight, dbias = gradient(rows, rows, None, dtype)
+        assert dweight.numel() == 0
+        assert_close_to_ref(dbias, rows.double().sum(0), rows.float().sum(0).to(dtype))
+
+
+@cxx
+def test_explain_names_the_tile(device, backend):
+    x, weight = (torch.empty(size, 64, dtype=torch.bfloat16, device=device) for size in (16, 4096))
+    assert "tiles of 64 x 128 of the product" in str(mk.explain("linear", x, weight, backend=backend))
+
+
+def test_the_cost_model_takes_the_tiles_that_fill_the_machine():
+    choose = partial(cuda_linear.choose_tile, blocks=132)
+    assert choose(8192, 8192, 8192).cols == 256
+    assert choose(16, 4096, 4096).rows == 64  # a taller tile computes rows that are not there
+    small = choose(1024, 1024, 4096)  # 32 tiles of 128 x 256 would leave 100 multiprocessors idle
+    assert small.rows * small.cols < 128 * 256
+
+
+# --- all backends again ---
+
+
+def test_the_weight_gradient_is_added_in_fp32(device, backend):
+    accumulate, gradient = (
+        launcher(backend, "linear", f"linear_{name}") for name in ("accumulate_weight_gradient", "weight_gradient")
+    )
+    N, K = size_of(backend, (20, 9), (24, 16))
+    dy, x = draw(300, N, dtype=torch.float16, device=device), draw(300, K, dtype=torch.float16, device=device, seed=1)
+    start = draw(N, K, device=device, seed=2)
     expected = start.double() + dy.double().t() @ x.double()
     for into in (start.clone(), fenced(start), start.t().contiguous().t()):
-        linear_accumulate_weight_gradient(into, dy, x)
+        accumulate(into, dy, x)
         torch.testing.assert_close(into.double(), expected, rtol=1e-5, atol=1e-4)
-    dweight, dbias = linear_weight_gradient(dy, x, torch.float32, torch.float32)
+    dweight, dbias = gradient(dy, x, torch.float32, torch.float32)
     torch.testing.assert_close(dweight.double(), expected - start.double(), rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(dbias.double(), dy.double().sum(0), rtol=1e-5, atol=1e-4)
-    dweight, dbias = linear_weight_gradient(dy, dy, None, torch.float16)
+    dweight, dbias = gradient(dy, dy, None, torch.float16)
     assert dweight.numel() == 0 and dbias.dtype == torch.float16
+    none = gradient(dy[:0], x[:0], torch.float32, torch.float32)
+    assert all(not gradient.any() for gradient in none)
 
 
-def test_nan_beside_the_operands_never_leaks_in(device):
-    inputs = make((10,), 30, 70, torch.float16, device)
+def test_nan_beside_the_operands_never_leaks_in(device, backend):
+    inputs = make((10,), *size_of(backend, (30, 70), (40, 72)), torch.float16, device)
     results = []
     for values in (inputs, {name: fenced(value) if value.ndim == 2 else value for name, value in inputs.items()}):
         leaves = {name: value.requires_grad_() for name, value in values.items()}
-        y = mk.linear(**leaves, activation="silu", backend="triton")
+        y = mk.linear(**leaves, activation="silu", backend=backend)
         results.append((y, *torch.autograd.grad(y, list(leaves.values()), torch.ones_like(y))))
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other) and one.isfinite().all()
 
 
-def test_operands_with_other_strides(device):
-    inputs = make((12,), 20, 36, torch.float32, device)
+def test_operands_with_other_strides(device, backend):
+    N, K = size_of(backend, (20, 36), (24, 40))
+    inputs = make((12,), N, K, size_of(backend, torch.float32, torch.float16), device)
     inputs["x"] = inputs["x"].t().contiguous().t()
     inputs["weight"] = inputs["weight"].t().contiguous().t()
-    inputs["residual"] = inputs["residual"][:1].expand(12, 20)
-    check(inputs, "relu_squared")
+    inputs["residual"] = inputs["residual"][:1].expand(12, N)
+    check(inputs, backend, "relu_squared")
 
 
+@pytest.mark.only("triton")
 @pytest.mark.skipif(not INTERPRETED, reason="only the interpreter cannot")
 def test_the_interpreter_refuses_bf16_products():
     with pytest.raises(ValueError, match="interpreter multiplies bfloat16 matrices wrongly; use float16 or float32"):
         mk.linear(torch.ones(2, 3).bfloat16(), torch.ones(4, 3).bfloat16(), backend="triton")
 
 
-def test_opcheck_and_compile(device, unguarded):
-    v = make((3,), 5, 7, torch.float32, device)
+def test_opcheck_and_compile(device, unguarded, backend):
+    v = make((3,), *size_of(backend, (5, 7), (8, 16)), size_of(backend, torch.float32, torch.float16), device)
     arguments = [value.requires_grad_() for value in v.values()]
-    torch.library.opcheck(torch.ops.megakern.linear.default, (*arguments, "gelu_tanh", True, "triton"))
+    torch.library.opcheck(torch.ops.megakern.linear.default, (*arguments, "gelu_tanh", True, backend))
     compiled = torch.compile(
-        partial(mk.linear, activation="silu", backend="triton"), fullgraph=True, backend="aot_eager"
+        partial(mk.linear, activation="silu", backend=backend), fullgraph=True, backend="aot_eager"
     )
     assert_gradients_close(compiled, partial(linear_reference, activation="silu"), v)

@@ -39,6 +39,35 @@ def _cross_entropy(problem) -> str:
     return str(plan_for(problem.sizes["M"], problem.sizes["V"], problem.dtype.itemsize, device))
 
 
+def _linear(problem) -> str | None:
+    for name in ("N", "K"):
+        if problem.sizes[name] % 8:
+            what = f"{name} must be a multiple of 8, got {problem.sizes[name]}"
+            return f"its C++ kernel copies rows of whole 16 bytes, so {what}"
+    if problem.device == "cuda":
+        return _not_hopper()
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _not_hopper() -> str | None:
+    from megakern.kernels.cuda.module import _C
+
+    capability = torch.cuda.get_device_capability()
+    if capability != (9, 0):
+        return f"its C++ kernel is for compute capability 9.0 (wgmma), this GPU has {capability[0]}.{capability[1]}"
+    if "sm_90a" not in _C.built:
+        return f"its C++ kernel is for sm_90a, and megakern._C was built {_C.built}"
+    return None
+
+
+def _linear_tile(problem) -> str:
+    from megakern.kernels.cuda.linear import choose_tile, multiprocessors  # which loads the compiled modules
+
+    tile = choose_tile(*(problem.sizes[name] for name in "MNK"), multiprocessors(torch.device(problem.device)))
+    return f"TMA and wgmma, warp-specialised, persistent blocks; {tile} of the product x W^T"
+
+
 OPS: dict[str, Op] = {
     "AdamW": _TENSORS,
     "clip_grad_norm_": _TENSORS,
@@ -48,6 +77,12 @@ OPS: dict[str, Op] = {
         "matrix products by PyTorch; the loss as cross_entropy with in_place", most={"V": 2**31 - 1}
     ),
     "swiglu": _ELEMENTWISE,
+    "linear": Op(
+        _linear_tile,
+        dtypes=(torch.bfloat16, torch.float16),
+        most=dict.fromkeys("MNK", 2**31 - 1024),
+        refusal=_linear,
+    ),
 }
 
 
