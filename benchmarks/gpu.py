@@ -25,6 +25,7 @@ import torch
 
 from benchmarks import gpu_tests
 from benchmarks.common import Options, describe_machine, machine_facts, run_benchmark
+from megakern.kernels.cuda import toolkit
 from megakern.train.metrics import quantity
 
 ROOT = gpu_tests.ROOT
@@ -94,9 +95,8 @@ def _build(options: argparse.Namespace) -> subprocess.Popen | None:
     if not (ROOT / "csrc" / "bindings.cpp").exists() or options.backend == "triton" or not torch.cuda.is_available():
         return None
     log = (options.out / "build.log").open("w")
-    major, minor = torch.cuda.get_device_capability()
-    arch = f"{major}{minor}{'a' if major == 9 else ''}"
-    environment = {"MEGAKERN_CUDA_ARCHS": arch, **os.environ}  # this GPU alone: a third of the time
+    arch = toolkit.arch_of(torch.cuda.get_device_capability())
+    environment = {toolkit.VARIABLE: arch, **os.environ}  # for this GPU alone, a third of the time
     words = [sys.executable, "csrc/build.py", "cuda"]
     return subprocess.Popen(words, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
 

@@ -76,6 +76,34 @@ def test_a_list_that_names_no_architecture_is_refused(wrong, monkeypatch):
         toolkit.archs()
 
 
+@pytest.mark.parametrize(
+    ("archs", "capability", "runs"),
+    [
+        ("sm_80, sm_90a, sm_100", (8, 0), True),
+        ("sm_80, sm_90a, sm_100", (8, 9), True),  # of one family
+        ("sm_80, sm_90a, sm_100", (9, 0), True),
+        ("sm_80, sm_90a, sm_100", (12, 0), True),  # by the PTX of the last
+        ("sm_90a", (9, 0), True),
+        ("sm_90a", (10, 0), False),
+        ("sm_90a", (8, 0), False),
+        ("sm_100", (9, 0), False),
+    ],
+)
+def test_a_gpu_that_the_module_was_not_built_for_is_refused_before_a_launch(archs, capability, runs):
+    reason = toolkit.unsuited(f"by nvcc 13.0 for {archs}", capability)
+    assert (reason is None) is runs
+    if not runs:
+        assert f"MEGAKERN_CUDA_ARCHS={toolkit.arch_of(capability)} builds it for that" in reason
+
+
+def test_the_code_for_one_gpu():
+    assert [toolkit.arch_of(capability) for capability in ((8, 0), (9, 0), (10, 0))] == list(toolkit.ARCHS)
+
+
+def test_an_old_gpu_is_refused():
+    assert "8.0 or newer, this GPU has 7.5" in toolkit.unsuited("by nvcc 13.0 for sm_80", (7, 5))
+
+
 def test_machine_code_for_each_and_portable_code_of_the_last():
     assert toolkit.gencode(("80", "90a", "100")) == [
         "-gencode=arch=compute_80,code=sm_80",

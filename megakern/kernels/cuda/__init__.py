@@ -5,6 +5,8 @@ The same launchers serve the `simt` backend, which runs the same sources on CPU 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from megakern.kernels.cuda import toolkit
@@ -12,8 +14,6 @@ from megakern.kernels.cuda.limits import OPS, configuration, refusal
 from megakern.kernels.cuda.module import _C, C_ERROR
 
 __all__ = ["OPS", "configuration", "describe", "supports", "unavailable"]
-
-OLDEST = (8, 0)
 
 
 def unavailable() -> str | None:
@@ -34,12 +34,14 @@ def describe() -> str:
 def supports(problem) -> str | None:
     if problem.device != "cuda":
         return f"CUDA kernels run on NVIDIA GPUs, not on {problem.device!r} tensors"
-    return _too_old() or refusal(problem)
+    return _unsuited() or refusal(problem)
 
 
 @torch.compiler.assume_constant_result
-def _too_old() -> str | None:
-    capability = torch.cuda.get_device_capability()
-    if capability < OLDEST:
-        return f"CUDA kernels need compute capability 8.0 or newer, this GPU has {capability[0]}.{capability[1]}"
-    return None
+def _unsuited() -> str | None:
+    return _unsuited_gpu()
+
+
+@functools.cache  # asking costs several us, as much as a launch
+def _unsuited_gpu() -> str | None:
+    return toolkit.unsuited(_C.built, torch.cuda.get_device_capability())

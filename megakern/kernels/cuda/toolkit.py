@@ -86,6 +86,25 @@ def how_to_build() -> str:
     return why_not() or "install megakern again (pip install -v shows why a build fails)"
 
 
+def unsuited(built: str, capability: tuple[int, int]) -> str | None:
+    """Why code for the architectures named in `built` ("... sm_80, sm_90a") does not run on this GPU, or None."""
+    major, minor = capability
+    if capability < (8, 0):
+        return f"CUDA kernels need compute capability 8.0 or newer, this GPU has {major}.{minor}"
+    for number, only_there in re.findall(r"sm_(\d+)([af]?)", built):
+        its_major, its_minor = divmod(int(number), 10)
+        portable = not only_there and (its_major, its_minor) <= capability  # by its PTX, or of one family
+        if portable or (its_major, its_minor) == capability:
+            return None
+    own = arch_of(capability)
+    return f"megakern._C was built {built}, this GPU is sm_{major}{minor}; {VARIABLE}={own} builds it for that"
+
+
+def arch_of(capability: tuple[int, int]) -> str:
+    """What to compile for this GPU alone: "90a" where kernels use what only Hopper has."""
+    return "{}{}".format(*capability) + ("a" if capability == (9, 0) else "")
+
+
 def gencode(listed: tuple[str, ...]) -> list[str]:
     """nvcc's flags for machine code of these architectures, and PTX of the last that later GPUs can run."""
     portable = [arch for arch in listed if arch.isdigit()]
