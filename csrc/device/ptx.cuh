@@ -190,6 +190,7 @@ MK_DEVICE void barrier_arrive(int threads) {
   asm volatile("barrier.cta.arrive.aligned %0, %1;" ::"n"(Id), "r"(threads) : "memory");
 }
 
+#if __CUDA_ARCH__ >= 900
 MK_DEVICE int cluster_rank() {
   int rank;
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
@@ -197,6 +198,23 @@ MK_DEVICE int cluster_rank() {
 }
 MK_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 MK_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+// The same place in the shared memory of block `rank` of the cluster, for loads and stores. That block must have started
+// (a barrier of the cluster tells) and must not have ended.
+template <class T>
+MK_DEVICE T* cluster_shared(T* place, int rank) {
+  std::uint64_t there;
+  asm volatile("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(place), "r"(rank));
+  return reinterpret_cast<T*>(there);
+}
+#else  // each block is a cluster of its own
+MK_DEVICE int cluster_rank() { return 0; }
+MK_DEVICE void cluster_arrive() {}
+MK_DEVICE void cluster_wait() { __syncthreads(); }
+template <class T>
+MK_DEVICE T* cluster_shared(T* place, int) {
+  return place;
+}
+#endif
 
 // A warpgroup gives registers back to the block or takes more, to `Count` a thread (24 to 240 in steps of 8).
 template <int Count>

@@ -154,13 +154,8 @@ void mbar_arrive(MBarrier* address, int rank, Site site) {
   const bool elsewhere = rank >= 0 && rank != block->rank;
   for (Block* each : block->cluster->blocks) settle_fences(*each);
   if (elsewhere) {
-    if (rank >= int(block->cluster->blocks.size())) {
-      fail("arrival at block " + std::to_string(rank) + " of a cluster of " + std::to_string(block->cluster->blocks.size()), site);
-    }
-    Block* target = block->cluster->blocks[rank];
-    address = reinterpret_cast<MBarrier*>(target->shared + (reinterpret_cast<unsigned char*>(address) - block->shared));
-    if (target->left == target->threads) fail("arrival at a block of the cluster that has left the kernel", site);
-    block = target;
+    address = static_cast<MBarrier*>(cluster_shared(address, rank, site));
+    block = block->cluster->blocks[rank];
   }
   MBarrierState& b = barrier_at(*block, address, site);
   if (elsewhere && !b.fenced) fail(named(b) + " is used by the cluster before mbar_init_fence", site);
@@ -222,6 +217,17 @@ std::string describe_barriers(const Block& block) {
 // --- clusters ---
 
 int cluster_rank() { return self->block->rank; }
+
+void* cluster_shared(void* place, int rank, Site site) {
+  const Block& mine = *self->block;
+  const auto& blocks = mine.cluster->blocks;
+  if (rank < 0 || rank >= int(blocks.size())) {
+    fail("use of block " + std::to_string(rank) + " of a cluster of " + std::to_string(blocks.size()), site);
+  }
+  const Block& there = *blocks[rank];
+  if (there.left == there.threads) fail("use of a block of the cluster that has left the kernel", site);
+  return there.shared + (static_cast<unsigned char*>(place) - mine.shared);
+}
 
 void cluster_arrive(Site site) {
   ClusterState& cluster = *self->block->cluster;

@@ -31,6 +31,7 @@ void tma_wait(int pending, bool read_only);
 int cluster_rank();
 void cluster_arrive(Site site);
 void cluster_wait(Site site);
+void* cluster_shared(void* place, int rank, Site site);
 
 void cp_async(void* to, const void* from, int bytes, int valid, Site site);
 void cp_async_commit();
@@ -135,6 +136,10 @@ void barrier_arrive(int threads, MK_SITE) {
 inline int cluster_rank() { return simt::cluster_rank(); }
 inline void cluster_arrive(MK_SITE) { simt::cluster_arrive(site); }
 inline void cluster_wait(MK_SITE) { simt::cluster_wait(site); }
+template <class T>
+T* cluster_shared(T* place, int rank, MK_SITE) {
+  return static_cast<T*>(simt::cluster_shared(place, rank, site));
+}
 
 template <int Count>
 void registers_shrink(MK_SITE) {
