@@ -202,4 +202,64 @@ struct SumOfSquares {
 };
 void sum_of_squares(const SumOfSquares&, Place);
 
+// --- norm.cu: LayerNorm (mean not null) and RMSNorm ---
+
+// y = (h - mean) rstd weight + bias, h = x + residual (h is not written without a residual). All (M, C), y and h contiguous.
+// A row is held by `threads` threads of each block of its cluster, `rows` rows a block, on `blocks` clusters; threads 0: in
+// chunks, a row a block.
+struct NormForward {
+  const void *x, *residual, *weight, *bias;
+  void *y, *h;
+  float *mean, *rstd;
+  Dtype dtype, weight_dtype;
+  int64_t M, x_stride, residual_stride;
+  int C;
+  float eps;
+  int threads, rows, cluster, blocks;
+};
+void norm_forward(const NormForward&, Place);
+
+// dx = dh + the gradient of h; dweight, dbias (C,); dbias_parts null: no bias. dx contiguous. Scratch: parts x C sums each.
+struct NormBackward {
+  const void *dy, *dh, *h, *weight;
+  const float *mean, *rstd;
+  void *dx, *dweight, *dbias;
+  float *dweight_parts, *dbias_parts;
+  Dtype dtype, weight_dtype;
+  int64_t M, dy_stride, dh_stride, h_stride;
+  int C, threads, rows, cluster, parts;
+};
+void norm_backward(const NormBackward&, Place);
+
+// --- rope.cu: rotary position embedding ---
+
+// q (B, T, H, D) and k (B, T, Hkv, D), each of three strides, elements of a head side by side, to contiguous outputs. cos, sin
+// (Tmax, d), fp32. positions (B, T) of two strides, int32 or int64, or null for 0 .. T - 1. inverse: by minus the angle.
+struct Rope {
+  const void *q, *k;
+  void *q_out, *k_out;
+  const float *cos, *sin;
+  const void* positions;
+  Dtype dtype, position_dtype;
+  int64_t B, T, Tmax;
+  int H, Hkv, D, d;
+  int64_t q_batch, q_token, q_head, k_batch, k_token, k_head, cos_stride, sin_stride, position_batch, position_token;
+  bool interleaved, inverse;
+};
+void rope(const Rope&, Place);
+
+// --- dropout.cu ---
+
+// out = x keep / (1 - p) + residual, (M, C), out contiguous. keep: the mask of megakern/ops/dropout.py; row i is logical
+// row offset + i / length * distance + i % length. threshold and scale are those of p. out may be x or residual.
+struct Dropout {
+  const void *x, *residual;
+  void* out;
+  Dtype dtype;
+  int64_t M, C, x_stride, residual_stride, seed, offset, length, distance;
+  int threshold;
+  float scale;
+};
+void dropout(const Dropout&, Place);
+
 }  // namespace megakern

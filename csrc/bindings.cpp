@@ -124,6 +124,10 @@ PYBIND11_MODULE(MEGAKERN_MODULE, m) {
   BIND(scale_unless_one, "x = factor x, or nothing where factor is 1.");
   BIND(adamw, "One step of AdamW, in place, for a list of tensors.");
   BIND(sum_of_squares, "out = the sum of the squares of all elements of a list of tensors.");
+  BIND(norm_forward, "y = LayerNorm or RMSNorm of x + residual, mean and rstd.");
+  BIND(norm_backward, "dx, dweight, dbias.");
+  BIND(rope, "q and k, rotated by the angles of their positions.");
+  BIND(dropout, "out = x keep / (1 - p) + residual.");
 
 #if defined(MEGAKERN_SIMT)
   m.def("set_schedule", &megakern::simt::set_schedule, "The order in which threads run; simt/simt.h has the names.");

@@ -1,4 +1,4 @@
-"""The Triton rope against float64: both conventions, partial rotation, positions, strides. Interpreter, or a GPU."""
+"""The rope of every compiled backend against float64: both conventions, partial rotation, positions, strides."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import megakern as mk
+from megakern.ops.dispatch import launcher
 from megakern.ops.rope import rope_reference
 from tests.closeness import assert_gradients_close
 from tests.kernels.inputs import DTYPES, draw, fenced
 
-pytestmark = pytest.mark.only("triton")
-
+OP = "rope"
 TMAX = 11
 
 
@@ -26,58 +26,63 @@ def make(B, T, H, Hkv, D, d, device, dtype=torch.float32, positions=None):
     }, {"cos": angles.cos().float().to(device), "sin": angles.sin().float().to(device)}
 
 
-def check(inputs, tables, interleaved):
+def check(inputs, tables, interleaved, backend):
     shared = {**tables, "interleaved": interleaved}
-    assert_gradients_close(partial(mk.rope, backend="triton", **shared), partial(rope_reference, **shared), inputs)
+    assert_gradients_close(partial(mk.rope, backend=backend, **shared), partial(rope_reference, **shared), inputs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize(
-    "B, T, H, Hkv, D, d", [(1, 1, 1, 1, 2, 1), (2, 5, 3, 1, 16, 8), (1, 3, 4, 4, 17, 6), (2, 3, 5, 2, 80, 20)]
+    "B, T, H, Hkv, D, d", [(1, 1, 1, 1, 2, 1), (2, 5, 3, 1, 16, 8), (1, 3, 4, 4, 17, 6), (2, 3, 5, 2, 80, 16)]
 )
-def test_outputs_and_gradients(B, T, H, Hkv, D, d, interleaved, dtype, device):
-    check(*make(B, T, H, Hkv, D, d, device, dtype), interleaved)
+def test_outputs_and_gradients(B, T, H, Hkv, D, d, interleaved, dtype, device, backend):
+    check(*make(B, T, H, Hkv, D, d, device, dtype), interleaved, backend)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("positions", [[7, 0, 10], [[1, 2, 3], [10, 9, 8]]])
-def test_positions(positions, interleaved, device):
-    check(*make(2, 3, 2, 1, 8, 4, device, positions=positions), interleaved)
+def test_positions(positions, interleaved, device, backend):
+    check(*make(2, 3, 2, 1, 8, 4, device, positions=positions), interleaved, backend)
 
 
-def test_more_heads_than_one_tile_holds(device):
-    check(*make(1, 2, 33, 9, 64, 32, device), False)
-    check(*make(1, 2, 33, 9, 64, 32, device), True)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_positions_of_both_dtypes_with_strides(dtype, device, backend):
+    inputs, tables = make(2, 3, 2, 1, 8, 4, device, positions=[[1, 5, 2, 5, 3, 5], [10, 5, 9, 5, 8, 5]])
+    check(inputs | {"positions": inputs["positions"].to(dtype)[:, ::2]}, tables, False, backend)
+
+
+def test_more_heads_than_one_tile_holds(device, backend):
+    check(*make(1, 2, 33, 9, 64, 32, device), False, backend)
+    check(*make(1, 2, 33, 9, 64, 32, device), True, backend)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_strided_views_and_nan_around_them(interleaved, device):
+def test_strided_views_and_nan_around_them(interleaved, device, backend):
     inputs, tables = make(2, 3, 3, 3, 10, 4, device)
-    expected = mk.rope(inputs["q"], inputs["k"], **tables, interleaved=interleaved, backend="triton")
+    expected = mk.rope(inputs["q"], inputs["k"], **tables, interleaved=interleaved, backend=backend)
     q, k = (fenced(x) for x in (inputs["q"], inputs["k"]))
     tables = {name: fenced(table) for name, table in tables.items()}
-    for ours, plain in zip(mk.rope(q, k, **tables, interleaved=interleaved, backend="triton"), expected, strict=True):
+    for ours, plain in zip(mk.rope(q, k, **tables, interleaved=interleaved, backend=backend), expected, strict=True):
         assert torch.equal(ours, plain) and ours.is_contiguous()
     q = inputs["q"].transpose(1, 2).contiguous().transpose(1, 2)
     k = inputs["k"].transpose(-1, -2).contiguous().transpose(-1, -2)
-    for ours, plain in zip(mk.rope(q, k, **tables, interleaved=interleaved, backend="triton"), expected, strict=True):
+    for ours, plain in zip(mk.rope(q, k, **tables, interleaved=interleaved, backend=backend), expected, strict=True):
         assert torch.equal(ours, plain)
 
 
-def test_a_position_outside_the_tables_is_nan(device):
-    from megakern.kernels.triton.rope import rope  # the public function refuses it on a CPU
-
+def test_a_position_outside_the_tables_is_nan(device, backend):
     inputs, tables = make(1, 3, 2, 1, 8, 4, device, positions=[0, TMAX, -1])
+    rope = launcher(backend, "rope", "rope")  # the public function refuses it on a CPU
     q, _ = rope(inputs["q"], inputs["k"], *tables.values(), inputs["positions"], False, False)
     assert q[0, 0].isfinite().all() and q[0, 1:].isnan().all()
 
 
-def test_opcheck_and_compile(device, unguarded):
+def test_opcheck_and_compile(device, backend, unguarded):
     inputs, tables = make(2, 3, 2, 1, 8, 3, device)
     arguments = (inputs["q"].requires_grad_(), inputs["k"].requires_grad_(), *tables.values(), None, True, False)
-    torch.library.opcheck(torch.ops.megakern.rope.default, (*arguments, "triton"))
-    op = partial(mk.rope, **tables, backend="triton")
+    torch.library.opcheck(torch.ops.megakern.rope.default, (*arguments, backend))
+    op = partial(mk.rope, **tables, backend=backend)
     compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
     assert_gradients_close(
         compiled, partial(rope_reference, **tables), {k: v.detach() for k, v in inputs.items() if v is not None}

@@ -68,14 +68,26 @@ def _linear_tile(problem) -> str:
     return f"TMA and wgmma, warp-specialised, persistent blocks; {tile} of the product x W^T"
 
 
+def _norm(problem) -> str:
+    from megakern.kernels.cuda.configs import describe_norm  # which loads the compiled modules
+
+    return describe_norm(problem)
+
+
+_NORM = Op(_norm, most={"C": 2**31 - 1})
+
 OPS: dict[str, Op] = {
     "AdamW": _TENSORS,
     "clip_grad_norm_": _TENSORS,
     "cross_entropy": Op(_cross_entropy, most={"V": 2**31 - 1}),
+    "dropout": Op("two pieces of 16 bytes a thread and tensor, of one row, where addresses and strides allow"),
     "gelu": _ELEMENTWISE,
+    "layer_norm": _NORM,
     "linear_cross_entropy": Op(
         "matrix products by PyTorch; the loss as cross_entropy with in_place", most={"V": 2**31 - 1}
     ),
+    "rms_norm": _NORM,
+    "rope": Op("16 bytes of both halves of two heads a thread at a time; a token's angles are read once a thread"),
     "swiglu": _ELEMENTWISE,
     "linear": Op(
         _linear_tile,

@@ -13,6 +13,7 @@ import importlib
 
 import torch
 
+from megakern.kernels.memory import rows_of as matrix_of
 from megakern.kernels.memory import tiles_of
 
 DTYPES = {
@@ -62,3 +63,15 @@ def rows_of(*tensors: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], int, int,
             return views, M, C, [x.stride(0) for x in views]
     C = first.numel()
     return tensors, 1, C, [C] * len(tensors)  # the addresses alone are used: no views, which cost 1 us each
+
+
+def strided(x: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """x (..., C) as rows with neighbouring elements -> it or a copy, and the distance of its rows."""
+    if x.is_contiguous():
+        return x, x.shape[-1]  # no view: the address alone is used
+    x = matrix_of(x)
+    return x, x.stride(0)
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)

@@ -1,0 +1,129 @@
+"""How the C++ norms spread rows over threads, blocks and clusters: the one table, with the reason for each choice.
+
+No figure here is measured yet. A choice depends on sizes and on what kind of GPU it is, never on how many
+multiprocessors it has: sums over rows are then the same on all GPUs of a kind.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from megakern.kernels.cuda.module import cdiv
+
+VECTOR = 16  # bytes of one access
+MULTIPROCESSORS = 132  # of the largest sm_90; never the GPU's own count
+# Clusters that run at the same time when each block needs a multiprocessor: a cluster lies within one of the GPU's
+# groups of 16 or 18 multiprocessors, so that 4 and 8 leave some of them out.
+CLUSTERS = {1: 132, 2: 66, 4: 32, 8: 16}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Threads of a row in each block of its cluster, rows of a block at a time, blocks of a cluster, most clusters."""
+
+    threads: int
+    """0: in chunks, by csrc/norm_chunks.cu."""
+    rows: int
+    cluster: int
+    clusters: int
+    why: str
+
+    def of(self, M: int) -> tuple[int, int, int, int]:
+        """The same for M rows, with fewer rows a block where some multiprocessors would have none."""
+        rows, unit = self.rows, max(1, 32 // self.threads) if self.threads else 1
+        if rows * MULTIPROCESSORS > M:
+            rows = min(rows, max(1, cdiv(cdiv(M, MULTIPROCESSORS), unit)) * unit)
+        return self.threads, rows, self.cluster, min(self.clusters, cdiv(M, rows))
+
+    def __str__(self) -> str:
+        if not self.threads:
+            return f"in chunks ({self.why})"
+        parts = f"{self.threads} threads a row, {self.rows} rows a block"
+        if self.cluster > 1:
+            parts += f", {self.cluster} blocks a row"
+        return f"{parts}, at most {self.clusters} {'clusters' if self.cluster > 1 else 'blocks'} ({self.why})"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a GPU can do that a choice depends on."""
+
+    shared: int
+    """Bytes of shared memory that a block may have."""
+    clusters: bool
+
+
+HOPPER = Kind(227 << 10, True)
+
+
+@functools.cache
+def kind_of(device: int) -> Kind:
+    """The kind of GPU number `device`; -1: the CPU, which plays the largest kind for tests."""
+    if device < 0:
+        return HOPPER
+    properties = torch.cuda.get_device_properties(device)
+    return Kind(properties.shared_memory_per_block_optin, properties.major >= 9)
+
+
+STEPS = 4  # vectors of a row that a thread holds: four 16-byte loads in flight, and in the backward pass 64 fp32 sums
+STAGES = 2  # rows of a thread in shared memory: one being worked on, one arriving
+FORWARD_THREADS = 256  # of a block, so that several share a multiprocessor and one works while another waits
+FORWARD_RESIDENT = 1024  # threads of all blocks of a multiprocessor, at 64 registers: 64 KB of each tensor in flight
+BACKWARD_THREADS = 512  # one block a multiprocessor, at 128 registers: its sums over rows are written once
+MOST_VECTORS = 2048  # of a row in one block; longer ones are split over a cluster
+
+
+@functools.lru_cache(1024)
+def norm_forward(C: int, size: int, residual: bool, kind: Kind) -> Rows:
+    """C elements of `size` bytes a row."""
+    return _rows(C, size, 2 if residual else 1, kind, FORWARD_THREADS, forward=True)
+
+
+@functools.lru_cache(1024)
+def norm_backward(C: int, size: int, residual: bool, kind: Kind) -> Rows:
+    return _rows(C, size, 3 if residual else 2, kind, BACKWARD_THREADS, forward=False)
+
+
+def _rows(C: int, size: int, inputs: int, kind: Kind, block: int, forward: bool) -> Rows:
+    chunks = functools.partial(Rows, 0, 1, 1, MULTIPROCESSORS)
+    if C * size % VECTOR:
+        return chunks("its rows are no multiples of 16 bytes")
+    vectors = C * size // VECTOR
+    cluster = 1
+    while kind.clusters and cluster < 8 and vectors > cluster * MOST_VECTORS:
+        cluster *= 2
+    mine = cdiv(vectors, cluster)
+    threads = 1 << (cdiv(mine, STEPS) - 1).bit_length()
+    if threads > 32:
+        threads = cdiv(mine, STEPS * 32) * 32
+    most = 1024 if forward else block
+    if threads > most and not forward:
+        return chunks(f"a row and its sums do not fit into {cluster} multiprocessors")
+    threads = min(threads, most)
+    rows = max(1, block // threads) if cluster == 1 else 1
+    unit = max(1, 32 // threads)
+
+    def bytes_of(rows: int) -> int:
+        sums = 2 * 8 * rows * cdiv(threads, 32) * cluster + 32
+        return STAGES * inputs * cdiv(mine, threads) * threads * rows * VECTOR + sums
+
+    while bytes_of(rows) > kind.shared and rows > unit:
+        rows = max(unit, rows // 2 // unit * unit)
+    if bytes_of(rows) > kind.shared:
+        return chunks(f"two rows do not fit into the shared memory of {cluster} multiprocessors")
+    resident = 1
+    if forward:
+        resident = max(1, min(FORWARD_RESIDENT // (threads * rows), kind.shared // (bytes_of(rows) + 1024)))
+    why = f"{cdiv(mine, threads)} vectors of 16 bytes a thread, {resident} blocks a multiprocessor"
+    return Rows(threads, rows, cluster, CLUSTERS[cluster] * resident, why)
+
+
+def describe_norm(problem) -> str:
+    """For `mk.explain`, on the GPU in use."""
+    size, residual = problem.dtype.itemsize, problem.options["residual"]
+    kind = kind_of(torch.cuda.current_device() if problem.device == "cuda" else -1)
+    forward, backward = (choice(problem.sizes["C"], size, residual, kind) for choice in (norm_forward, norm_backward))
+    return f"forward {forward}; backward {backward}"
