@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 
 import pytest
@@ -44,17 +45,11 @@ def few_programs(backend, monkeypatch):
         from megakern.kernels.triton import configs
 
         monkeypatch.setattr(configs, "norm_programs", lambda cols: 3)
-        yield
         return
-    choices = cuda_configs.norm_forward, cuda_configs.norm_backward
     monkeypatch.setattr(cuda_configs, "MULTIPROCESSORS", 1)
-    monkeypatch.setattr(cuda_configs, "CLUSTERS", {1: 3, 2: 2, 4: 1, 8: 1})
-    monkeypatch.setattr(cuda_configs, "FORWARD_RESIDENT", 1)
-    for choice in choices:
-        choice.cache_clear()
-    yield
-    for choice in choices:
-        choice.cache_clear()
+    for name in ("FORWARD", "BACKWARD"):
+        rule = dataclasses.replace(getattr(cuda_configs, name), resident=1, clusters=(3, 2, 1, 1))
+        monkeypatch.setattr(cuda_configs, name, rule)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

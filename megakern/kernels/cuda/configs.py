@@ -14,10 +14,37 @@ import torch
 from megakern.kernels.cuda.module import cdiv
 
 VECTOR = 16  # bytes of one access
+STAGES = 2  # rows of a thread in shared memory: one being worked on, one arriving
 MULTIPROCESSORS = 132  # of the largest sm_90; never the GPU's own count
-# Clusters that run at the same time when each block needs a multiprocessor: a cluster lies within one of the GPU's
-# groups of 16 or 18 multiprocessors, so that 4 and 8 leave some of them out.
-CLUSTERS = {1: 132, 2: 66, 4: 32, 8: 16}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What decides how rows are spread."""
+
+    steps: int
+    """Vectors of a row that a thread holds, if the row has enough threads."""
+    threads: int
+    """Of a block that holds several rows; longer rows take more."""
+    resident: int
+    """Threads of all blocks of a multiprocessor, at most."""
+    most: int
+    """Vectors of a row in one block; longer rows are split over a cluster of 2, 4 or 8."""
+    longest: int
+    """Threads of a block that the kernel is compiled for."""
+    sums: bool
+    """Does a thread keep sums of its columns, so that it cannot hold more than `steps`?"""
+    # A cluster lies within one of the GPU's groups of 16 or 18 multiprocessors, so that 4 and 8 leave some of them out.
+    clusters: tuple[int, int, int, int] = (132, 66, 32, 16)
+    """Clusters of 1, 2, 4 and 8 blocks that run at the same time when each block needs a multiprocessor of its own."""
+
+
+# Blocks of 8 warps, so that several share a multiprocessor and one works while another waits for its sums; at 64
+# registers a thread 1024 threads, with 64 KB of each tensor in flight.
+FORWARD = Rule(steps=4, threads=256, resident=1024, most=2048, longest=1024, sums=False)
+# One block a multiprocessor, whose threads have 128 registers: 64 fp32 sums of four vectors of 16-bit columns stay in
+# them, and few rows of sums are left for the last kernel: 132 rows are 1.6 % of the bytes of 8192 x 8192 in bf16.
+BACKWARD = Rule(steps=4, threads=512, resident=512, most=2048, longest=512, sums=True)
 
 
 @dataclass(frozen=True)
@@ -68,42 +95,32 @@ def kind_of(device: int) -> Kind:
     return Kind(properties.shared_memory_per_block_optin, properties.major >= 9)
 
 
-STEPS = 4  # vectors of a row that a thread holds: four 16-byte loads in flight, and in the backward pass 64 fp32 sums
-STAGES = 2  # rows of a thread in shared memory: one being worked on, one arriving
-FORWARD_THREADS = 256  # of a block, so that several share a multiprocessor and one works while another waits
-FORWARD_RESIDENT = 1024  # threads of all blocks of a multiprocessor, at 64 registers: 64 KB of each tensor in flight
-BACKWARD_THREADS = 512  # one block a multiprocessor, at 128 registers: its sums over rows are written once
-MOST_VECTORS = 2048  # of a row in one block; longer ones are split over a cluster
-
-
-@functools.lru_cache(1024)
 def norm_forward(C: int, size: int, residual: bool, kind: Kind) -> Rows:
     """C elements of `size` bytes a row."""
-    return _rows(C, size, 2 if residual else 1, kind, FORWARD_THREADS, forward=True)
+    return _rows(FORWARD, C, size, 2 if residual else 1, kind)
 
 
-@functools.lru_cache(1024)
 def norm_backward(C: int, size: int, residual: bool, kind: Kind) -> Rows:
-    return _rows(C, size, 3 if residual else 2, kind, BACKWARD_THREADS, forward=False)
+    return _rows(BACKWARD, C, size, 3 if residual else 2, kind)
 
 
-def _rows(C: int, size: int, inputs: int, kind: Kind, block: int, forward: bool) -> Rows:
+@functools.lru_cache(4096)
+def _rows(rule: Rule, C: int, size: int, inputs: int, kind: Kind) -> Rows:
     chunks = functools.partial(Rows, 0, 1, 1, MULTIPROCESSORS)
     if C * size % VECTOR:
         return chunks("its rows are no multiples of 16 bytes")
     vectors = C * size // VECTOR
     cluster = 1
-    while kind.clusters and cluster < 8 and vectors > cluster * MOST_VECTORS:
+    while kind.clusters and cluster < 8 and vectors > cluster * rule.most:
         cluster *= 2
     mine = cdiv(vectors, cluster)
-    threads = 1 << (cdiv(mine, STEPS) - 1).bit_length()
+    threads = 1 << (cdiv(mine, rule.steps) - 1).bit_length()
     if threads > 32:
-        threads = cdiv(mine, STEPS * 32) * 32
-    most = 1024 if forward else block
-    if threads > most and not forward:
+        threads = cdiv(mine, rule.steps * 32) * 32
+    if threads > rule.longest and rule.sums:
         return chunks(f"a row and its sums do not fit into {cluster} multiprocessors")
-    threads = min(threads, most)
-    rows = max(1, block // threads) if cluster == 1 else 1
+    threads = min(threads, rule.longest)
+    rows = max(1, rule.threads // threads) if cluster == 1 else 1
     unit = max(1, 32 // threads)
 
     def bytes_of(rows: int) -> int:
@@ -114,11 +131,9 @@ def _rows(C: int, size: int, inputs: int, kind: Kind, block: int, forward: bool)
         rows = max(unit, rows // 2 // unit * unit)
     if bytes_of(rows) > kind.shared:
         return chunks(f"two rows do not fit into the shared memory of {cluster} multiprocessors")
-    resident = 1
-    if forward:
-        resident = max(1, min(FORWARD_RESIDENT // (threads * rows), kind.shared // (bytes_of(rows) + 1024)))
+    resident = max(1, min(rule.resident // (threads * rows), kind.shared // (bytes_of(rows) + 1024)))
     why = f"{cdiv(mine, threads)} vectors of 16 bytes a thread, {resident} blocks a multiprocessor"
-    return Rows(threads, rows, cluster, CLUSTERS[cluster] * resident, why)
+    return Rows(threads, rows, cluster, rule.clusters[cluster.bit_length() - 1] * resident, why)
 
 
 def describe_norm(problem) -> str:
