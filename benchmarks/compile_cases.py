@@ -154,13 +154,21 @@ def _linear_cross_entropy(dtype: torch.dtype) -> None:
 
 
 def _attention(
-    D: int, dtype: torch.dtype, window=(-1, 0), softcap=0.0, dropout_p=0.0, packed=False, configuration=None
+    D: int,
+    dtype: torch.dtype,
+    window=(-1, 0),
+    softcap=0.0,
+    alibi=False,
+    dropout_p=0.0,
+    packed=False,
+    configuration=None,
 ) -> None:
     shape = (2048,) if packed else (2, 2048)
     q = tensor(*shape, 8, D, dtype=dtype)
     k, v = (tensor(*shape, 4, D, dtype=dtype) for _ in range(2))
     offsets = tensor(5, dtype=torch.int32) if packed else None
-    how = (offsets, offsets, window, D**-0.5, softcap, dropout_p, (12345, 0, 0), True)
+    slopes = tensor(8, dtype=torch.float32) if alibi else None
+    how = (offsets, offsets, slopes, window, D**-0.5, softcap, dropout_p, (12345, 0, 0), True)
     with mock.patch.dict(configs.ATTENTION, configuration or {}):
         out, lse = attention.attention_forward(q, k, v, *how)
         attention.attention_backward(out, q, k, v, out, lse, *how)
@@ -173,7 +181,7 @@ def _add_attention() -> None:
         for config in others if D >= 64 else ():
             choice = {(role, D): (config,)}
             CASES[f"attention {D} {role} {config.name}"] = partial(_attention, D, torch.bfloat16, configuration=choice)
-    options = {"window": (128, 0)}, {"softcap": 30.0}, {"dropout_p": 0.1}, {"packed": True}
+    options = {"window": (128, 0)}, {"softcap": 30.0}, {"alibi": True}, {"dropout_p": 0.1}, {"packed": True}
     everything = {name: value for option in options for name, value in option.items()}
     for option in options:
         CASES[f"attention 128 bf16 {next(iter(option))}"] = partial(_attention, 128, torch.bfloat16, **option)

@@ -65,9 +65,9 @@ def main() -> None:
         B, T, H, Hkv, D = sizes(dims)
         draw = lambda heads: torch.randn(B, T, heads, D, device="cuda", dtype=DTYPES[options.dtype])  # noqa: E731, B023
         q, k, v, dout = draw(H), draw(Hkv), draw(Hkv), draw(H)
-        how = (None, None, (-1, -1 if kind == "full" else 0), D**-0.5, 0.0, 0.0, (0, 0, 0))
+        how = (None, None, None, (-1, -1 if kind == "full" else 0), D**-0.5, 0.0, 0.0, (0, 0, 0))
         out, lse = attention.attention_forward(q, k, v, *how, True)
-        call = attention_tiles.Call(q, k, None, *how)
+        call = attention_tiles.Call(q, k, *how)
         delta = attention_backward.row_sums(dout, out)
         dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
         runs = {

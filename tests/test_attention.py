@@ -112,6 +112,23 @@ def test_options_of_one_row(options):
     check(make(2, 1, 20, 4, 2, 8), **options)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"causal": False, "window": (4, 2), "softcap": 2.0}])
+def test_alibi(small_tiles, options, dtype):
+    """One slope a head, one a head and sample, and one a head and packed sequence."""
+    slopes = torch.tensor([[0.5, 0.25, 0.125, 0.0625], [1.0, 0.0, -0.1, 0.3], [0.3, 0.2, 0.1, 0.0]])
+    v = make(3, 7, 9, 4, 2, 8, dtype)
+    check(v, alibi_slopes=slopes[1], **options)
+    check(v, alibi_slopes=slopes, **options)
+    packed = {name: x[0] for name, x in v.items()}
+    check(packed, alibi_slopes=slopes, cu_seqlens=(offsets(0, 3, 3, 7), offsets(0, 2, 5, 9)), **options)
+
+
+def test_alibi_of_one_row_and_with_default_tiles():
+    for T in (1, 133):
+        check(make(2, T, 140, 2, 1, 8), alibi_slopes=torch.tensor([0.1, 0.01]))
+
+
 def test_rows_that_see_one_key():
     """The probability is 1 whatever the score, so the output is v and no gradient reaches q and k."""
     v = {name: x.requires_grad_() for name, x in make(2, 21, 21, 2, 1, 8).items()}
@@ -260,12 +277,14 @@ def test_which_processors_multiply_in_bf16(monkeypatch, tmp_path, amx, avx512_bf
 # --- the custom op ---
 
 
-def op_arguments(v, offsets=(None, None), *, window=(4, 0), softcap=2.0, dropout_p=0.0):
+def op_arguments(v, offsets=(None, None), *, slopes=None, window=(4, 0), softcap=2.0, dropout_p=0.0):
     tensors = [x.requires_grad_() for x in v.values()]
-    return (*tensors, *offsets, list(window), 0.3, softcap, dropout_p, [SEED, 1, 2], True, "torch")
+    return (*tensors, *offsets, slopes, list(window), 0.3, softcap, dropout_p, [SEED, 1, 2], True, "torch")
 
 
-@pytest.mark.parametrize("options", [{}, {"dropout_p": 0.5}, {"window": (-1, -1), "softcap": 0.0}])
+@pytest.mark.parametrize(
+    "options", [{}, {"dropout_p": 0.5}, {"window": (-1, -1), "softcap": 0.0}, {"slopes": torch.full((4,), 0.25)}]
+)
 def test_opcheck(options):
     torch.library.opcheck(torch.ops.megakern.attention.default, op_arguments(make(2, 5, 7, 4, 2, 4), **options))
 
@@ -342,6 +361,18 @@ def test_explains_itself():
         ({"window": (1, 2, 3)}, ValueError, r"window must be \(left, right\)"),
         ({"softcap": -1.0}, ValueError, "softcap must be at least 0"),
         ({"softcap": float("nan")}, ValueError, "softcap must be at least 0"),
+        (
+            {"alibi_slopes": torch.ones(3)},
+            ValueError,
+            r"alibi_slopes must be float32 of shape \(H,\) = \(4,\) or \(B, H\) = \(1, 4\), got torch.float32 \(3,\)",
+        ),
+        ({"alibi_slopes": torch.ones(4).double()}, ValueError, r"alibi_slopes must be float32 .* got torch.float64"),
+        ({"alibi_slopes": torch.ones(4, device="meta")}, ValueError, "alibi_slopes must be on the device of q"),
+        (
+            {"alibi_slopes": torch.ones(4).requires_grad_()},
+            ValueError,
+            r"get no gradient; pass alibi_slopes.detach\(\)",
+        ),
         ({"dropout_p": 1.0, "seed": 1}, ValueError, "dropout_p must be at least 0 and less than 1, got 1.0"),
         ({"dropout_p": 0.5}, ValueError, "dropout_p is 0.5, so a seed is needed"),
         ({"dropout_p": 0.5, "seed": -3}, ValueError, "seed must be at least 0"),

@@ -19,6 +19,17 @@ def test_reference_matches_torch(causal):
     torch.testing.assert_close(attention_reference(**v, causal=causal, scale=0.3), theirs.transpose(1, 2))
 
 
+def test_alibi_is_a_bias_of_the_scores():
+    """Last query beside last key, as in flash-attn; a bias made here, T = 3 and S = 5."""
+    v = make(1, 3, 5, 2, 2, 4, torch.float64)
+    q, k, value = (x.transpose(1, 2) for x in v.values())
+    distance = torch.tensor([[2, 1, 0, 1, 2], [3, 2, 1, 0, 1], [4, 3, 2, 1, 0]])
+    slopes = torch.tensor([0.5, 0.25])
+    bias = -slopes.double()[:, None, None] * distance
+    theirs = torch.nn.functional.scaled_dot_product_attention(q, k, value, attn_mask=bias[None])
+    torch.testing.assert_close(attention_reference(**v, causal=False, alibi_slopes=slopes), theirs.transpose(1, 2))
+
+
 @pytest.mark.parametrize("T, S", [(4, 6), (6, 4), (5, 5)])
 @pytest.mark.parametrize("causal, window", [(True, None), (False, (2, 1)), (True, (1, 3)), (False, (None, 0))])
 def test_reference_matches_a_loop(T, S, causal, window):

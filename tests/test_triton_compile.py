@@ -158,7 +158,7 @@ def test_inductor_sees_the_kernels_of_a_linear_layer(fake):
 def test_inductor_sees_the_kernels_of_attention(fake):
     def function(q, k, v):
         how = ([-1, 0], 0.3, 0.0, 0.1, [7, 0, 0], True, "triton")
-        out, lse = torch.ops.megakern.attention.default(q, k, v, None, None, *how)
+        out, lse = torch.ops.megakern.attention.default(q, k, v, None, None, None, *how)
         return out, lse
 
     kernels = [name.lstrip("_") for name in traced(function, fake(2, 9, 4, 16), *(fake(2, 9, 2, 16) for _ in "kv"))]

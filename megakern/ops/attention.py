@@ -1,6 +1,7 @@
 """Softmax attention: causal, full or windowed; grouped heads; score cap; dropout; padded or packed sequences.
 
     s[t, j] = scale * q[t] . k[j]                     softcap > 0: s = softcap * tanh(s / softcap)    arXiv 2408.00118
+    ALiBi: s[t, j] -= slope[head] |j - (t + S - T)|, after the cap                                    arXiv 2108.12409
     row t stands beside key t + S - T (bottom right); it sees key j when  -left <= j - (t + S - T) <= right
     p[t, :] = softmax of s[t, :] over its visible keys;  lse[t] = log sum exp of the same scores      arXiv 1706.03762
     out[t]  = sum_j p[t, j] keep[t, j] / (1 - dropout_p) v[j]
@@ -39,6 +40,7 @@ def _problem(
     window=None,
     softcap=0.0,
     scale=None,
+    alibi_slopes=None,
     dropout_p=0.0,
     seed=None,
     dropout_offset=(0, 0),
@@ -51,6 +53,7 @@ def _problem(
         "causal": causal,
         "window": window,
         "softcap": softcap,
+        "alibi": alibi_slopes is not None,
         "dropout": dropout_p > 0,
         "packed": cu_seqlens is not None,
         "deterministic": deterministic,
@@ -61,7 +64,7 @@ def _problem(
 # --- checks ---
 
 
-def _check(q, k, v, window, softcap, scale, dropout_p, seed, dropout_offset, cu_seqlens) -> None:
+def _check(q, k, v, window, softcap, alibi_slopes, dropout_p, seed, dropout_offset, cu_seqlens) -> None:
     rank, letters = (4, "(B, T, H, D)") if cu_seqlens is None else (3, "(T, H, D) with cu_seqlens")
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.ndim != rank:
@@ -81,11 +84,25 @@ def _check(q, k, v, window, softcap, scale, dropout_p, seed, dropout_offset, cu_
         raise ValueError(f"attention: window must be (left, right), each None or at least 0, got {window}")
     if not softcap >= 0.0:
         raise ValueError(f"attention: softcap must be at least 0 (0: none), got {softcap}")
+    if alibi_slopes is not None:
+        _check_slopes(q, alibi_slopes, cu_seqlens)
     check_rate_and_seed("attention", "dropout_p", dropout_p, seed)
     if len(dropout_offset) != 2 or min(dropout_offset) < 0:
         raise ValueError(
             f"attention: dropout_offset must be (first sample, first head), both at least 0, got {dropout_offset}"
         )
+
+
+def _check_slopes(q, slopes, cu_seqlens) -> None:
+    B, H = q.shape[0] if cu_seqlens is None else cu_seqlens[0].shape[0] - 1, q.shape[-2]
+    if slopes.dtype != torch.float32 or tuple(slopes.shape) not in ((H,), (B, H)):
+        raise ValueError(
+            f"attention: alibi_slopes must be float32 of shape (H,) = ({H},) or (B, H) = ({B}, {H}), "
+            f"got {slopes.dtype} {tuple(slopes.shape)}"
+        )
+    checks.same_device("attention", "q", q, "alibi_slopes", slopes)
+    if slopes.requires_grad:
+        raise ValueError("attention: alibi_slopes get no gradient; pass alibi_slopes.detach()")
 
 
 def _check_packed(q, k, cu_seqlens) -> None:
@@ -113,8 +130,8 @@ def _check_packed(q, k, cu_seqlens) -> None:
 # --- custom ops; window (left, right) with UNLIMITED, dropout_key (seed, first sample, first head) ---
 
 _HOW = (
-    "Tensor? q_offsets, Tensor? k_offsets, SymInt[] window, float scale, float softcap, float dropout_p, "
-    "SymInt[] dropout_key, bool deterministic, str backend"
+    "Tensor? q_offsets, Tensor? k_offsets, Tensor? slopes, SymInt[] window, float scale, float softcap, "
+    "float dropout_p, SymInt[] dropout_key, bool deterministic, str backend"
 )
 
 
@@ -123,9 +140,9 @@ def _is_packed(*arguments) -> bool:
     return any(isinstance(x, torch.Tensor) and not x.is_floating_point() for x in arguments)
 
 
-def _forward(q, k, v, q_offsets, k_offsets, *how_and_backend):
+def _forward(q, k, v, q_offsets, k_offsets, slopes, *how_and_backend):
     *how, backend = how_and_backend
-    return launcher(backend, "attention", "attention_forward")(q, k, v, q_offsets, k_offsets, *how)
+    return launcher(backend, "attention", "attention_forward")(q, k, v, q_offsets, k_offsets, slopes, *how)
 
 
 def _fake(q, k, v, *rest):
@@ -134,9 +151,10 @@ def _fake(q, k, v, *rest):
     return torch.empty_like(q, memory_format=torch.contiguous_format), lse
 
 
-def _backward(dout, q, k, v, out, lse, q_offsets, k_offsets, *how_and_backend):
+def _backward(dout, q, k, v, out, lse, q_offsets, k_offsets, slopes, *how_and_backend):
     *how, backend = how_and_backend
-    return launcher(backend, "attention", "attention_backward")(dout, q, k, v, out, lse, q_offsets, k_offsets, *how)
+    tensors = (dout, q, k, v, out, lse, q_offsets, k_offsets, slopes)
+    return launcher(backend, "attention", "attention_backward")(*tensors, *how)
 
 
 def _backward_fake(dout, q, k, v, *rest):
@@ -153,15 +171,15 @@ _attention_backward = register(
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, q_offsets, k_offsets, *ctx.how = inputs
+    q, k, v, q_offsets, k_offsets, slopes, *ctx.how = inputs
     out, lse = output
-    ctx.save_for_backward(q, k, v, out, lse, q_offsets, k_offsets)
+    ctx.save_for_backward(q, k, v, out, lse, q_offsets, k_offsets, slopes)
     ctx.mark_non_differentiable(lse)
 
 
 def _autograd_backward(ctx, dout, _dlse):
     dq, dk, dv = _attention_backward(dout, *ctx.saved_tensors, *ctx.how)
-    return dq, dk, dv, *[None] * 9
+    return dq, dk, dv, *[None] * 10
 
 
 _attention = register(
@@ -184,6 +202,7 @@ def attention(
     window=None,
     softcap=0.0,
     scale=None,
+    alibi_slopes=None,
     dropout_p=0.0,
     seed=None,
     dropout_offset=(0, 0),
@@ -201,12 +220,14 @@ def attention(
     causal: a query sees no later key; aligned to the bottom right, so the last query sees the last key.
     window (left, right): at most so many keys before and after the own one, None without a limit; causal makes right 0.
     softcap: 0, or scores become softcap * tanh(score / softcap). scale: default 1 / sqrt(D).
+    alibi_slopes: fp32 (H,), or (B, H) with B samples or packed sequences; a score loses slope * |distance to the own
+    key|, and no gradient flows to them.
     dropout_p in [0, 1) of the probabilities; it needs a seed (int, below 2**63), a new one for each step and layer.
     dropout_offset (first sample, first head) of this rank in the whole batch and of all heads.
     deterministic: refuse backends whose backward pass adds in an order that changes from run to run.
     Raises ValueError or TypeError on other shapes, dtypes, devices and values.
     """
-    _check(q, k, v, window, softcap, scale, dropout_p, seed, dropout_offset, cu_seqlens)
+    _check(q, k, v, window, softcap, alibi_slopes, dropout_p, seed, dropout_offset, cu_seqlens)
     problem = _problem(
         q,
         k,
@@ -214,6 +235,7 @@ def attention(
         causal=causal,
         window=window,
         softcap=softcap,
+        alibi_slopes=alibi_slopes,
         dropout_p=dropout_p,
         cu_seqlens=cu_seqlens,
         deterministic=deterministic,
@@ -227,6 +249,7 @@ def attention(
         v,
         q_offsets,
         k_offsets,
+        alibi_slopes,
         [left, 0 if causal else right],
         q.shape[-1] ** -0.5 if scale is None else float(scale),
         float(softcap),

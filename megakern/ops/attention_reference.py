@@ -7,9 +7,14 @@ import torch
 from megakern.ops.dropout import keep_reference
 
 
+def distances(T: int, S: int) -> torch.Tensor:
+    """int64 (T, S): of key j from the key beside query t, which is t + S - T; negative: the past."""
+    return torch.arange(S) - (torch.arange(T)[:, None] + S - T)
+
+
 def visible_keys(T: int, S: int, causal: bool, window: tuple[int | None, int | None] | None) -> torch.Tensor:
-    """bool (T, S): may query t see key j? Query t stands beside key t + S - T."""
-    distance = torch.arange(S) - (torch.arange(T)[:, None] + S - T)  # 0: the own key, negative: the past
+    """bool (T, S): may query t see key j?"""
+    distance = distances(T, S)
     visible = torch.ones(T, S, dtype=torch.bool)
     left, right = (None, None) if window is None else window
     if causal:
@@ -30,6 +35,7 @@ def attention_reference(
     window=None,
     softcap=0.0,
     scale=None,
+    alibi_slopes=None,
     dropout_p=0.0,
     seed=None,
     dropout_offset=(0, 0),
@@ -39,14 +45,16 @@ def attention_reference(
     """Same arguments, shapes and results as `megakern.ops.attention.attention`; dropout is a slow Python loop."""
     options = {"causal": causal, "window": window, "softcap": softcap, "scale": scale, "dropout_p": dropout_p}
     if cu_seqlens is None:
-        out, lse = _dense(q, k, v, seed=seed, first_sample=dropout_offset[0], first_head=dropout_offset[1], **options)
+        first = {"first_sample": dropout_offset[0], "first_head": dropout_offset[1]}
+        out, lse = _dense(q, k, v, slopes=alibi_slopes, seed=seed, **first, **options)
         return (out, lse) if return_lse else out
     q_ends, k_ends = (offsets.tolist() for offsets in cu_seqlens)
     outs, lses = [q[:0]], [q[:0, :, 0].t().to(_lse_dtype(q))]
     for i in range(len(q_ends) - 1):
         queries, keys = slice(*q_ends[i : i + 2]), slice(*k_ends[i : i + 2])
         first = {"first_sample": dropout_offset[0] + i, "first_head": dropout_offset[1]}
-        out, lse = _dense(q[None, queries], k[None, keys], v[None, keys], seed=seed, **first, **options)
+        slopes = alibi_slopes if alibi_slopes is None or alibi_slopes.ndim == 1 else alibi_slopes[i]
+        out, lse = _dense(q[None, queries], k[None, keys], v[None, keys], slopes=slopes, seed=seed, **first, **options)
         outs.append(out[0])
         lses.append(lse[0])
     out, lse = torch.cat(outs), torch.cat(lses, 1)
@@ -57,13 +65,15 @@ def _lse_dtype(q):
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-def _dense(q, k, v, *, causal, window, softcap, scale, dropout_p, seed, first_sample, first_head):
+def _dense(q, k, v, *, causal, window, softcap, scale, slopes, dropout_p, seed, first_sample, first_head):
     B, T, H, D = q.shape
     S, G = k.shape[1], H // k.shape[2]
     k, v = k.repeat_interleave(G, 2), v.repeat_interleave(G, 2)
     scores = torch.einsum("bthd,bshd->bhts", q, k) * (D**-0.5 if scale is None else scale)
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
+    if slopes is not None:
+        scores = scores - slopes.to(scores)[..., None, None] * distances(T, S).abs().to(scores)
     visible = visible_keys(T, S, causal, window).to(q.device)
     scores = scores.to(_lse_dtype(q)).masked_fill(~visible, -torch.inf)
     lse = torch.logsumexp(scores, -1) if S > 0 else scores.new_full((B, H, T), -torch.inf)

@@ -98,6 +98,17 @@ def test_options(options, shape, backend, device, small_tiles):
     check(make(*shape, torch.float32, device), backend, **options)
 
 
+@pytest.mark.parametrize("options", [{}, {"window": (9, 12), "causal": False, "softcap": 1.5}])
+def test_alibi(options, backend, device, small_tiles):
+    v = make(2, 40, 53, 4, 2, 8, torch.float32, device)
+    slopes = torch.tensor([[0.5, 0.25, 0.125, 0.0625], [1.0, 0.0, -0.1, 0.3]], device=device)
+    check(v, backend, alibi_slopes=slopes[0], **options)
+    check(v, backend, alibi_slopes=slopes, **options)
+    packed = {name: x[0] for name, x in v.items()}
+    both = offsets(0, 7, 40, device=device), offsets(0, 20, 53, device=device)
+    check(packed, backend, alibi_slopes=slopes, cu_seqlens=both, **options)
+
+
 @pytest.mark.only("triton")
 @pytest.mark.parametrize("D", [24, 40, 64, 96, 128, 192, 256])
 def test_every_head_dim_and_its_own_tiles(D, backend, device):
@@ -230,11 +241,12 @@ def test_explains_itself(backend, device):
 
 def test_opcheck(backend, device, unguarded, small_tiles):
     v = [x.requires_grad_() for x in make(1, 5, 7, 4, 2, 4, device=device).values()]
+    slopes = torch.tensor([0.5, 0.1, 0.3, 0.2], device=device)
     how = ([4, 0], 0.3, 2.0, 0.5, [SEED, 1, 2], True, backend)
-    torch.library.opcheck(torch.ops.megakern.attention.default, (*v, None, None, *how))
+    torch.library.opcheck(torch.ops.megakern.attention.default, (*v, None, None, slopes, *how))
     packed = [x.detach()[0].requires_grad_() for x in v]
     both = offsets(0, 2, 5, device=device), offsets(0, 4, 7, device=device)
-    torch.library.opcheck(torch.ops.megakern.attention.default, (*packed, *both, *how))
+    torch.library.opcheck(torch.ops.megakern.attention.default, (*packed, *both, slopes, *how))
 
 
 def test_compiles_in_one_graph(backend, device, small_tiles):

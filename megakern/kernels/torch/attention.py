@@ -35,30 +35,33 @@ WIDEN_ROWS = 128  # half-precision input is widened for the fused forward from t
 FAST_BF16_ROWS = 64  # bf16 tiles instead of the fused forward from this many query rows on, if bf16 matmuls are fast
 
 
-def attention_forward(q, k, v, q_offsets, k_offsets, window, scale, softcap, dropout_p, dropout_key, deterministic):
+def attention_forward(
+    q, k, v, q_offsets, k_offsets, slopes, window, scale, softcap, dropout_p, dropout_key, deterministic
+):
     """-> out like q, lse (B, H, T), packed (H, T), in fp32 (fp64 for fp64)."""
-    rules = tiles.Rules.of(window, scale, softcap, dropout_p, dropout_key)
+    rules = tiles.Rules.of(window, scale, softcap, dropout_p, dropout_key, slopes)
     if q_offsets is None:
         return _forward(q, k, v, rules, 0)
     outs, lses = [q[:0]], [torch.empty(q.shape[1], 0, dtype=_lse_dtype(q), device=q.device)]
     for i, queries, keys in _sequences(q_offsets, k_offsets):
-        out, lse = _forward(q[None, queries], k[None, keys], v[None, keys], rules, i)
+        out, lse = _forward(q[None, queries], k[None, keys], v[None, keys], rules.of_sequence(i), i)
         outs.append(out[0])
         lses.append(lse[0])
     return torch.cat(outs), torch.cat(lses, 1)
 
 
 def attention_backward(
-    dout, q, k, v, out, lse, q_offsets, k_offsets, window, scale, softcap, dropout_p, dropout_key, deterministic
+    dout, q, k, v, out, lse, q_offsets, k_offsets, slopes, window, scale, softcap, dropout_p, dropout_key, deterministic
 ):
     """-> contiguous dq, dk, dv like q, k, v."""
-    rules = tiles.Rules.of(window, scale, softcap, dropout_p, dropout_key)
+    rules = tiles.Rules.of(window, scale, softcap, dropout_p, dropout_key, slopes)
     if q_offsets is None:
         return _backward(dout, q, k, v, out, lse, rules, 0)
     gradients = [(q[:0], k[:0], v[:0])]
     for i, queries, keys in _sequences(q_offsets, k_offsets):
         inputs = dout[None, queries], q[None, queries], k[None, keys], v[None, keys]
-        gradients.append([x[0] for x in _backward(*inputs, out[None, queries], lse[None, :, queries], rules, i)])
+        results = out[None, queries], lse[None, :, queries]
+        gradients.append([x[0] for x in _backward(*inputs, *results, rules.of_sequence(i), i)])
     return tuple(torch.cat(parts) for parts in zip(*gradients, strict=True))
 
 
@@ -74,7 +77,7 @@ def _lse_dtype(q):
 
 def _forward(q, k, v, rules, sample):
     T, dtype = q.shape[1], product_dtype(q.dtype)
-    if native.takes_attention(q, k, v, dtype, rules.softcap):
+    if rules.slopes is None and native.takes_attention(q, k, v, dtype, rules.softcap):
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         lse = torch.empty(q.shape[0], q.shape[2], T, dtype=torch.float32)
         native.attention_forward(q, k, v, out, lse, dtype, *_native_options(rules, sample))
@@ -91,7 +94,7 @@ def _forward(q, k, v, rules, sample):
 
 def _backward(dout, q, k, v, out, lse, rules, sample):
     dtype = product_dtype(q.dtype)
-    if native.takes_attention(q, k, v, dtype, rules.softcap):
+    if rules.slopes is None and native.takes_attention(q, k, v, dtype, rules.softcap):
         dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
         native.attention_backward(dout, q, k, v, out, lse, dq, dk, dv, dtype, *_native_options(rules, sample))
         return dq, dk, dv
@@ -114,7 +117,7 @@ def _native_options(rules, sample):
 def _fused(q, k, rules):
     """(keys, causal) for the fused kernel, or None where it does not fit. It aligns a causal mask to the top left."""
     T, S = q.shape[1], k.shape[1]
-    if q.device.type != "cpu" or rules.softcap or rules.dropout_p or 0 in (*q.shape, S):
+    if q.device.type != "cpu" or rules.softcap or rules.slopes is not None or rules.dropout_p or 0 in (*q.shape, S):
         return None
     if rules.scale <= 0:  # it masks before it scales, so -inf becomes inf
         return None

@@ -9,7 +9,7 @@ place: torch computes strided results head by head, 1.5 times slower. The backwa
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -35,12 +35,19 @@ class Rules:
     seed: int
     first_sample: int
     first_head: int
+    slopes: torch.Tensor | None = None
+    """ALiBi, (H,) or (B, H)."""
 
     @classmethod
-    def of(cls, window, scale, softcap, dropout_p, dropout_key) -> Rules:
+    def of(cls, window, scale, softcap, dropout_p, dropout_key, slopes=None) -> Rules:
         """From the arguments of the launchers."""
         left, right = (None if side < 0 else side for side in window)
-        return cls(left, right, scale, softcap, dropout_p, *dropout_key)
+        return cls(left, right, scale, softcap, dropout_p, *dropout_key, slopes)
+
+    def of_sequence(self, index: int) -> Rules:
+        """Those of one packed sequence."""
+        several = self.slopes is not None and self.slopes.ndim == 2
+        return replace(self, slopes=self.slopes[index]) if several else self
 
     def blind_rows(self, T: int, S: int) -> int:
         """The first so many rows see no key at all. Row t stands beside key t + S - T."""
@@ -84,6 +91,7 @@ def forward(q, k, v, rules, sample, dtype):
             tile_rows = slice(first * G, last * G)
             scores = _shaped(score_buffer, n, (last - first) * G, high - low)
             _score(scores, rows[:, tile_rows], keys[:, low:high], rules)
+            _bias(scores, samples, query_heads, first, last, low, high, G, S - T, rules)
             _mask(scores, first, last, low, high, S - T, rules, tables)
             by_sample = scores.unflatten(0, (-1, heads.stop - heads.start))
             torch.amax(by_sample, -1, out=largest_score[samples, heads, tile_rows])
@@ -126,6 +134,7 @@ def backward(dout, q, k, v, rules, sample, dtype):
             _score(p, row, keys[:, low:high], rules)
             if slope:  # of the cap: 1 - tanh^2
                 torch.mul(p, p, out=slope[0]).mul_(-1.0 / rules.softcap**2).add_(1.0)
+            _bias(p, samples, query_heads, first, last, low, high, G, S - T, rules)
             _mask(p, first, last, low, high, S - T, rules, tables)
             aten._softmax.out(p, -1, False, out=p)
             torch.bmm(drow, values[:, low:high].transpose(1, 2), out=dp)
@@ -210,6 +219,17 @@ def _score(scores, rows, keys, rules):
         scores.tanh_().mul_(rules.softcap)
     else:
         scores.baddbmm_(rows, keys.transpose(1, 2), beta=0, alpha=rules.scale)
+
+
+def _bias(scores, samples, query_heads, first, last, low, high, G, offset, rules):
+    """scores (samples heads, rows G, keys) -= slope |distance to the own key|."""
+    if rules.slopes is None:
+        return
+    rows, keys = (torch.arange(*ends, device=scores.device) for ends in ((first, last), (low, high)))
+    distance = (keys - (rows[:, None, None] + offset)).abs_().to(scores.dtype)  # (rows, 1, keys)
+    slopes = rules.slopes[None] if rules.slopes.ndim == 1 else rules.slopes[samples]
+    slopes = slopes[:, query_heads].unflatten(1, (-1, 1, G, 1)).to(scores.dtype)  # (1 or samples, heads, 1, G, 1)
+    scores.view(-1, slopes.shape[1], last - first, G, high - low).sub_(slopes * distance)
 
 
 def _mask_tables(rules, dtype, device):

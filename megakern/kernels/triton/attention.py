@@ -113,12 +113,14 @@ def _forward(
 # --- launchers ---
 
 
-def attention_forward(q, k, v, q_offsets, k_offsets, window, scale, softcap, dropout_p, dropout_key, deterministic):
+def attention_forward(
+    q, k, v, q_offsets, k_offsets, slopes, window, scale, softcap, dropout_p, dropout_key, deterministic
+):
     """-> out like q, lse (B, H, T), packed (H, T), in fp32."""
     out = empty_like(q)
     lse = empty((*q.shape[:-3], q.shape[-2], q.shape[-3]), torch.float32, q.device)
     q, k, v = tiles.by_rows(q, k, v)
-    call = tiles.Call(q, k, q_offsets, k_offsets, None, window, scale, softcap, dropout_p, dropout_key)
+    call = tiles.Call(q, k, q_offsets, k_offsets, slopes, window, scale, softcap, dropout_p, dropout_key)
     config = configs.attention("forward", q.shape[-1], q.dtype)
     blocks = call.blocks(q.shape[-3], config.tiles["BM"])
     distances = (*tiles.strides(q, k, v, out), *tiles.lse_strides(lse), call.slope_batch)
@@ -130,14 +132,14 @@ def attention_forward(q, k, v, q_offsets, k_offsets, window, scale, softcap, dro
 
 
 def attention_backward(
-    dout, q, k, v, out, lse, q_offsets, k_offsets, window, scale, softcap, dropout_p, dropout_key, deterministic
+    dout, q, k, v, out, lse, q_offsets, k_offsets, slopes, window, scale, softcap, dropout_p, dropout_key, deterministic
 ):
     """-> contiguous dq, dk, dv like q, k, v. Nothing is added by several programs, so it always repeats to the bit."""
     dq, dk, dv = empty_like(q), empty_like(k), empty_like(v)
     if q.shape[-2] == 0:
         return dq, dk.zero_(), dv.zero_()
     dout, q, k, v = tiles.by_rows(dout, q, k, v)
-    call = tiles.Call(q, k, q_offsets, k_offsets, None, window, scale, softcap, dropout_p, dropout_key)
+    call = tiles.Call(q, k, q_offsets, k_offsets, slopes, window, scale, softcap, dropout_p, dropout_key)
     lse = lse.contiguous()
     delta = backward.row_sums(dout, out)
     backward.key_value_gradient(call, dout, v, lse, delta, dk, dv)

@@ -179,11 +179,11 @@ class Call:
 
     @property
     def tensors(self) -> tuple:
-        return self.q_offsets, self.k_offsets, self.slopes
+        return self.q_offsets, self.k_offsets, None if self.slopes is None else self.slopes.contiguous()
 
     @property
     def slope_batch(self) -> int:
-        return 0 if self.slopes is None or self.slopes.ndim == 1 else self.slopes.stride(0)
+        return 0 if self.slopes is None or self.slopes.ndim == 1 else self.slopes.shape[1]
 
     def numbers(self, blocks: int) -> tuple:
         """What the kernels name T, S, ..., kept."""
