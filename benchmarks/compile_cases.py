@@ -181,7 +181,7 @@ def _add_attention() -> None:
         for config in others if D >= 64 else ():
             choice = {(role, D): (config,)}
             CASES[f"attention {D} {role} {config.name}"] = partial(_attention, D, torch.bfloat16, configuration=choice)
-    options = {"window": (128, 0)}, {"softcap": 30.0}, {"alibi": True}, {"dropout_p": 0.1}, {"packed": True}
+    options = {"window": (128, 0)}, {"softcap": 30.0}, {"dropout_p": 0.1}, {"packed": True}
     everything = {name: value for option in options for name, value in option.items()}
     for option in options:
         CASES[f"attention 128 bf16 {next(iter(option))}"] = partial(_attention, 128, torch.bfloat16, **option)

@@ -1,18 +1,19 @@
-"""Every tile configuration of the Triton attention kernels, timed on a GPU one after another: for the table in
+"""Tile configurations of the Triton attention kernels, timed on a GPU one after another: for the table in
 megakern/kernels/triton/configs.py.
 
-    python -m benchmarks.tune_attention [--shape 2x8192x64x8x128[:full] ...] [--dtype bf16] [--more] [--json FILE]
+    python -m benchmarks.tune_attention [--shape 2x8192x64x8x128[:full] ...] [--dtype bf16] [--role ...] [--json FILE]
 
-Each kernel is launched alone. FLOPs are those of attention (forward 1, backward 2.5), not of the products that a kernel
-makes: of the backward pass the key-value gradient counts 1.5 and the query gradient 1. `--more` tries a grid of tiles,
-warps and stages beside the named configurations; what does not fit in shared memory is left out.
+Each kernel is launched alone: the named configurations, and those of GRID below. They are compiled first, on all cores.
+FLOPs are those of attention (forward 1, backward 2.5), not of the products a kernel makes: of the backward pass the
+key-value gradient counts 1.5 and the query gradient 1. A configuration that does not fit on the GPU is named.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
+import multiprocessing
+import os
 from pathlib import Path
 from unittest import mock
 
@@ -23,24 +24,76 @@ from megakern.kernels.triton import attention, attention_backward, attention_til
 from megakern.train.machine import DTYPES
 
 SHARES = {"forward": 1.0, "key-value gradient": 1.5, "query gradient": 1.0}
-GRID = tuple(itertools.product((64, 128), (32, 64, 128), (4, 8), (1, 2, 3)))
+# BM, BN, warps, stages beside the named ones
+GRID = {
+    "forward": (
+        (128, 128, 8, 1), (128, 128, 8, 3), (128, 64, 8, 2), (128, 64, 8, 4), (128, 32, 8, 4), (64, 64, 4, 2),
+        (64, 64, 4, 3), (64, 128, 4, 1), (64, 128, 4, 2), (64, 32, 4, 4), (128, 64, 4, 3), (128, 128, 4, 2),
+    ),
+    "key-value gradient": (
+        (64, 128, 8, 1), (64, 128, 8, 3), (32, 128, 8, 2), (32, 128, 8, 4), (64, 64, 4, 1), (64, 64, 4, 3),
+        (32, 64, 4, 1), (32, 64, 4, 2), (32, 64, 4, 3), (128, 64, 8, 1), (128, 64, 8, 2), (128, 64, 4, 1),
+        (128, 128, 8, 1), (64, 64, 8, 2),
+    ),
+    "query gradient": (
+        (128, 64, 8, 1), (128, 64, 8, 3), (128, 32, 8, 3), (64, 64, 4, 1), (64, 64, 4, 3), (64, 128, 4, 1),
+        (64, 128, 4, 2), (64, 32, 4, 2), (64, 32, 4, 4), (128, 128, 8, 2), (128, 64, 4, 1), (128, 64, 4, 2),
+    ),
+}  # fmt: skip
 
 
-def candidates(role: str, D: int, more: bool) -> list[configs.Config]:
+def candidates(role: str, D: int) -> list[configs.Config]:
     named = list(configs.ATTENTION[role, configs.head_tile(D)])
-    tried = {(c.tiles["BM"], c.tiles["BN"], c.warps, c.stages) for c in named}
-    grid = [g for g in GRID if g not in tried] if more else []
-    if role == "key-value gradient":  # there the keys are the rows of the products
-        grid = [(BN, BM, warps, stages) for BM, BN, warps, stages in grid]
-    return named + [configs.Config(f"{a}x{b}-{w}-{s}", {"BM": a, "BN": b}, w, s) for a, b, w, s in grid]
+    known = {(c.tiles["BM"], c.tiles["BN"], c.warps, c.stages) for c in named}
+    return named + [
+        configs.Config(f"{a}x{b}-{w}-{s}", {"BM": a, "BN": b}, w, s)
+        for a, b, w, s in GRID[role]
+        if (a, b, w, s) not in known
+    ]
 
 
-def milliseconds(call, target: float = 0.05) -> float:
-    """The median of repeated calls, after two that compile and warm up."""
-    call(), call()
-    torch.cuda.synchronize()
-    times = []
-    while sum(times) < target * 1e3 or len(times) < 5:
+def calls(shape: str, dtype: str, rows: int | None = None):
+    """role -> a launch of its kernel, and the FLOPs of a forward pass; with fewer rows to compile the same."""
+    dims, _, kind = shape.partition(":")
+    B, T, H, Hkv, D = sizes(dims)
+    T = rows or T
+    q, k, v, dout = (torch.randn(B, T, n, D, device="cuda", dtype=DTYPES[dtype]) for n in (H, Hkv, Hkv, H))
+    how = (None, None, None, (-1, -1 if kind == "full" else 0), D**-0.5, 0.0, 0.0, (0, 0, 0))
+    out, lse = torch.empty_like(q), torch.empty(B, H, T, device="cuda")
+    delta = torch.empty_like(lse)
+    if rows is None:
+        out, lse = attention.attention_forward(q, k, v, *how, True)
+        delta = attention_backward.row_sums(dout, out)
+    call, (dq, dk, dv) = attention_tiles.Call(q, k, *how), (torch.empty_like(x) for x in (q, k, v))
+    runs = {
+        "forward": lambda: attention.attention_forward(q, k, v, *how, True),
+        "key-value gradient": lambda: attention_backward.key_value_gradient(call, dout, v, lse, delta, dk, dv),
+        "query gradient": lambda: attention_backward.query_gradient(call, dout, v, lse, delta, dq),
+    }
+    return runs, (4.0 if kind == "full" else 2.0) * B * H * T * T * D
+
+
+def run(role: str, config: configs.Config, call) -> None:
+    with mock.patch.object(configs, "attention", lambda *arguments: config):
+        call()
+
+
+def compile_one(job: tuple[str, str, str, configs.Config]) -> str | None:
+    """In a process of its own; Triton keeps the machine code on disk. Why it cannot run, or None."""
+    shape, dtype, role, config = job
+    try:
+        run(role, config, calls(shape, dtype, rows=256)[0][role])
+        torch.cuda.synchronize()
+    except Exception as error:  # noqa: BLE001 - whatever the compiler or the driver says of it
+        return f"{type(error).__name__}: {str(error)[:90]}"
+    return None
+
+
+def milliseconds(call, target: float = 40.0) -> float:
+    """The median of repeated calls, after one that warms up."""
+    call()
+    times: list[float] = []
+    while sum(times) < target or len(times) < 3:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         call()
@@ -51,42 +104,34 @@ def milliseconds(call, target: float = 0.05) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Time every tile configuration of the Triton attention kernels.")
-    parser.add_argument("--shape", nargs="+", default=["2x8192x64x8x128", "2x8192x64x8x128:full", "1x16384x32x32x64"])
+    parser = argparse.ArgumentParser(description="Time tile configurations of the Triton attention kernels.")
+    parser.add_argument("--shape", nargs="+", default=["2x8192x64x8x128", "1x16384x32x32x64"])
     parser.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16")
-    parser.add_argument("--more", action="store_true")
     parser.add_argument("--role", nargs="+", choices=sorted(SHARES), default=list(SHARES))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    print(describe_machine())
-    rows = []
-    for shape in options.shape:
-        dims, _, kind = shape.partition(":")
-        B, T, H, Hkv, D = sizes(dims)
-        draw = lambda heads: torch.randn(B, T, heads, D, device="cuda", dtype=DTYPES[options.dtype])  # noqa: E731, B023
-        q, k, v, dout = draw(H), draw(Hkv), draw(Hkv), draw(H)
-        how = (None, None, None, (-1, -1 if kind == "full" else 0), D**-0.5, 0.0, 0.0, (0, 0, 0))
-        out, lse = attention.attention_forward(q, k, v, *how, True)
-        call = attention_tiles.Call(q, k, *how)
-        delta = attention_backward.row_sums(dout, out)
-        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-        runs = {
-            "forward": lambda: attention.attention_forward(q, k, v, *how, True),  # noqa: B023
-            "key-value gradient": lambda: attention_backward.key_value_gradient(call, dout, v, lse, delta, dk, dv),  # noqa: B023
-            "query gradient": lambda: attention_backward.query_gradient(call, dout, v, lse, delta, dq),  # noqa: B023
-        }
-        work = (4.0 if kind == "full" else 2.0) * B * H * T * T * D
-        for role in options.role:
-            for config in candidates(role, D, options.more):
-                with mock.patch.object(configs, "attention", lambda *arguments, config=config: config):
-                    try:
-                        ms = milliseconds(runs[role])
-                    except Exception as error:  # noqa: BLE001 - too large for this GPU: the next one
-                        print(f"{shape:<24}{role:<20}{config.name:<18}{type(error).__name__}: {str(error)[:80]}")
-                        continue
-                rate = SHARES[role] * work / ms / 1e9
-                rows.append({"shape": shape, "role": role, "config": config.name, "ms": ms, "TFLOP/s": rate})
-                print(f"{shape:<24}{role:<20}{config.name:<18}{ms:>9.3f} ms{rate:>8.0f} TFLOP/s", flush=True)
+    jobs = [
+        (shape, options.dtype, role, config)
+        for shape in options.shape
+        for role in options.role
+        for config in candidates(role, sizes(shape.partition(":")[0])[-1])
+    ]
+    # fork, before this process uses the GPU: a child need not import everything again.
+    with multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0))) as pool:
+        refusals = pool.map(compile_one, jobs, chunksize=1)
+    print(describe_machine(), flush=True)
+    rows, runs, made_for, work = [], {}, None, 0.0
+    for (shape, dtype, role, config), refusal in zip(jobs, refusals, strict=True):
+        if refusal is not None:
+            print(f"{shape:<24}{role:<20}{config.name:<18}{refusal}")
+            continue
+        if shape != made_for:
+            runs.clear()
+            (runs, work), made_for = calls(shape, dtype), shape
+        ms = milliseconds(lambda role=role, config=config, runs=runs: run(role, config, runs[role]))
+        rate = SHARES[role] * work / ms / 1e9
+        rows.append({"shape": shape, "role": role, "config": config.name, "ms": ms, "TFLOP/s": rate})
+        print(f"{shape:<24}{role:<20}{config.name:<18}{ms:>9.3f} ms{rate:>8.0f} TFLOP/s", flush=True)
     if options.json:
         options.json.write_text(json.dumps({"machine": machine_facts(), "rows": rows}, indent=1) + "\n")
 

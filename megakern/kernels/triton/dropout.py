@@ -28,13 +28,13 @@ def _mix(z):
 @triton.jit
 def seed_key(seed):
     """The uint64 key of an integer seed."""
-    return _mix(seed.to(tl.int64).to(tl.uint64))
+    return _mix(tl.cast(seed, tl.int64).to(tl.uint64))  # torch's analysis of kernels passes Python's 1 for a 1
 
 
 @triton.jit
 def fold(key, index):
     """New uint64 keys from uint64 keys and integer indices (broadcast)."""
-    return _mix(key + (index.to(tl.int64).to(tl.uint64) + 1) * 0x9E3779B97F4A7C15)
+    return _mix(key + (tl.cast(index, tl.int64).to(tl.uint64) + 1) * 0x9E3779B97F4A7C15)
 
 
 @triton.jit
