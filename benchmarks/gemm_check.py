@@ -1,4 +1,3 @@
-# ruff: noqa: B023, E501
 """Each tile shape of the sm_90a product: right against float64 in every layout, then timed beside cuBLAS.
 
     MEGAKERN_CUDA_ARCHS=90a NVCC_APPEND_FLAGS="-DMEGAKERN_SPINS=100000 -DMEGAKERN_TRIAL_TILES" \
@@ -20,7 +19,10 @@ from megakern.ops.linear import linear_reference
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there simt: of the script, not of the kernels
 SIZES = [(128, 256, 64), (8, 8, 8), (1, 16, 72), (256, 512, 192), (200, 264, 328), (129, 136, 1000), (1000, 2056, 520),
          (4096, 4096, 256), (4104, 3000, 264)]  # fmt: skip
-TRIAL = [*TILES, Tile(128, 256, 1, 0, 0), Tile(256, 128, 2, 0, 0), Tile(128, 128, 1, 0, 0)]
+TRIAL = [*TILES, Tile(128, 256, 2, 0, 0), Tile(256, 128, 2, 0, 0), Tile(128, 128, 2, 0, 0)]
+LAYERS = [(8192, 6144, 4096), (8192, 4096, 4096), (8192, 28672, 4096), (8192, 4096, 14336),
+          (8192, 4800, 1600), (8192, 1600, 1600), (8192, 6400, 1600), (8192, 1600, 6400)]  # fmt: skip
+LAG = 1_000_000  # in band, where compiled for trials
 NAMES = {NT: "nt", NN: "nn", TN: "tn"}
 
 
@@ -129,53 +131,67 @@ def milliseconds(calls, rounds=12):
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def line(what, ms, flops):
+    rates = (f"{name} {flops / t / 1e9:.0f} ({ms['cuBLAS'] / t:.3f})" for name, t in ms.items())
+    print(f"{what}: " + "; ".join(rates), flush=True)
+
+
+def contest(layout, M, N, K, tiles, more=()):
+    _, _, a, b = operands(layout, M, N, K, torch.bfloat16)
+    out = torch.empty(M, N, dtype=torch.bfloat16, device=DEVICE)
+    left, other = a.t() if layout == TN else a, b.t() if layout == NT else b
+    calls = {"cuBLAS": lambda: torch.matmul(left, other, out=out)}
+    for tile in tiles:
+        calls[name_of(tile)] = lambda tile=tile: product(layout, a, b, out, tile=tile)
+    for name, tile, keywords in more:
+        calls[f"{name_of(tile)} {name}"] = lambda tile=tile, keywords=keywords: product(
+            layout, a, b, out, tile=tile, **keywords
+        )
+    line(
+        f"{M} x {N} x {K} {NAMES[layout]}, takes {name_of(linear.choose_tile(M, N, K, 132))}",
+        milliseconds(calls),
+        2 * M * N * K,
+    )
+
+
 def timed(tiles):
     print(torch.cuda.get_device_name(), torch.__version__, flush=True)
-    shapes = [
-        (8192, 8192, 8192),
-        (4096, 4096, 4096),
-        (8192, 6144, 4096),
-        (8192, 28672, 4096),
-        (2048, 2048, 2048),
-        (64, 8192, 8192),
-    ]
-    for M, N, K in shapes:
-        for layout in (NT, NN, TN):
-            _, _, a, b = operands(layout, M, N, K, torch.bfloat16)
-            out = torch.empty(M, N, dtype=torch.bfloat16, device=DEVICE)
-            left, right_ = a.t() if layout == TN else a, b.t() if layout == NT else b
-            calls = {"cuBLAS": lambda left=left, right_=right_: torch.matmul(left, right_, out=out)}
-            cube = M == N == K and M >= 4096
-            for tile in tiles if layout == NT else tiles[:3]:
-                calls[name_of(tile)] = lambda tile=tile: product(layout, a, b, out, tile=tile)
-                if cube and tile == TILES[0] and layout == NT:
-                    for band in (1024, 4096):
-                        calls[f"128x256c2 band {band}"] = lambda band=band: product(
-                            layout, a, b, out, tile=TILES[0], band=band
-                        )
-                    calls["128x256c2 blocks 128"] = lambda: product(layout, a, b, out, tile=TILES[0], blocks=128)
-            ms = milliseconds(calls)
-            flops = 2 * M * N * K
-            print(f"{M} x {N} x {K} {NAMES[layout]}, takes tile {name_of(linear.choose_tile(M, N, K, 132))}: " + "; ".join(
-                f"{name} {flops / t / 1e9:.0f} ({ms['cuBLAS'] / t:.3f})" for name, t in ms.items()), flush=True)  # fmt: skip
+    wide = [tile for tile in tiles if tile.rows * tile.cols == 128 * 256 and tile.rows == 128]
+    variants = [(f"lag {lag}", tile, {"band": lag * LAG + 2048}) for lag in (1, 2, 3) for tile in wide]
+    variants += [(f"band {band}", tile, {"band": band}) for band in (1024, 4096) for tile in wide]
+    for M, N, K in ((8192, 8192, 8192), (4096, 4096, 4096), (8192, 16384, 4096)):
+        contest(NT, M, N, K, tiles, variants)
+    for M, N, K in ((2048, 2048, 2048), (1024, 4096, 4096), (64, 8192, 8192), (16, 28672, 4096)):
+        contest(NT, M, N, K, tiles)
+    for M, N, K in LAYERS:
+        for layout, shape in ((NT, (M, N, K)), (NN, (M, K, N)), (TN, (N, K, M))):
+            contest(layout, *shape, [tile for tile in tiles if tile.rows == 128])
     M, N, K = 8192, 16384, 4096
     _, _, a, b = operands(NT, M, N, K, torch.bfloat16, K**-0.5)
     bias = torch.randn(N, device=DEVICE).bfloat16()
     out, pre, residual = (torch.randn(M, N, device=DEVICE).bfloat16() for _ in range(3))
     F = torch.nn.functional
     calls = {
-        "cuBLAS, bias, gelu_tanh": lambda: F.gelu(F.linear(a, b, bias), approximate="tanh"),
         "cuBLAS": lambda: F.linear(a, b),
+        "cuBLAS, bias, gelu_tanh": lambda: F.gelu(F.linear(a, b, bias), approximate="tanh"),
+        "cuBLAS, bias": lambda: F.linear(a, b, bias),
+        "cuBLAS, residual": lambda: F.linear(a, b) + residual,
     }
-    for tile in tiles[:3]:
-        for name, keywords in {
-            "plain": {}, "bias": {"bias": bias}, "gelu_tanh": {"bias": bias, "activation": "gelu_tanh"},
-            "gelu": {"bias": bias, "activation": "gelu"}, "gelu_tanh, pre": {"bias": bias, "activation": "gelu_tanh", "pre": pre},
-            "residual": {"residual": residual},
-        }.items():  # fmt: skip
-            calls[f"{name_of(tile)} {name}"] = lambda tile=tile, keywords=keywords: product(
-                NT, a, b, out, tile=tile, **keywords
-            )
+    epilogues = {
+        "plain": {},
+        "bias": {"bias": bias},
+        "fp32 bias": {"bias": bias.float()},
+        "gelu_tanh": {"bias": bias, "activation": "gelu_tanh"},
+        "gelu": {"bias": bias, "activation": "gelu"},
+        "gelu_tanh, pre": {"bias": bias, "activation": "gelu_tanh", "pre": pre},
+        "residual": {"residual": residual},
+    }
+    for tile in [tile for tile in tiles if tile.rows == 128]:
+        for lag in (0, 2) if tile in wide else (0,):
+            for name, keywords in epilogues.items():
+                calls[f"{name_of(tile)} lag {lag} {name}"] = lambda tile=tile, keywords=keywords, lag=lag: product(
+                    NT, a, b, out, tile=tile, band=lag * LAG + 2048, **keywords
+                )
     ms = milliseconds(calls, 8)
     for name, t in ms.items():
         print(f"{M} x {N} x {K} {name}: {t:.3f} ms, {2 * M * N * K / t / 1e9:.0f} TFLOP/s", flush=True)

@@ -96,13 +96,17 @@ void launch_product(const LinearProduct& p, Place place) {
       L == Layout::nt ? matrix_map(p.b, p.dtype, p.N, p.K, p.b_stride, Tile::cols / Tile::cluster, 64, Swizzle::b128)
                       : matrix_map(p.b, p.dtype, p.K, p.N, p.b_stride, Tile::depth / Tile::cluster, 64, Swizzle::b128);
   const int width = 128 / int(sizeof(Out));
-  const TensorMap out = matrix_map(p.out, p.out_dtype, p.M, p.N, p.out_stride, 64, width, Swizzle::b128);
-  const TensorMap pre = p.pre ? matrix_map(p.pre, p.dtype, p.M, p.N, p.N, 64, width, Swizzle::b128) : out;
+  const TensorMap out = matrix_map(p.out, p.out_dtype, p.M, p.N, p.out_stride, 16, width, Swizzle::b128);
+  const TensorMap pre = p.pre ? matrix_map(p.pre, p.dtype, p.M, p.N, p.N, 16, width, Swizzle::b128) : out;
   const int64_t tasks = ceil_div(p.M, int64_t(Tile::rows * Tile::cluster)) * ceil_div(p.N, int64_t(Tile::cols));
   const int64_t clusters = std::min<int64_t>(tasks, std::max(1, p.blocks / Tile::cluster));
   const Product product = {p.bias, p.residual, p.residual_stride, int(p.M), int(p.N), int(p.K),
-                           std::max(1, p.band / (Tile::rows * Tile::cluster)), p.activation,
-                           p.bias_dtype == Dtype::f32, p.pre != nullptr, p.accumulate};
+                           std::max(1, p.band % 1000000 / (Tile::rows * Tile::cluster)), p.activation,
+                           p.bias_dtype == Dtype::f32, p.pre != nullptr, p.accumulate
+#if defined(MEGAKERN_TRIAL_TILES)
+                           , p.band / 1000000
+#endif
+  };
   MK_LAUNCH_CLUSTER((product_kernel<T, Out, L, Tile>), dim3(unsigned(clusters * Tile::cluster)), dim3(kProductThreads),
                     Tile::shared, Tile::cluster, place, a, b, out, pre, product);
 }

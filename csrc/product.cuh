@@ -25,6 +25,9 @@ struct Product {
   bool bias_is_fp32;
   bool keep;        // write the pre-activation too
   bool accumulate;  // into fp32 out
+#if defined(MEGAKERN_TRIAL_TILES)
+  int lag;
+#endif
 };
 
 // Sizes of one kernel. Cooperative: both consumers compute halves of the same tile. Ping-pong: they take tiles in turn,
@@ -37,9 +40,9 @@ struct ProductTile {
   static constexpr int fragments = Rows / 64 / (PingPong ? 1 : 2);  // of 64 rows, for each consumer
   static constexpr int readers = PingPong ? 1 : 2;                  // consumers of a stage
   static constexpr int a_bytes = Rows * depth * 2, b_bytes = Cols * depth * 2;
-  static constexpr int chunk_bytes = 64 * 128;  // 64 rows of 128 bytes on their way to global memory
-  static constexpr int chunks = 2;              // for each consumer
-  static constexpr int shared = 1024 + Stages * (a_bytes + b_bytes) + 2 * chunks * chunk_bytes + 2 * Stages * 16;
+  static constexpr int chunk_bytes = 16 * 128;  // 16 rows of 128 bytes on their way to global memory
+  static constexpr int chunks = 2;              // for each of 8 consumer warps
+  static constexpr int shared = 1024 + Stages * (a_bytes + b_bytes) + 8 * chunks * chunk_bytes + 2 * Stages * 16;
   static_assert(shared <= 227 * 1024, "shared memory of a block on sm_90");
   static_assert(fragments * Cols <= 384, "accumulators of a consumer thread: half of this");
 };
@@ -79,12 +82,6 @@ struct Schedule {
   }
 };
 
-template <int First>
-MK_DEVICE void consumer_sync(int consumer, int threads) {
-  if (consumer == 0) barrier_sync<First>(threads);
-  else barrier_sync<First + 1>(threads);
-}
-
 template <class T>
 MK_DEVICE std::uint32_t packed(float a, float b) {
   T pair[2];
@@ -99,6 +96,12 @@ MK_DEVICE void unpacked(std::uint32_t word, float& a, float& b) {
   T pair[2];
   memcpy(pair, &word, sizeof word);
   a = to_float(pair[0]), b = to_float(pair[1]);
+}
+
+MK_DEVICE float as_float(std::uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
 }
 
 // --- producer ---
@@ -131,38 +134,85 @@ MK_DEVICE void fetch(unsigned char* a, unsigned char* b, MBarrier* full, const T
 
 // --- consumers ---
 
-// Writes a fragment of 64 rows of the tile, chunk by chunk: epilogue in registers, to shared memory, from there by TMA.
+// What a warp does with its 16 rows of a fragment, chunk by chunk: the epilogue in registers, to shared memory, from there
+// to global memory by TMA. No warp waits for another.
 template <class T, class Out, class Tile>
 struct Epilogue {
   static constexpr int width = 128 / int(sizeof(Out));  // columns of a chunk
+  static constexpr int count = Tile::cols / width;      // chunks of a fragment
+  static constexpr bool ahead = sizeof(Out) == 2 && Tile::fragments == 1;
 
   const Product& p;
   const TensorMap *out_map, *pre_map;
-  unsigned char* chunks;
-  int consumer, thread;  // of 128
+  unsigned char* chunks;  // of this warp
+  int warp, lane;         // of 4, of 32
   int turn = 0;
+  std::uint32_t bias[Tile::cols / 64][2];  // see load_bias
+  std::uint32_t residual[16];              // of the next chunk: one word for each pair of neighbours
+
+  // A thread adds the bias of 16 columns in 64, but loads two, before the main loop; the other lanes have the rest.
+  MK_DEVICE void load_bias(int col) {
+    if (p.bias == nullptr) return;
+#pragma unroll
+    for (int i = 0; i < Tile::cols / 64; ++i) {
+      const int c = col + 64 * i + 2 * lane;
+      bias[i][0] = bias[i][1] = 0;
+      if (c < p.N) {
+        const std::uint32_t* words = static_cast<const std::uint32_t*>(p.bias);
+        if (p.bias_is_fp32) bias[i][0] = words[c], bias[i][1] = words[c + 1];
+        else bias[i][0] = words[c / 2];
+      }
+    }
+  }
+
+  MK_DEVICE void add_bias(float (&v)[32], const std::uint32_t (&words)[2]) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const int source = 4 * j + lane % 4;
+      float b0, b1;
+      if (p.bias_is_fp32) b0 = as_float(shuffle(words[0], source)), b1 = as_float(shuffle(words[1], source));
+      else unpacked<T>(shuffle(words[0], source), b0, b1);
+      v[4 * j] += b0, v[4 * j + 1] += b1, v[4 * j + 2] += b0, v[4 * j + 3] += b1;
+    }
+  }
+
+  // Started one chunk ahead where there are registers for that: the words come from device memory.
+  MK_DEVICE void load_residual(int row, int col) {
+    if (p.residual == nullptr) return;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int r = row + 16 * warp + lane / 4 + 8 * h, c = col + lane % 4 * 2;
+      const T* from = static_cast<const T*>(p.residual) + r * p.residual_stride + c;
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        residual[2 * j + h] = 0;
+        if (r < p.M && c + 8 * j < p.N) residual[2 * j + h] = *reinterpret_cast<const std::uint32_t*>(from + 8 * j);
+      }
+    }
+  }
 
   MK_DEVICE unsigned char* begin() {
-    if (thread == 0) tma_wait_read<Tile::chunks - 1>();  // the store that last used this chunk has read it
-    consumer_sync<1>(consumer, 128);
+    if (lane == 0) tma_wait_read<Tile::chunks - 1>();  // the store that last used this chunk has read it
+    sync_warp();
     return chunks + turn * Tile::chunk_bytes;
   }
 
   MK_DEVICE void finish(const TensorMap* map, unsigned char* chunk, int row, int col) {
     fence_async();
-    consumer_sync<1>(consumer, 128);
-    if (thread == 0 && row < p.M && col < p.N) {
+    sync_warp();
+    row += 16 * warp;
+    if (lane == 0 && row < p.M && col < p.N) {
       if (sizeof(Out) == 4 && p.accumulate) tma_add_2d(map, chunk, col, row);
       else tma_store_2d(map, chunk, col, row);
     }
-    if (thread == 0) tma_commit();
+    if (lane == 0) tma_commit();
     turn = (turn + 1) % Tile::chunks;
   }
 
   // 64 columns as 16-bit values.
   MK_DEVICE void write(const TensorMap* map, const float (&v)[32], int row, int col) {
     unsigned char* chunk = begin();
-    const int lane = thread % 32, r = thread / 32 * 16 + lane % 16;
+    const int r = lane % 16;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {  // 16 columns at a time
       const float* w = v + 8 * j;
@@ -173,23 +223,7 @@ struct Epilogue {
     finish(map, chunk, row, col);
   }
 
-  MK_DEVICE void chunk_of_16_bits(float (&v)[32], int row, int col) {
-    const int lane = thread % 32, r = row + thread / 32 * 16 + lane / 4, c = col + lane % 4 * 2;
-    if (p.bias != nullptr) {
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        float b0 = 0, b1 = 0;
-        if (c + 8 * j < p.N) {
-          if (p.bias_is_fp32) {
-            const float* bias = static_cast<const float*>(p.bias) + c + 8 * j;
-            b0 = bias[0], b1 = bias[1];
-          } else {
-            unpacked<T>(*reinterpret_cast<const std::uint32_t*>(static_cast<const T*>(p.bias) + c + 8 * j), b0, b1);
-          }
-        }
-        v[4 * j] += b0, v[4 * j + 1] += b1, v[4 * j + 2] += b0, v[4 * j + 3] += b1;
-      }
-    }
+  MK_DEVICE void chunk_of_16_bits(float (&v)[32], const std::uint32_t (&added)[16], int row, int col) {
     if (p.keep) {  // backward must see the value that the activation saw
 #pragma unroll
       for (int i = 0; i < 32; ++i) v[i] = to_float(from_float<T>(v[i]));
@@ -198,16 +232,10 @@ struct Epilogue {
     if (p.activation >= 0) activate_all(v, Activation(p.activation));
     if (p.residual != nullptr) {
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const T* residual = static_cast<const T*>(p.residual) + (r + 8 * h) * p.residual_stride + c;
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          if (r + 8 * h < p.M && c + 8 * j < p.N) {
-            float a, b;
-            unpacked<T>(*reinterpret_cast<const std::uint32_t*>(residual + 8 * j), a, b);
-            v[4 * j + 2 * h] += a, v[4 * j + 2 * h + 1] += b;
-          }
-        }
+      for (int i = 0; i < 16; ++i) {
+        float a, b;
+        unpacked<T>(added[i], a, b);
+        v[2 * i] += a, v[2 * i + 1] += b;
       }
     }
     write(out_map, v, row, col);
@@ -215,27 +243,37 @@ struct Epilogue {
 
   MK_DEVICE void chunk_of_32_bits(const float (&v)[16], int row, int col) {
     unsigned char* chunk = begin();
-    const int lane = thread % 32, r = thread / 32 * 16 + lane / 4;
+    const int r = lane / 4;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {  // 8 columns: two pieces of 16 bytes
       const int piece = 2 * j + lane % 4 / 2, within = lane % 2 * 8;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        float* to = reinterpret_cast<float*>(chunk + (r + 8 * h) * 128 + (piece ^ (r % 8)) * 16 + within);
+        float* to = reinterpret_cast<float*>(chunk + (r + 8 * h) * 128 + (piece ^ r) * 16 + within);
         to[0] = v[4 * j + 2 * h], to[1] = v[4 * j + 2 * h + 1];
       }
     }
     finish(out_map, chunk, row, col);
   }
 
+  // The 64 rows from `row` on; the residual of the first chunk has been loaded.
   MK_DEVICE void fragment(const float (&d)[Tile::cols / 2], int row, int col) {
 #pragma unroll
-    for (int c = 0; c < Tile::cols / width; ++c) {
+    for (int c = 0; c < count; ++c) {
       float v[width / 2];
 #pragma unroll
       for (int i = 0; i < width / 2; ++i) v[i] = d[c * width / 2 + i];
-      if constexpr (sizeof(Out) == 2) chunk_of_16_bits(v, row, col + c * width);
-      else chunk_of_32_bits(v, row, col + c * width);
+      if constexpr (sizeof(Out) == 2) {
+        std::uint32_t added[16];
+        if (!ahead) load_residual(row, col + c * width);
+#pragma unroll
+        for (int i = 0; i < 16; ++i) added[i] = residual[i];
+        if (ahead && c + 1 < count) load_residual(row, col + (c + 1) * width);
+        if (p.bias != nullptr) add_bias(v, bias[c]);
+        chunk_of_16_bits(v, added, row, col + c * width);
+      } else {
+        chunk_of_32_bits(v, row, col + c * width);
+      }
     }
   }
 };
@@ -254,7 +292,7 @@ MK_KERNEL void __launch_bounds__(kProductThreads, 1)
   SharedMemory shared;
   unsigned char* a_tiles = shared.take<unsigned char>(stages * Tile::a_bytes, 1024);
   unsigned char* b_tiles = shared.take<unsigned char>(stages * Tile::b_bytes, 1024);
-  unsigned char* chunks = shared.take<unsigned char>(2 * Tile::chunks * Tile::chunk_bytes, 1024);
+  unsigned char* chunks = shared.take<unsigned char>(8 * Tile::chunks * Tile::chunk_bytes, 1024);
   MBarrier* full = shared.take<MBarrier>(stages);
   MBarrier* empty = shared.take<MBarrier>(stages);
 
@@ -294,20 +332,31 @@ MK_KERNEL void __launch_bounds__(kProductThreads, 1)
     registers_grow<kConsumerRegisters>();
     const int consumer = warpgroup - 1;
     const int top = Tile::ping_pong ? 0 : consumer * fragments * 64;  // first row in the tile
-    Epilogue<T, Out, Tile> epilogue{p, &out_map, &pre_map, chunks + consumer * Tile::chunks * Tile::chunk_bytes, consumer,
-                                    thread};
+    const int warp = thread / 32, lane = thread % 32;
+    Epilogue<T, Out, Tile> epilogue{
+        p, &out_map, &pre_map, chunks + (consumer * 4 + warp) * Tile::chunks * Tile::chunk_bytes, warp, lane};
     const auto release = [&](int stage) {
-      if (thread % 32 < Tile::cluster) {
+      if (lane < Tile::cluster) {
         if constexpr (Tile::cluster == 1) mbar_arrive(&empty[stage]);
-        else mbar_arrive_at(&empty[stage], thread % 32);
+        else mbar_arrive_at(&empty[stage], lane);
       }
     };
     float d[fragments][Tile::cols / 2];
+#if defined(MEGAKERN_TRIAL_TILES)
+    if (!Tile::ping_pong && p.lag > 0 && consumer == 1) barrier_sync<1>(256);
+#endif
     if (Tile::ping_pong && consumer == 1) ring.advance(steps);
     const int stride = Tile::ping_pong ? 2 * programs : programs;
     for (int tile = first + (Tile::ping_pong ? consumer * programs : 0); tile < schedule.count; tile += stride) {
       // In turn: a phase of `full` is told from the one two before only by who has already waited for the one between.
-      if (Tile::ping_pong && tile >= programs) consumer_sync<3>(consumer, 256);
+      if (Tile::ping_pong && tile >= programs) {
+        if (consumer == 0) barrier_sync<1>(256);
+        else barrier_sync<2>(256);
+      }
+      int row, col;
+      schedule.place(tile, rank, row, col);
+      row += top;
+      epilogue.load_bias(col);
       int previous = -1;
 #pragma unroll 1
       for (int step = 0; step < steps; ++step, ring.advance()) {
@@ -326,25 +375,29 @@ MK_KERNEL void __launch_bounds__(kProductThreads, 1)
           }
         }
         wgmma_commit();
+#if defined(MEGAKERN_TRIAL_TILES)
+        if (!Tile::ping_pong && p.lag > 0 && consumer == 0 && tile == first && step == (p.lag < steps ? p.lag : steps) - 1) {
+          barrier_arrive<1>(256);
+        }
+#endif
         wgmma_wait<1>();  // the step before: its stage is free
         if (previous >= 0) release(previous);
         previous = ring.stage;
       }
       if (Tile::ping_pong && tile + programs < schedule.count) {
-        if (consumer == 0) barrier_arrive<4>(256);
-        else barrier_arrive<3>(256);
+        if (consumer == 0) barrier_arrive<2>(256);
+        else barrier_arrive<1>(256);
       }
+      if constexpr (Epilogue<T, Out, Tile>::ahead) epilogue.load_residual(row, col);
       if constexpr (fragments == 1) wgmma_wait<0>(d[0]);
       else wgmma_wait<0>(d[0], d[1]);
       release(previous);
       if (Tile::ping_pong) ring.advance(steps);  // the other consumer's
 
-      int row, col;
-      schedule.place(tile, rank, row, col);
 #pragma unroll
-      for (int m = 0; m < fragments; ++m) epilogue.fragment(d[m], row + top + 64 * m, col);
+      for (int m = 0; m < fragments; ++m) epilogue.fragment(d[m], row + 64 * m, col);
     }
-    if (thread == 0) tma_wait<0>();
+    if (lane == 0) tma_wait<0>();
   }
   // No block leaves while another may still write to its shared memory or arrive at its barriers.
   if constexpr (Tile::cluster > 1) cluster_arrive(), cluster_wait();
