@@ -147,8 +147,8 @@ struct Epilogue {
   unsigned char* chunks;  // of this warp
   int warp, lane;         // of 4, of 32
   int turn = 0;
-  std::uint32_t bias[Tile::cols / 64][2];  // see load_bias
-  std::uint32_t residual[16];              // of the next chunk: one word for each pair of neighbours
+  std::uint32_t bias[Tile::cols / 64][2] = {};  // see load_bias
+  std::uint32_t residual[16] = {};              // of the next chunk: one word for each pair of neighbours
 
   // A thread adds the bias of 16 columns in 64, but loads two, before the main loop; the other lanes have the rest.
   MK_DEVICE void load_bias(int col) {
