@@ -262,4 +262,29 @@ struct Dropout {
 };
 void dropout(const Dropout&, Place);
 
+// --- attention_forward.cu: math in megakern/ops/attention.py ---
+
+struct AttentionSizes {
+  int64_t B, T, S, H, Hkv, D;
+};
+
+// From a sample, a token, a head to the next.
+struct AttentionStrides {
+  int64_t sample, token, head;
+};
+
+// q, out (B, T, H, D), k, v (B, S, Hkv, D), out contiguous, lse (B, H, T) fp32. A query sees at most `left` keys before and
+// `right` after the one beside it; -1: no limit. section: heads in flight at a time.
+struct AttentionForward {
+  const void *q, *k, *v;
+  void* out;
+  float* lse;
+  Dtype dtype;
+  AttentionSizes sizes;
+  AttentionStrides q_strides, k_strides, v_strides;
+  int64_t left, right, section;
+  float scale;
+};
+void attention_forward(const AttentionForward&, Place);
+
 }  // namespace megakern

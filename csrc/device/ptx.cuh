@@ -246,6 +246,12 @@ MK_DEVICE void pin(float (&d)[N]) {
   for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
+template <int N>
+MK_DEVICE void pin(std::uint32_t (&a)[N][4]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) asm volatile("" : "+r"(a[i][0]), "+r"(a[i][1]), "+r"(a[i][2]), "+r"(a[i][3])::"memory");
+}
+
 // Before the first wgmma of a batch: registers that threads have written are ready (accumulators, A from registers).
 template <class... D>
 MK_DEVICE void wgmma_fence(D&... d) {
