@@ -11,7 +11,7 @@ import os
 
 import torch
 
-from megakern.kernels.triton import configs
+from megakern.kernels.triton import configs, tune
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -43,7 +43,15 @@ def supports(problem) -> str | None:
 
 def configuration(problem) -> str:
     """The named tile configurations that this problem gets, for `mk.explain`."""
-    return configs.OPS[problem.op].describe(problem)
+    parts = []
+    for role, choice in configs.OPS[problem.op].choices(problem).items():
+        if isinstance(choice, configs.Config):
+            choice = configs.Choice((choice,))
+        config, source = tune.told(choice)
+        tiles = " ".join(f"{name}={size}" for name, size in config.tiles.items())
+        how = f"{tiles}, {config.warps} warps, {config.stages} stages: {source or config.why}"
+        parts.append(f"{role} {config.name!r} ({how})")
+    return "; ".join(parts)
 
 
 @torch.compiler.assume_constant_result

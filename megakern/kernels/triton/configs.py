@@ -22,23 +22,38 @@ class Config:
     warps: int
     stages: int = 1
     why: str = ""
+    spills: str = ""
+    """Why spilled registers are tolerated on some architecture; "" where they are not."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The configurations that one class of problems may run with, the table's choice first."""
+
+    options: tuple[Config, ...]
+    key: str = ""
+    """The class of problems, for tuning."""
 
 
 @dataclass(frozen=True)
 class Op:
     """What the backend says of one public op: its configurations for a problem, and what it refuses."""
 
-    choices: Callable[..., dict[str, Config]]
+    choices: Callable[..., dict[str, Config | Choice]]
     refusal: Callable[..., str | None] = field(default=lambda problem: None)
 
-    def describe(self, problem) -> str:
-        parts = []
-        for role, config in self.choices(problem).items():
-            tiles = " ".join(f"{name}={size}" for name, size in config.tiles.items())
-            parts.append(
-                f"{role} {config.name!r} ({tiles}, {config.warps} warps, {config.stages} stages: {config.why})"
-            )
-        return "; ".join(parts)
+
+def generation() -> int:
+    """Major number of the compute capability, 8 to 10. Where there is no GPU 9, or what `launch.recording` stands for.
+
+    Kernels of one generation are the same machine code; between generations results differ by rounding anyway.
+    """
+    if recorded_generation is not None or not torch.cuda.is_available():
+        return recorded_generation or 9
+    return min(10, torch.cuda.get_device_capability()[0])
+
+
+recorded_generation: int | None = None
 
 
 def cdiv(a: int, b: int) -> int:
@@ -66,27 +81,40 @@ def norm_programs(cols: int) -> int:
     return min(1024, max(256, (1 << 20) // cols))
 
 
-def norm_forward(C: int) -> Config:
+def norm_forward(C: int) -> tuple[Config, ...]:
+    """The table's choice, and after it what tuning may try instead."""
     cols = max(NARROWEST, power_of_two(C))
+    chunks = Config(
+        "forward-chunks", {"COLS": 8192}, 16,
+        why="a row in chunks of 16 elements a thread; the second reading of it comes from the L2 cache",
+    )  # fmt: skip
     if cols > WIDEST_FORWARD:
-        why = "a row in chunks of 16 elements a thread; the second reading of it comes from the L2 cache"
-        return Config("forward-chunks", {"COLS": 8192}, 16, why=why)
+        return (chunks,)
     if cols <= 2048:
-        return Config("forward-rows", {"ROWS": 2048 // cols, "COLS": cols}, 4, why="16 elements a thread")
-    if cols == 4096:
-        return Config("forward-row-8", {"ROWS": 1, "COLS": cols}, 8, why="16 elements a thread")
-    why = "16 elements a thread" if cols == 8192 else "32 elements a thread, 128 registers at most"
-    return Config("forward-row-16", {"ROWS": 1, "COLS": cols}, 16, why=why)
+        rows = 2048 // cols
+        first = Config("forward-rows", {"ROWS": rows, "COLS": cols}, 4, why="16 elements a thread")
+        return first, Config("forward-rows-2", {"ROWS": 2 * rows, "COLS": cols}, 4, why="32 elements a thread")
+    one = {"ROWS": 1, "COLS": cols}
+    options = {w: Config(f"forward-row-{w}", one, w, why=f"{cols // w // 32} elements a thread") for w in (4, 8, 16)}
+    table = {4096: (8, 4, 16), 8192: (16, 8), 16384: (16,)}[cols]
+    return tuple(options[warps] for warps in table)
 
 
-def norm_backward(C: int) -> Config:
+def norm_backward(C: int) -> tuple[Config, ...]:
     cols = max(NARROWEST, power_of_two(C))
     if cols > WIDEST_BACKWARD:
-        return Config("backward-chunks", {"COLS": 4096}, 8, why="a row in chunks; its second reading comes from L2")
+        few = "8 bytes, once a row, of a kernel that waits for memory: ptxas prefers 48 registers on sm_100"
+        why = "a row in chunks; its second reading comes from L2"
+        return (Config("backward-chunks", {"COLS": 4096}, 8, why=why, spills=few),)
+    few = "16 bytes or less, in a loop that waits for memory: ptxas prefers fewer registers, so that more programs fit"
     if cols <= 1024:
-        return Config("backward-rows", {"ROWS": 1024 // cols, "COLS": cols}, 4, why="8 elements of four a thread")
-    warps = {2048: 4, 4096: 8, 8192: 16}[cols]
-    return Config(f"backward-row-{warps}", {"ROWS": 1, "COLS": cols}, warps, why="16 elements of four a thread")
+        tiles, why = {"ROWS": 1024 // cols, "COLS": cols}, "8 elements of four a thread"
+        return (Config("backward-rows", tiles, 4, why=why, spills=few),)
+    one = {"ROWS": 1, "COLS": cols}
+    options = {w: Config(f"backward-row-{w}", one, w, why=f"{cols // w // 32} elements of four a thread", spills=few)
+               for w in (4, 8, 16)}  # fmt: skip
+    table = {2048: (4, 8), 4096: (8, 16), 8192: (16,)}[cols]
+    return tuple(options[warps] for warps in table)
 
 
 WEIGHT_GRADIENT_CHUNKS = Config(
@@ -95,9 +123,18 @@ WEIGHT_GRADIENT_CHUNKS = Config(
 SUM_PARTS = Config("sum-parts", {"PARTS": 64, "COLS": 32}, 4, why="128-byte lines of fp32; a program for 32 columns")
 
 
-def _norm(problem) -> dict[str, Config]:
+def norm_key(which: str, C: int, dtype: torch.dtype, centre: bool, residual: bool) -> str:
+    kind = f"{'layer' if centre else 'rms'}_norm{' residual' if residual else ''}"
+    return f"{kind} {which} {str(dtype).removeprefix('torch.')} C={C}"
+
+
+def _norm(problem) -> dict[str, Choice]:
     C = problem.sizes["C"]
-    return {"forward": norm_forward(C), "backward": norm_backward(C)}
+    kind = (C, problem.dtype, problem.op == "layer_norm", problem.options["residual"])
+    return {
+        "forward": Choice(norm_forward(C), norm_key("forward", *kind)),
+        "backward": Choice(norm_backward(C), norm_key("backward", *kind)),
+    }
 
 
 # --- elementwise: tiles of ROWS x COLS ---
@@ -134,49 +171,94 @@ def _rope(problem) -> dict[str, Config]:
 
 # --- cross-entropy ---
 
-CROSS_ENTROPY = Config("vocabulary-4096", {"COLS": 4096}, 8, why="16 elements a thread, one maximum for each piece")
+CROSS_ENTROPY = (
+    Config("vocabulary-4096", {"COLS": 4096}, 8, why="16 elements a thread, one maximum for each piece"),
+    Config("vocabulary-8192", {"COLS": 8192}, 16, why="twice as much in flight for each maximum"),
+    Config("vocabulary-2048", {"COLS": 2048}, 4, why="half as many threads wait for each maximum"),
+)
 ROW_SUMS = Config("row-sums", {"ROWS": 256}, 4, why="a few bytes a row: only the launch costs")
 
 
-def _cross_entropy(problem) -> dict[str, Config]:
-    ranks = problem.options["ranks"]
-    return {"forward and backward": CROSS_ENTROPY} | ({"between ranks": ROW_SUMS} if ranks > 1 else {})
+def cross_entropy_key(which: str, M: int, V: int, dtype: torch.dtype) -> str:
+    return f"cross_entropy {which} {str(dtype).removeprefix('torch.')} M<={power_of_two(M)} V<={power_of_two(V)}"
+
+
+def _cross_entropy(problem) -> dict[str, Config | Choice]:
+    kind = (problem.sizes["M"], problem.sizes["V"], problem.dtype)
+    choices = {w: Choice(CROSS_ENTROPY, cross_entropy_key(w, *kind)) for w in ("forward", "backward")}
+    return choices | ({"between ranks": ROW_SUMS} if problem.options["ranks"] > 1 else {})
 
 
 # --- linear: BM x BN tiles of the output, BK of the sum at a time, bands of GROUP tile rows ---
 
-LINEAR = (  # the first that gives enough programs work
-    Config(
-        "256-wide", {"BM": 128, "BN": 256, "BK": 64, "GROUP": 8}, 8, 3,
-        why="most products for each byte of shared memory (147 KB); 128 fp32 sums a thread",
-    ),
-    Config(
-        "square", {"BM": 128, "BN": 128, "BK": 64, "GROUP": 8}, 8, 3,
-        why="twice the tiles of '256-wide' (98 KB of shared memory)",
-    ),
-    Config("small", {"BM": 64, "BN": 64, "BK": 64, "GROUP": 8}, 4, 4, why="8 times the tiles of '256-wide'"),
-)  # fmt: skip
-LINEAR_FP32 = Config(
-    "fp32", {"BM": 64, "BN": 64, "BK": 32, "GROUP": 8}, 4, 3, why="no tensor cores in full precision: 32 sums a thread"
-)
+
+def _linear_config(name: str, BM: int, BN: int, BK: int, warps: int, stages: int, why: str, spills: str = "") -> Config:
+    return Config(name, {"BM": BM, "BN": BN, "BK": BK, "GROUP": 8}, warps, stages, why, spills)
+
+
+WIDE = _linear_config("256-wide", 128, 256, 64, 8, 3, "most products a byte of shared memory (147 KB)")
+WIDE_DEEP = _linear_config("256-wide-4", 128, 256, 64, 8, 4, "one more stage in flight (196 KB)")
+TALL = _linear_config("256-tall", 256, 128, 64, 8, 3, "as '256-wide', for few columns")
+SQUARE = _linear_config("square", 128, 128, 64, 8, 3, "twice the tiles of '256-wide' (98 KB)")
+SQUARE_4 = _linear_config("square-4-warps", 128, 128, 64, 4, 4, "one warpgroup: two programs share an SM")
+SMALL = _linear_config("small", 64, 64, 64, 4, 4, "8 times the tiles of '256-wide'")
+WIDE_FLAT = _linear_config("256-wide-flat", 128, 256, 32, 8, 4, "for sm_100, where '256-wide' spills if transposed")
+HALF = _linear_config("half", 64, 128, 64, 8, 4, "to add to the output: 32 sums a thread, and their addresses")
+LINEAR_FP32 = _linear_config("fp32", 64, 64, 16, 4, 3, "no tensor cores in full precision: 32 sums a thread")
+LINEAR = (WIDE, WIDE_DEEP, TALL, SQUARE, SQUARE_4, SMALL, WIDE_FLAT, HALF)
 ENOUGH_TILES = 132  # one for each SM of the largest sm_90; never the GPU's own count, so that results repeat anywhere
 
 
-def linear(M: int, N: int, dtype: torch.dtype, heavy: bool = False) -> Config:
-    """heavy: the epilogue is an exact gelu or adds to what is there; '256-wide' spills registers with these."""
+def linear(
+    M: int, N: int, dtype: torch.dtype, transposed: bool, heavy: bool, accumulate: bool, generation: int
+) -> tuple[Config, ...]:
+    """The table's choice, and after it what tuning may try instead.
+
+    transposed: the left operand is read by columns. heavy: much follows each sum (an exact gelu; an activation and a
+    residual). accumulate: the output is read as well. The first that gives enough programs work, and spills nothing.
+    """
     if dtype == torch.float32:
-        return LINEAR_FP32
-    for config in LINEAR[heavy:-1]:
-        if cdiv(M, config.tiles["BM"]) * cdiv(N, config.tiles["BN"]) >= ENOUGH_TILES:
-            return config
-    return LINEAR[-1]
+        return (LINEAR_FP32,)
+    if accumulate:
+        large, medium = (), (HALF,) if generation == 10 else (SQUARE, HALF)
+    elif generation == 8:  # twice the registers for operands that sm_90 reads from shared memory: '256-wide' spills
+        large, medium = (), (SQUARE,)
+    elif generation == 9:
+        large, medium = () if heavy else (WIDE, WIDE_DEEP, TALL), (SQUARE, SQUARE_4)
+        if transposed:  # these spill then
+            large, medium = large[:1], medium[:1]
+    else:
+        large, medium = () if heavy else (WIDE_FLAT,) if transposed else (WIDE, WIDE_FLAT), (SQUARE,)
+    options = (*large, *medium, SMALL)
+    enough = [c for c in options if cdiv(M, c.tiles["BM"]) * cdiv(N, c.tiles["BN"]) >= ENOUGH_TILES]
+    first = enough[0] if enough else SMALL
+    return (first, *(config for config in options if config is not first))
 
 
-def _linear(problem) -> dict[str, Config]:
-    sizes = problem.sizes
-    shapes = {"forward": ("M", "N"), "input gradient": ("M", "K"), "weight gradient": ("N", "K")}
-    heavy = {"forward": problem.options["activation"] == "gelu"}
-    return {role: linear(sizes[a], sizes[b], problem.dtype, heavy.get(role, False)) for role, (a, b) in shapes.items()}
+def linear_key(M: int, N: int, K: int, dtype: torch.dtype, transposed: bool, heavy: bool, accumulate: bool) -> str:
+    """The class of problems that share one tuned choice: sizes to the next power of two."""
+    sizes = " ".join(f"{name}<={power_of_two(size)}" for name, size in (("M", M), ("N", N), ("K", K)))
+    flags = "".join(f" {n}" for n, on in (("t", transposed), ("heavy", heavy), ("accumulate", accumulate)) if on)
+    return f"linear {str(dtype).removeprefix('torch.')} {sizes}{flags}"
+
+
+def product(M: int, N: int, K: int, dtype: torch.dtype, transposed=False, heavy=False, accumulate=False) -> Choice:
+    kind = (dtype, transposed, heavy, accumulate)
+    return Choice(linear(M, N, *kind, generation()), linear_key(M, N, K, *kind))
+
+
+def is_heavy(activation: str, residual: bool) -> bool:
+    return activation == "gelu" or (activation != "" and residual)
+
+
+def _linear(problem) -> dict[str, Choice]:
+    (M, N, K), options = (problem.sizes[name] for name in ("M", "N", "K")), problem.options
+    heavy = is_heavy(options["activation"] or "", options["residual"])
+    return {
+        "forward": product(M, N, K, problem.dtype, heavy=heavy),
+        "input gradient": product(M, K, N, problem.dtype),
+        "weight gradient": product(N, K, M, problem.dtype, transposed=True),
+    }
 
 
 def no_bf16_products(problem) -> str | None:
@@ -282,14 +364,14 @@ def logits_rows(V: int, element_size: int) -> int:
     return max(1, LOGITS_BYTES // (V * element_size))
 
 
-def _linear_cross_entropy(problem) -> dict[str, Config]:
+def _linear_cross_entropy(problem) -> dict[str, Choice]:
     M, K, V = (problem.sizes[name] for name in ("M", "K", "V"))
     rows = min(M, logits_rows(V, problem.dtype.itemsize))
     return {
-        f"logits of {rows} rows": linear(rows, V, problem.dtype),
-        "loss": CROSS_ENTROPY,
-        "input gradient": linear(rows, K, problem.dtype),
-        "weight gradient": linear(V, K, problem.dtype, heavy=True),
+        f"logits of {rows} rows": product(rows, V, K, problem.dtype),
+        "loss": Choice(CROSS_ENTROPY, cross_entropy_key("forward", rows, V, problem.dtype)),
+        "input gradient": product(rows, K, V, problem.dtype),
+        "weight gradient": product(V, K, rows, problem.dtype, transposed=True, accumulate=True),
     }
 
 

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from megakern.kernels.memory import empty, empty_like, rows_of
 from megakern.kernels.torch.cross_entropy import check_targets, shard_of
-from megakern.kernels.triton import INTERPRETED, configs
+from megakern.kernels.triton import INTERPRETED, configs, tune
 from megakern.kernels.triton.configs import cdiv
 from megakern.kernels.triton.launch import launch
 from megakern.parallel import trace
@@ -150,16 +150,24 @@ def row_losses(logits, targets, ignore_index, label_smoothing, z_loss, vocab_siz
     """logits (M, V/R), targets (M,) -> loss (M,), lse (M,), fp32."""
     M, V = logits.shape
     loss, lse = (empty((M,), torch.float32, logits.device) for _ in range(2))
-    config, smooth = configs.CROSS_ENTROPY, label_smoothing > 0
+    smooth = label_smoothing > 0
+    choice = configs.Choice(configs.CROSS_ENTROPY, configs.cross_entropy_key("forward", M, V, logits.dtype))
     sizes = (M, V, logits.stride(0), shard.start, shard.real, vocab_size)
     options = (ignore_index, label_smoothing, z_loss)
-    constants = {"config": config, "SMOOTH": smooth}
+
+    def forward(*outputs, finish):
+        def call(config):
+            constants = {"SMOOTH": smooth, "FINISH": finish}
+            launch(_forward, (M,), logits, targets, *outputs, *sizes, *options, config=config, **constants)
+
+        tune.run(choice, logits, call)
+
     if shard.group is None:
-        launch(_forward, (M,), logits, targets, loss, lse, None, None, *sizes, *options, FINISH=True, **constants)
+        forward(loss, lse, None, None, finish=True)
         return loss, lse
     peaks = empty((M,), torch.float32, logits.device)
     sums = empty((3 if smooth else 2, M), torch.float32, logits.device)
-    launch(_forward, (M,), logits, targets, None, None, peaks, sums, *sizes, *options, FINISH=False, **constants)
+    forward(None, None, peaks, sums, finish=False)
     highest = peaks.clone()
     trace.collective("all_reduce", highest, shard.group)
     dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=shard.group)
@@ -175,11 +183,15 @@ def row_losses(logits, targets, ignore_index, label_smoothing, z_loss, vocab_siz
 def write_gradient(out, scale, logits, targets, lse, ignore_index, label_smoothing, z_loss, vocab_size, shard):
     """out (M, V/R) = scale d(row loss)/d(logits); `out` may be `logits`. scale (M,), or None for 1."""
     M, C = out.shape
-    config = configs.CROSS_ENTROPY
     strides = (out.stride(0), 0 if scale is None else scale.stride(0), logits.stride(0))
     options = (shard.start, shard.real, vocab_size, ignore_index, label_smoothing, z_loss)
-    grid = (M * cdiv(C, config.tiles["COLS"]),)
-    launch(_gradient, grid, out, scale, logits, targets, lse, C, *strides, *options, config=config)
+
+    def call(config):
+        grid = (M * cdiv(C, config.tiles["COLS"]),)
+        launch(_gradient, grid, out, scale, logits, targets, lse, C, *strides, *options, config=config)
+
+    choice = configs.Choice(configs.CROSS_ENTROPY, configs.cross_entropy_key("backward", M, C, logits.dtype))
+    tune.run(choice, out, call, repeats=out is not logits)
 
 
 def scale_(x, factor):

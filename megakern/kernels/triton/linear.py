@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from megakern.kernels.memory import empty, rows_of
-from megakern.kernels.triton import configs
+from megakern.kernels.triton import configs, tune
 from megakern.kernels.triton.activation import activate
 from megakern.kernels.triton.configs import cdiv
 from megakern.kernels.triton.launch import launch
@@ -87,12 +87,17 @@ def _column_sums(x, parts, M, N, stride, ROWS: tl.constexpr, COLS: tl.constexpr)
 def product(a, b, out, *, bias=None, pre=None, residual=None, activation="", accumulate=False):
     """out (M, N) (+)= act(a (M, K) b (K, N) + bias) + residual; a and b with one contiguous dim each, out by rows."""
     (M, K), N = a.shape, b.shape[1]
-    config = configs.linear(M, N, a.dtype, heavy=accumulate or activation == "gelu")
-    tiles = cdiv(M, config.tiles["BM"]) * cdiv(N, config.tiles["BN"])
     strides = (*a.stride(), *b.stride(), out.stride(0), 0 if residual is None else residual.stride(0))
     constants = {"ACTIVATION": activation, "ACCUMULATE": accumulate, "PRECISION": "ieee"}
-    grid = (min(tiles, _processors(a.device)),)
-    launch(_product, grid, a, b, out, bias, pre, residual, M, N, K, *strides, config=config, **constants)
+
+    def call(config):
+        tiles = cdiv(M, config.tiles["BM"]) * cdiv(N, config.tiles["BN"])
+        grid = (min(tiles, _processors(a.device)),)
+        launch(_product, grid, a, b, out, bias, pre, residual, M, N, K, *strides, config=config, **constants)
+
+    heavy = configs.is_heavy(activation, residual is not None)
+    choice = configs.product(M, N, K, a.dtype, transposed=a.stride(1) != 1, heavy=heavy, accumulate=accumulate)
+    tune.run(choice, out, call, repeats=not accumulate)
 
 
 def _processors(device: torch.device) -> int:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from megakern.kernels.memory import empty, empty_like, rows_of
-from megakern.kernels.triton import configs
+from megakern.kernels.triton import configs, tune
 from megakern.kernels.triton.configs import cdiv
 from megakern.kernels.triton.launch import launch
 
@@ -203,6 +203,8 @@ def _sum_parts(parts, out, P, C, PARTS: tl.constexpr, COLS: tl.constexpr):
 
 # --- launchers ---
 
+FEW_ROWS = 1024  # with fewer, a launch costs more than any choice gains: nothing is tuned
+
 
 def norm_forward(x, weight, bias, residual, eps, centre):
     """-> y (..., C), h (..., C) or empty, mean (...) or empty, rstd (...); statistics fp32."""
@@ -211,17 +213,21 @@ def norm_forward(x, weight, bias, residual, eps, centre):
     h = empty(x.shape if residual is not None else (0,), x.dtype, x.device)
     rstd = empty(x.shape[:-1], torch.float32, x.device)
     mean = empty(rstd.shape if centre else (0,), torch.float32, x.device)
-    config = configs.norm_forward(C)
     x = rows_of(x)
     added = None if residual is None else rows_of(residual)
     tensors = (x, added, weight.contiguous(), None if bias is None else bias.contiguous(), y, h, mean, rstd)
     strides = (x.stride(0), 0 if added is None else added.stride(0))
     M = x.shape[0]
-    if config.name == "forward-chunks":
-        launch(_forward_chunks, (M,), *tensors, C, *strides, eps, config=config, CENTRE=centre)
-    else:
-        grid = (cdiv(M, config.tiles["ROWS"]),)
-        launch(_forward_rows, grid, *tensors, M, C, *strides, eps, config=config, CENTRE=centre)
+
+    def call(config):
+        if config.name == "forward-chunks":
+            launch(_forward_chunks, (M,), *tensors, C, *strides, eps, config=config, CENTRE=centre)
+        else:
+            grid = (cdiv(M, config.tiles["ROWS"]),)
+            launch(_forward_rows, grid, *tensors, M, C, *strides, eps, config=config, CENTRE=centre)
+
+    key = configs.norm_key("forward", C, x.dtype, centre, residual is not None)
+    tune.run(configs.Choice(configs.norm_forward(C), key), y, call, repeats=M >= FEW_ROWS)
     return y, h, mean, rstd
 
 
@@ -232,27 +238,39 @@ def norm_backward(dy, dh, h, weight, mean, rstd, with_bias, centre):
     weight = weight.contiguous()
     dy, h = rows_of(dy), rows_of(h)
     dh = None if dh is None else rows_of(dh)
-    config = configs.norm_backward(C)
     M, dh_stride = h.shape[0], 0 if dh is None else dh.stride(0)
-    if config.name == "backward-chunks":
-        tensors = (dy, dh, h, weight, mean, rstd, dx)
-        launch(_backward_chunks, (M,), *tensors, C, dy.stride(0), dh_stride, h.stride(0), config=config, CENTRE=centre)
-        sums = configs.WEIGHT_GRADIENT_CHUNKS
-        columns = cdiv(C, sums.tiles["COLS"])
-        P = min(cdiv(M, sums.tiles["ROWS"]), cdiv(configs.norm_programs(1024), columns))
-        dweight_parts, dbias_parts = _parts(P, C, with_bias, h.device)
-        tensors = (dy, h, mean, rstd, dweight_parts, dbias_parts)
-        strides = (dy.stride(0), h.stride(0))
-        launch(_weight_gradient_chunks, (columns, P), *tensors, M, C, *strides, config=sums, CENTRE=centre)
-    else:
-        P = min(cdiv(M, config.tiles["ROWS"]), configs.norm_programs(config.tiles["COLS"]))
-        dweight_parts, dbias_parts = _parts(P, C, with_bias, h.device)
-        tensors = (dy, dh, h, weight, mean, rstd, dx, dweight_parts, dbias_parts)
-        strides = (dy.stride(0), dh_stride, h.stride(0))
-        launch(_backward_rows, (P,), *tensors, M, C, *strides, config=config, CENTRE=centre)
+    strides = (dy.stride(0), dh_stride, h.stride(0))
+    parts = (None, None)
+
+    def call(config):
+        nonlocal parts
+        if config.name == "backward-chunks":
+            launch(_backward_chunks, (M,), dy, dh, h, weight, mean, rstd, dx, C, *strides, config=config, CENTRE=centre)
+            parts = _weight_gradient_parts(dy, h, mean, rstd, with_bias, centre)
+        else:
+            P = min(cdiv(M, config.tiles["ROWS"]), configs.norm_programs(config.tiles["COLS"]))
+            parts = _parts(P, C, with_bias, h.device)
+            tensors = (dy, dh, h, weight, mean, rstd, dx, *parts)
+            launch(_backward_rows, (P,), *tensors, M, C, *strides, config=config, CENTRE=centre)
+
+    key = configs.norm_key("backward", C, h.dtype, centre, dh is not None)
+    tune.run(configs.Choice(configs.norm_backward(C), key), dx, call, repeats=M >= FEW_ROWS)
+    dweight_parts, dbias_parts = parts
     dweight = sum_parts(dweight_parts, weight.dtype)
     dbias = sum_parts(dbias_parts, weight.dtype) if with_bias else empty((0,), weight.dtype, weight.device)
     return dx, dweight, dbias
+
+
+def _weight_gradient_parts(dy, h, mean, rstd, with_bias, centre):
+    (M, C), config = h.shape, configs.WEIGHT_GRADIENT_CHUNKS
+    columns = cdiv(C, config.tiles["COLS"])
+    P = min(cdiv(M, config.tiles["ROWS"]), cdiv(configs.norm_programs(1024), columns))
+    parts = _parts(P, C, with_bias, h.device)
+    strides = (dy.stride(0), h.stride(0))
+    launch(
+        _weight_gradient_chunks, (columns, P), dy, h, mean, rstd, *parts, M, C, *strides, config=config, CENTRE=centre
+    )
+    return parts
 
 
 def _parts(P, C, with_bias, device):
