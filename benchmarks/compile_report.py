@@ -19,6 +19,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -61,14 +62,14 @@ class Need:
     """The matrix instruction in the machine code, "" for none."""
 
 
-def launches(only: str | None) -> dict[str, Launch]:
-    """A name for each different launch of all cases."""
+def launches(only: str | None, arch: int = 90) -> dict[str, Launch]:
+    """A name for each different launch of all cases on sm_`arch`, with every configuration that it may choose."""
     found: dict[str, Launch] = {}
     seen: set[tuple] = set()
     for case, call in CASES.items():
         if only is not None and only not in case:
             continue
-        with recording() as recorded:
+        with recording(generation=arch // 10) as recorded:
             call()
         for launch in recorded:
             source = _source(launch)
@@ -138,18 +139,19 @@ def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout
 
 
-_LAUNCHES: dict[str, Launch] = {}
+_LAUNCHES: dict[tuple[str, int], Launch] = {}
 
 
 def _job(job: tuple[str, int]) -> tuple[str, int, Need]:
     name, arch = job
-    return name, arch, compile_for(_LAUNCHES[name], arch)
+    return name, arch, compile_for(_LAUNCHES[job], arch)
 
 
 def measure(only: str | None, architectures: tuple[int, ...]) -> dict[str, dict[str, Need]]:
     """ "sm_90" -> name -> Need, on all cores."""
-    _LAUNCHES.update(launches(only))
-    jobs = [(name, arch) for name in _LAUNCHES for arch in architectures]
+    for arch in architectures:
+        _LAUNCHES.update({(name, arch): launch for name, launch in launches(only, arch).items()})
+    jobs = list(_LAUNCHES)
     needs: dict[str, dict[str, Need]] = {f"sm_{arch}": {} for arch in architectures}
     # fork: the children find the recorded launches, whose kernels cannot be pickled.
     with multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0))) as pool:
@@ -160,7 +162,14 @@ def measure(only: str | None, architectures: tuple[int, ...]) -> dict[str, dict[
     return needs
 
 
-def complaints(needs: dict[str, dict[str, Need]], allowed: dict, partial: bool) -> list[str]:
+def reason_to_spill(arch: str, name: str) -> str:
+    """What the configuration says of spilled registers; "" where they are not tolerated."""
+    return _LAUNCHES[name, int(arch[3:])].config.spills
+
+
+def complaints(
+    needs: dict[str, dict[str, Need]], allowed: dict, partial: bool, reason: Callable[[str, str], str] = reason_to_spill
+) -> list[str]:
     """Why these needs do not keep to the budget; empty when they do."""
     plain = {arch: {name: asdict(need) for name, need in kernels.items()} for arch, kernels in needs.items()}
     found = [
@@ -168,6 +177,12 @@ def complaints(needs: dict[str, dict[str, Need]], allowed: dict, partial: bool) 
         for arch, kernels in needs.items()
         for name, need in kernels.items()
         if need.shared > SHARED_LIMIT[int(arch[3:])]
+    ]
+    found += [
+        f"{arch} {name}: spills {need.spill} bytes, and its configuration does not say why that is tolerable"
+        for arch, kernels in needs.items()
+        for name, need in kernels.items()
+        if need.spill and not reason(arch, name)
     ]
     return found + budget.complaints(allowed, "triton", triton.__version__, plain, partial)
 
@@ -177,7 +192,9 @@ def show(needs: dict[str, dict[str, Need]]) -> None:
     for arch, kernels in needs.items():
         print(f"\n{arch:<{width}} registers  spill B  shared B  tensor core")
         for name, need in kernels.items():
-            print(f"{name:<{width}}{need.registers:>10}{need.spill:>9}{need.shared:>10}  {need.tensor_core}".rstrip())
+            why = f"  spills: {reason_to_spill(arch, name)}" if need.spill else ""
+            line = f"{name:<{width}}{need.registers:>10}{need.spill:>9}{need.shared:>10}  {need.tensor_core}{why}"
+            print(line.rstrip())
 
 
 def main() -> int:

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 
+import megakern as mk
 from benchmarks import gpu_tests
 from benchmarks.common import Options, describe_machine, machine_facts, run_benchmark
 from megakern.kernels.cuda import toolkit
@@ -64,6 +65,8 @@ def main(arguments: list[str] | None = None) -> int:
         if not options.ops and not options.tiny:
             print(_training(options, deadline))
         print(f"\n{table(rows)}")
+        if options.tune:
+            print(f"\n{tuned(options.out)}")
         failed |= any("error" in row for row in rows)
     print(f"\n{time.monotonic() - started:.0f} s; everything is in {options.out}")
     return 1 if failed else 0
@@ -76,6 +79,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--ops", type=lambda text: text.split(","), help=f"of {','.join(OPS)}; benchmarks and tests")
     parser.add_argument("--backend", choices=("triton", "cuda"), help="this one alone")
     parser.add_argument("--budget", type=float, default=520, help="seconds for everything")
+    parser.add_argument("--tune", action="store_true", help="mk.autotune(True): time all configurations of the table")
     parser.add_argument("--commit", help="what is measured, where there is no git to ask")
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile among the peers")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, on the CPU too: does the suite itself work?")
@@ -207,6 +211,7 @@ class _Worker:
             "kind": "tiny" if options.tiny else "cuda",
             "backend": options.backend,
             "compile": not options.no_compile and not options.tiny,
+            "tune": options.out if options.tune else None,
             "seconds": deadline - time.monotonic(),
         }
         self._process = context.Process(target=_serve, args=(theirs, settings), daemon=True)
@@ -250,6 +255,9 @@ def _serve(pipe, settings: dict) -> None:
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
     deadline = time.monotonic() + settings["seconds"]
+    if settings["tune"]:
+        os.environ["XDG_CACHE_HOME"] = str(settings["tune"])
+        mk.autotune(True)
     while True:
         try:
             op = pipe.recv()
@@ -362,6 +370,18 @@ def _columns(row: dict, found: dict[str, dict]) -> str:
         f"{row['us']:>9.1f}{quantity(row['rate'], row['unit']):>14}{row['share_of_limit']:>7.1%}{ratio:>8} "
         f"{best or '':<13}{against_compiled:>9}{launch:>8}"
     )
+
+
+def tuned(folder: Path) -> str:
+    """A line for each class of problems: every configuration's microseconds, the table's choice first."""
+    lines = ["tuned, us; the table's choice comes first"]
+    for file in sorted((folder / "megakern").glob("*.json")):
+        for problem, times in json.loads(file.read_text()).items():
+            found = {name: time for name, time in times.items() if name != "of"}
+            best = min(found, key=found.get)
+            figures = ", ".join(f"{name} {time:.1f}{' BEST' if name == best else ''}" for name, time in found.items())
+            lines.append(f"{problem}: {figures}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

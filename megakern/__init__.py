@@ -36,6 +36,7 @@ _WHERE = {
     "rms_norm": "ops.norm",
     "use_backend": "ops.dispatch",
     "explain": "ops.dispatch",
+    "autotune": "kernels.triton.tune",
 }
 
 __all__ = ["__version__", *_WHERE]

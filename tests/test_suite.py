@@ -82,6 +82,13 @@ def test_a_wrong_result_is_reported_and_not_timed(capsys):
     assert "not timed" in gpu.table(options.rows) and "NOT TIMED: differs" in capsys.readouterr().out
 
 
+def test_what_tuning_found_is_a_line_a_class(tmp_path):
+    (tmp_path / "megakern").mkdir()
+    times = {"linear M<=4096": {"of": "", "square": 30.0, "small": 20.25}}
+    (tmp_path / "megakern" / "gpu.json").write_text(json.dumps(times))
+    assert gpu.tuned(tmp_path).splitlines()[1] == "linear M<=4096: square 30.0, small 20.2 BEST"
+
+
 def test_cases_after_the_deadline_are_left_out_and_named():
     options = Options(shape=[], deadline=time.monotonic() - 1)
     run("identity", options, [Case("3", {"megakern": lambda: None}, (), 1, "B", None)])

@@ -26,10 +26,10 @@ from megakern.ops.dispatch import Problem
 NEED = Need(registers=40, spill=0, shared=1024, tensor_core="HGMMA")
 
 
-def judged(need: Need, *, name="kernel", budget_name="kernel", triton_version=triton.__version__) -> list[str]:
+def judged(need: Need, *, name="kernel", budget_name="kernel", triton_version=triton.__version__, reason="known"):
     kernels = {"sm_90": {budget_name: vars(NEED)}}
     return compile_report.complaints(
-        {"sm_90": {name: need}}, {"triton": triton_version, "kernels": kernels}, partial=False
+        {"sm_90": {name: need}}, {"triton": triton_version, "kernels": kernels}, False, lambda arch, name: reason
     )
 
 
@@ -38,6 +38,7 @@ def test_a_budget_is_kept_or_the_rise_is_named():
     assert judged(Need(39, 0, 512, "HGMMA")) == []
     assert judged(Need(41, 0, 1024, "HGMMA")) == ["sm_90 kernel: registers rose from 40 to 41"]
     assert judged(Need(40, 8, 1024, "HGMMA")) == ["sm_90 kernel: spill rose from 0 to 8"]
+    assert "spills 8 bytes, and its configuration does not say why" in judged(Need(40, 8, 1024, "HGMMA"), reason="")[0]
     assert judged(Need(40, 0, 1040, "HGMMA")) == ["sm_90 kernel: shared rose from 1024 to 1040"]
     assert judged(Need(40, 0, 1024, "HMMA")) == ["sm_90 kernel: tensor core 'HMMA', was 'HGMMA'"]
     assert "more than a block may have" in judged(Need(40, 0, 300000, "HGMMA"))[0]

@@ -87,7 +87,7 @@ def test_every_configuration_and_programs_with_several_tiles(config, device, mon
 
     tiles = {**config.tiles, "GROUP": 2}
     chosen = configs.Config(config.name, tiles, config.warps, config.stages)
-    monkeypatch.setattr(configs, "linear", lambda *arguments, **options: chosen)
+    monkeypatch.setattr(configs, "linear", lambda *arguments, **options: (chosen,))
     monkeypatch.setattr(linear, "_processors", lambda device: 4)
     M, N, K = 2 * tiles["BM"] + 3, 2 * tiles["BN"] + 5, tiles["BK"] + 7
     a, b = (draw(*s, dtype=torch.float16, device=device, seed=i) for i, s in enumerate([(M, K), (N, K)]))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch._subclasses.functional_tensor import FunctionalTensor
 
+from megakern.kernels.triton import configs
 from megakern.kernels.triton.configs import Config
 
 _recorded: list[Launch] | None = None
@@ -47,12 +48,15 @@ def launch(kernel, grid: tuple[int, ...], *arguments, config: Config, **constant
 
 
 @contextlib.contextmanager
-def recording() -> Iterator[list[Launch]]:
-    """Within the block nothing runs; the launches are collected instead. Launchers then take meta tensors."""
+def recording(generation: int = 9) -> Iterator[list[Launch]]:
+    """Within the block nothing runs; the launches are collected instead, as on a GPU of this generation, each with
+    every configuration that it may choose. Launchers then take meta tensors.
+    """
     global _recorded
     assert _recorded is None, "recordings do not nest"
     _recorded = launches = []
+    configs.recorded_generation = generation
     try:
         yield launches
     finally:
-        _recorded = None
+        _recorded = configs.recorded_generation = None

@@ -266,10 +266,8 @@ def _weight_gradient_parts(dy, h, mean, rstd, with_bias, centre):
     columns = cdiv(C, config.tiles["COLS"])
     P = min(cdiv(M, config.tiles["ROWS"]), cdiv(configs.norm_programs(1024), columns))
     parts = _parts(P, C, with_bias, h.device)
-    strides = (dy.stride(0), h.stride(0))
-    launch(
-        _weight_gradient_chunks, (columns, P), dy, h, mean, rstd, *parts, M, C, *strides, config=config, CENTRE=centre
-    )
+    tensors, strides = (dy, h, mean, rstd, *parts), (dy.stride(0), h.stride(0))
+    launch(_weight_gradient_chunks, (columns, P), *tensors, M, C, *strides, config=config, CENTRE=centre)
     return parts
 
 

@@ -1,0 +1,197 @@
+"""Tuning of Triton kernels: what is measured, when, what is kept on disk. A fake timer, no device."""
+
+from __future__ import annotations
+
+import json
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed: pip install -r requirements-dev.txt")
+
+import megakern as mk
+from megakern.kernels import triton as backend
+from megakern.kernels.triton import configs, tune
+from megakern.kernels.triton.configs import Choice, Config
+from megakern.kernels.triton.launch import recording
+from megakern.ops.dispatch import Problem
+
+A, B, C = (Config(name, {"BM": size}, 4) for name, size in (("a", 16), ("b", 32), ("c", 64)))
+CHOICE = Choice((A, B, C), "op fp32 M<=16")
+SECONDS = {"a": 3e-6, "b": 1e-6, "c": 2e-6}
+
+
+@pytest.fixture
+def tuning(monkeypatch, tmp_path):
+    """Switches tuning on, for a GPU that does not exist; gives the list of the configurations that were timed."""
+    timed: list[str] = []
+    last: list[str] = []
+
+    def measure(call):
+        last.clear()
+        call()
+        timed.append(last[-1])
+        return SECONDS[last[-1]]
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(tune, "_known", {})
+    monkeypatch.setattr(tune, "_identity", lambda: ("NVIDIA H9/000", "3.7.1"))
+    monkeypatch.setattr(tune, "_may_measure", lambda anchor: True)
+    monkeypatch.setattr(tune, "_measure", measure)
+    monkeypatch.setattr(tune, "_enabled", False)
+    mk.autotune(True)
+    yield SimpleNamespace(timed=timed, last=last, file=tmp_path / "megakern" / "NVIDIA-H9-000-triton-3.7.1.json")
+    mk.autotune(False)
+
+
+def ran(tuning, choice=CHOICE, **options) -> str:
+    """The name of the configuration that the call itself ran with."""
+    tune.run(choice, torch.ones(1), lambda config: tuning.last.append(config.name), **options)
+    return tuning.last[-1]
+
+
+def test_the_first_call_of_a_class_times_all_and_later_ones_take_the_fastest(tuning):
+    assert [ran(tuning), ran(tuning)] == ["b", "b"] and tuning.timed == ["a", "b", "c"]
+    assert ran(tuning, Choice(CHOICE.options, "another class")) == "b" and len(tuning.timed) == 6
+    assert ran(tuning, Choice((C,), "one alone")) == "c" and len(tuning.timed) == 6
+
+
+def test_off_is_the_table_even_where_something_is_known(tuning):
+    ran(tuning)
+    mk.autotune(False)
+    assert ran(tuning) == "a" and len(tuning.timed) == 3
+    assert tune.told(CHOICE) == (A, "")
+
+
+def test_tuning_is_off_by_default():
+    assert tune._enabled is False
+
+
+def test_what_cannot_run_twice_or_be_measured_now_takes_what_is_known_or_the_table(tuning, monkeypatch):
+    assert ran(tuning, repeats=False) == "a"
+    monkeypatch.setattr(tune, "_may_measure", lambda anchor: False)
+    assert ran(tuning) == "a" and tuning.timed == []
+    monkeypatch.setattr(tune, "_may_measure", lambda anchor: True)
+    assert ran(tuning) == "b"
+    assert ran(tuning, repeats=False) == "b"
+
+
+def test_no_measurement_on_a_cpu_nor_while_a_graph_is_captured_or_a_model_compiled(monkeypatch):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    assert not tune._may_measure(torch.ones(1))
+    with FakeTensorMode():
+        assert not tune._may_measure(torch.ones(1, device="cuda"))
+
+    class OnGpu:
+        is_cuda = True
+
+    assert not tune._may_measure(OnGpu())  # no plain tensor: a tracer's
+    capturing = True
+    monkeypatch.setattr(tune.torch, "Tensor", OnGpu)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    assert not tune._may_measure(OnGpu())
+    capturing = False
+    assert tune._may_measure(OnGpu())
+
+
+def test_the_file_serves_the_next_process_and_is_read_only_once(tuning, monkeypatch):
+    ran(tuning)
+    assert json.loads(tuning.file.read_text())[CHOICE.key]["b"] == pytest.approx(1.0)
+    monkeypatch.setattr(tune, "_known", {})
+    assert ran(tuning) == "b" and len(tuning.timed) == 3
+    tuning.file.unlink()
+    assert ran(tuning) == "b" and len(tuning.timed) == 3
+
+
+def test_a_changed_configuration_is_measured_again(tuning):
+    ran(tuning)
+    larger = Config("b", {"BM": 128}, 4)
+    assert ran(tuning, Choice((A, larger, C), CHOICE.key)) == "b" and len(tuning.timed) == 6
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[1, 2]", '{"op fp32 M<=16": 3}', '{"op fp32 M<=16": {"b": "fast"}}', "\x00\xff"]
+)
+def test_a_damaged_file_is_told_and_replaced(content, tuning, caplog):
+    tuning.file.parent.mkdir()
+    tuning.file.write_bytes(content.encode("latin-1"))
+    with caplog.at_level(logging.WARNING, "megakern"):
+        assert ran(tuning) == "b"
+    assert "is not used" in caplog.text or content.startswith('{"op fp32 M<=16": {')
+    assert json.loads(tuning.file.read_text())[CHOICE.key]["b"] == pytest.approx(1.0)
+
+
+def test_a_folder_that_cannot_be_written_is_told_and_memory_serves(tuning, caplog, tmp_path):
+    (tmp_path / "megakern").write_text("a file, where a folder should be")
+    with caplog.at_level(logging.WARNING, "megakern"):
+        assert ran(tuning) == "b"
+    assert "kept in memory alone" in caplog.text
+    assert ran(tuning) == "b" and len(tuning.timed) == 3
+
+
+def test_a_configuration_that_cannot_run_is_told_and_never_chosen(tuning, monkeypatch, caplog):
+    measure = tune._measure
+
+    def fails(call):
+        if measure(call) == SECONDS["b"]:
+            raise RuntimeError("out of resource: shared memory")
+        return SECONDS[tuning.last[-1]]
+
+    monkeypatch.setattr(tune, "_measure", fails)
+    with caplog.at_level(logging.WARNING, "megakern"):
+        assert ran(tuning) == "c"
+    assert "op fp32 M<=16: configuration 'b' cannot run here: out of resource" in caplog.text
+
+
+def test_what_another_process_found_in_the_meantime_is_kept(tuning):
+    ran(tuning)
+    written = json.loads(tuning.file.read_text())
+    tuning.file.write_text(json.dumps({**written, "of another process": {"of": ""}}))
+    ran(tuning, Choice(CHOICE.options, "another class"))
+    assert json.loads(tuning.file.read_text()).keys() == {CHOICE.key, "of another process", "another class"}
+    assert [path.name for path in tuning.file.parent.iterdir()] == [tuning.file.name]
+
+
+def test_explain_says_whether_the_table_or_a_measurement_chose(tuning, monkeypatch):
+    problem = Problem("layer_norm", "cuda", torch.bfloat16, {"C": 4096}, {"residual": False})
+    assert "the table's, not yet tuned; 16 elements a thread" in backend.configuration(problem)
+    choice = configs.OPS["layer_norm"].choices(problem)["forward"]
+    for config in choice.options:
+        monkeypatch.setitem(SECONDS, config.name, 2e-6 if config is choice.options[0] else 1e-6)
+    ran(tuning, choice)
+    text = backend.configuration(problem)
+    assert "tuned: 1.0 us, 2.00 x as fast as the table's 'forward-row-8'" in text
+    mk.autotune(False)
+    assert "tuned" not in backend.configuration(problem)
+
+
+@pytest.mark.parametrize("generation", [8, 9, 10])
+def test_a_recording_has_every_configuration_that_may_run(generation):
+    from megakern.kernels.triton.linear import product
+
+    x = torch.empty(4096, 4096, dtype=torch.bfloat16, device="meta")
+    with recording(generation) as launches:
+        product(x, x.t(), torch.empty_like(x))
+        expected = configs.product(4096, 4096, 4096, torch.bfloat16).options
+    assert [launch.config for launch in launches] == list(expected)
+    assert len({config.name for config in expected}) == len(expected) > 1
+
+
+def test_what_explain_names_is_what_the_launcher_takes(monkeypatch):
+    """The class of problems of both, for each product of a linear layer."""
+    from megakern.kernels.triton import linear
+
+    seen = []
+    monkeypatch.setattr(tune, "run", lambda choice, anchor, call, repeats=True: seen.append(choice))
+    M, N, K = 300, 500, 700
+    x, weight = (torch.empty(*s, dtype=torch.bfloat16, device="meta") for s in ((M, K), (N, K)))
+    with recording():
+        dy, _ = linear.linear_forward(x, weight, None, None, "gelu", True)
+        linear.linear_input_gradient(dy, weight)
+        linear.linear_weight_gradient(dy, x, torch.bfloat16, None)
+    options = {"activation": "gelu", "residual": False}
+    problem = Problem("linear", "cuda", torch.bfloat16, {"M": M, "N": N, "K": K}, options)
+    assert seen == list(configs.OPS["linear"].choices(problem).values())
