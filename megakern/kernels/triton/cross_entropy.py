@@ -39,7 +39,7 @@ def _loss(log_sum, peak, at_target, total, target, ignore_index, vocab_size, smo
 @triton.jit
 def _forward(
     logits, targets, loss, lse, peaks, sums, M, V, stride, start, real, vocab_size, ignore_index, smoothing, z_loss,
-    SMOOTH: tl.constexpr, FINISH: tl.constexpr, COLS: tl.constexpr,
+    SMOOTH: tl.constexpr, FINISH: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Program i: row i. FINISH: its loss and lse; else its maximum and (2 or 3, M) sums relative to it."""
     row = tl.program_id(0).to(tl.int64)
@@ -48,7 +48,10 @@ def _forward(
     peak = LOWEST
     sums_of_lanes = tl.zeros((COLS,), tl.float32)
     totals = tl.zeros((COLS,), tl.float32)
-    for first in range(0, real, COLS):
+    own = target - start
+    owned = (own >= 0) & (own < real) & (target != ignore_index)
+    at_target = tl.load(logits + row * stride + own, owned, 0.0).to(tl.float32)  # before the loop: nobody waits for it
+    for first in tl.range(0, real, COLS, num_stages=STAGES):
         cols = first + lane
         value = tl.load(logits + row * stride + cols, cols < real, float("-inf")).to(tl.float32)
         higher = tl.maximum(peak, tl.max(value))
@@ -57,10 +60,7 @@ def _forward(
             # Each lane's sum is kept relative to the maximum so far: `seen` columns of the lane move with it.
             totals += (peak - higher) * (first // COLS) + tl.where(cols < real, value - higher, 0.0)
         peak = higher
-    own = target - start
-    owned = (own >= 0) & (own < real) & (target != ignore_index)
-    at_target = tl.load(logits + row * stride + own, owned, 0.0).to(tl.float32) - peak
-    at_target = tl.where(owned, at_target, 0.0)
+    at_target = tl.where(owned, at_target - peak, 0.0)
     log_sum = tl.sum(sums_of_lanes)
     total = tl.sum(totals)
     if FINISH:
@@ -151,7 +151,7 @@ def row_losses(logits, targets, ignore_index, label_smoothing, z_loss, vocab_siz
     M, V = logits.shape
     loss, lse = (empty((M,), torch.float32, logits.device) for _ in range(2))
     smooth = label_smoothing > 0
-    choice = configs.Choice(configs.CROSS_ENTROPY, configs.cross_entropy_key("forward", M, V, logits.dtype))
+    choice = configs.cross_entropy(M, V, logits.dtype)
     sizes = (M, V, logits.stride(0), shard.start, shard.real, vocab_size)
     options = (ignore_index, label_smoothing, z_loss)
 
@@ -190,7 +190,7 @@ def write_gradient(out, scale, logits, targets, lse, ignore_index, label_smoothi
         grid = (M * cdiv(C, config.tiles["COLS"]),)
         launch(_gradient, grid, out, scale, logits, targets, lse, C, *strides, *options, config=config)
 
-    choice = configs.Choice(configs.CROSS_ENTROPY, configs.cross_entropy_key("backward", M, C, logits.dtype))
+    choice = configs.cross_entropy_gradient(M, C, logits.dtype)
     tune.run(choice, out, call, repeats=out is not logits)
 
 

@@ -41,8 +41,11 @@ def launch(kernel, grid: tuple[int, ...], *arguments, config: Config, **constant
     if isinstance(anchor, FunctionalTensor):
         torch.library.wrap_triton(kernel)[grid](*arguments, **constants, **options)
     elif anchor.device.type == "cuda":
-        with torch.cuda.device_of(anchor):
+        if anchor.device.index == torch.cuda.current_device():
             kernel[grid](*arguments, **constants, **options)
+        else:
+            with torch.cuda.device_of(anchor):
+                kernel[grid](*arguments, **constants, **options)
     else:
         kernel[grid](*arguments, **constants, **options)
 

@@ -70,12 +70,12 @@ def _product(
 
 
 @triton.jit
-def _column_sums(x, parts, M, N, stride, ROWS: tl.constexpr, COLS: tl.constexpr):
+def _column_sums(x, parts, M, N, stride, ROWS: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr):
     """Program (i, j): columns i COLS to (i + 1) COLS - 1 of row tiles j, j + P, ...; row j of the parts."""
     program = tl.program_id(1).to(tl.int64)
     cols = tl.program_id(0) * COLS + tl.arange(0, COLS)[None, :]
     total = tl.zeros((ROWS, COLS), tl.float32)
-    for tile in range(program, tl.cdiv(M, ROWS), tl.num_programs(1)):
+    for tile in tl.range(program, tl.cdiv(M, ROWS), tl.num_programs(1), num_stages=STAGES):
         rows = tile * ROWS + tl.arange(0, ROWS)[:, None]
         total += tl.load(x + rows * stride + cols, (rows < M) & (cols < N), 0.0).to(tl.float32)
     tl.store(parts + program * N + cols, tl.sum(total, 0, keep_dims=True), cols < N)
@@ -159,4 +159,4 @@ def _column_sum(rows):
     P = min(cdiv(M, config.tiles["ROWS"]), cdiv(configs.norm_programs(1024), columns))
     parts = empty((P, N), torch.float32, rows.device)
     launch(_column_sums, (columns, P), rows, parts, M, N, rows.stride(0), config=config)
-    return sum_parts(parts, torch.float32)
+    return sum_parts(parts, torch.float32)[0]

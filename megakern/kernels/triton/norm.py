@@ -97,7 +97,7 @@ def _forward_chunks(
 @triton.jit
 def _backward_rows(
     dy, dh, h, weight, mean, rstd, dx, dweight_parts, dbias_parts, M, C, dy_stride, dh_stride, h_stride,
-    CENTRE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    CENTRE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Program i of P: row tiles i, i + P, ...; row i of the parts gets its sums over these rows."""
     program = tl.program_id(0).to(tl.int64)
@@ -105,7 +105,8 @@ def _backward_rows(
     scale = tl.load(weight + cols, cols < C, 0.0).to(tl.float32)
     dweight = tl.zeros((1, COLS), tl.float32)
     dbias = tl.zeros((1, COLS), tl.float32)
-    for tile in range(program, tl.cdiv(M, ROWS), tl.num_programs(0)):
+    # The next tiles come from memory while this one is computed: of wide rows an SM holds one program alone.
+    for tile in tl.range(program, tl.cdiv(M, ROWS), tl.num_programs(0), num_stages=STAGES):
         rows = tile * ROWS + tl.arange(0, ROWS)[:, None]
         mask = (rows < M) & (cols < C)
         gradient = tl.load(dy + rows * dy_stride + cols, mask, 0.0).to(tl.float32)
@@ -168,14 +169,14 @@ def _backward_chunks(
 @triton.jit
 def _weight_gradient_chunks(
     dy, h, mean, rstd, dweight_parts, dbias_parts, M, C, dy_stride, h_stride,
-    CENTRE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    CENTRE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Program (i, j): columns i COLS to (i + 1) COLS - 1 of row tiles j, j + P, ...; row j of the parts."""
     program = tl.program_id(1).to(tl.int64)
     cols = tl.program_id(0) * COLS + tl.arange(0, COLS)[None, :]
     dweight = tl.zeros((ROWS, COLS), tl.float32)
     dbias = tl.zeros((ROWS, COLS), tl.float32)
-    for tile in range(program, tl.cdiv(M, ROWS), tl.num_programs(1)):
+    for tile in tl.range(program, tl.cdiv(M, ROWS), tl.num_programs(1), num_stages=STAGES):
         rows = tile * ROWS + tl.arange(0, ROWS)[:, None]
         mask = (rows < M) & (cols < C)
         gradient = tl.load(dy + rows * dy_stride + cols, mask, 0.0).to(tl.float32)
@@ -191,11 +192,16 @@ def _weight_gradient_chunks(
 
 
 @triton.jit
-def _sum_parts(parts, out, P, C, PARTS: tl.constexpr, COLS: tl.constexpr):
-    """Program i: out[c] = sum of parts[:, c], in order, for columns i COLS to (i + 1) COLS - 1."""
+def _sum_parts(
+    parts, out, more_parts, more_out, P, C, PARTS: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr
+):  # fmt: skip
+    """Program (i, 0): out[c] = sum of parts[:, c], in order, for columns i COLS to (i + 1) COLS - 1; (i, 1): more."""
+    if more_parts is not None:  # noqa: SIM102 - decided when it is compiled
+        if tl.program_id(1) == 1:
+            parts, out = more_parts, more_out
     cols = tl.program_id(0) * COLS + tl.arange(0, COLS)[None, :]
     total = tl.zeros((PARTS, COLS), tl.float32)
-    for start in range(0, P, PARTS):
+    for start in tl.range(0, P, PARTS, num_stages=STAGES):
         rows = (start + tl.arange(0, PARTS)[:, None]).to(tl.int64)
         total += tl.load(parts + rows * C + cols, (rows < P) & (cols < C), 0.0)
     tl.store(out + cols, tl.sum(total, 0, keep_dims=True).to(out.dtype.element_ty), cols < C)
@@ -226,8 +232,8 @@ def norm_forward(x, weight, bias, residual, eps, centre):
             grid = (cdiv(M, config.tiles["ROWS"]),)
             launch(_forward_rows, grid, *tensors, M, C, *strides, eps, config=config, CENTRE=centre)
 
-    key = configs.norm_key("forward", C, x.dtype, centre, residual is not None)
-    tune.run(configs.Choice(configs.norm_forward(C), key), y, call, repeats=M >= FEW_ROWS)
+    choice = configs.norm("forward", C, x.dtype, centre, residual is not None)
+    tune.run(choice, y, call, repeats=M >= FEW_ROWS)
     return y, h, mean, rstd
 
 
@@ -253,11 +259,10 @@ def norm_backward(dy, dh, h, weight, mean, rstd, with_bias, centre):
             tensors = (dy, dh, h, weight, mean, rstd, dx, *parts)
             launch(_backward_rows, (P,), *tensors, M, C, *strides, config=config, CENTRE=centre)
 
-    key = configs.norm_key("backward", C, h.dtype, centre, dh is not None)
-    tune.run(configs.Choice(configs.norm_backward(C), key), dx, call, repeats=M >= FEW_ROWS)
+    choice = configs.norm("backward", C, h.dtype, centre, dh is not None)
+    tune.run(choice, dx, call, repeats=M >= FEW_ROWS)
     dweight_parts, dbias_parts = parts
-    dweight = sum_parts(dweight_parts, weight.dtype)
-    dbias = sum_parts(dbias_parts, weight.dtype) if with_bias else empty((0,), weight.dtype, weight.device)
+    dweight, dbias = sum_parts(dweight_parts, weight.dtype, dbias_parts)
     return dx, dweight, dbias
 
 
@@ -276,10 +281,14 @@ def _parts(P, C, with_bias, device):
     return dweight_parts, empty((P, C), torch.float32, device) if with_bias else None
 
 
-def sum_parts(parts, dtype):
-    """parts (P, C) fp32 -> (C,) of `dtype`: the sum over P in a fixed order, 0 for P = 0."""
+def sum_parts(parts, dtype, more=None):
+    """parts (P, C) and more, fp32 -> (C,) of `dtype` for each: the sum over P in a fixed order, 0 for P = 0.
+
+    One launch, so that neither waits for the other. Without `more` the second result is empty.
+    """
     P, C = parts.shape
-    out = empty((C,), dtype, parts.device)
+    out, more_out = empty((C,), dtype, parts.device), empty((0 if more is None else C,), dtype, parts.device)
     config = configs.SUM_PARTS
-    launch(_sum_parts, (cdiv(C, config.tiles["COLS"]),), parts, out, P, C, config=config)
-    return out
+    grid = (cdiv(C, config.tiles["COLS"]), 1 if more is None else 2)
+    launch(_sum_parts, grid, parts, out, more, more_out, P, C, config=config)
+    return out, more_out
