@@ -14,6 +14,8 @@ The peers update fp32 parameters with fp32 moments: 28 bytes, whatever our kind.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 import megakern as mk
@@ -66,6 +68,10 @@ def stepper(make, shapes, options, dtype=torch.float32):
     return step
 
 
+def take(step, backend):
+    return step()
+
+
 def case(label, shapes, kind, options):
     dtype, lean, work = KINDS[kind]
     count = sum(torch.Size(s).numel() for s in shapes)
@@ -77,7 +83,9 @@ def case(label, shapes, kind, options):
     if kind == "fp32":
         label += f" ({count / 1e6:.1f} M)"
         peers["torch foreach"] = stepper(lambda p: torch.optim.AdamW(p, **SETTINGS), shapes, options)
-    steps = {name: our_step(made.keywords["backend"]) for name, made in ours(options, "AdamW", our_step).items()}
+    steps = {}
+    for name, made in ours(options, "AdamW", our_step).items():
+        steps[name] = partial(take, our_step(**made.keywords), **made.keywords)
     return Case(label, {**steps, **peers}, (), work * count, "B", None)
 
 

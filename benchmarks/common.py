@@ -174,6 +174,8 @@ def _run_case(op: str, options: Options, case: Case) -> None:
             print(f"{case.shape:<26}{which:<9}{name:<18} NOT TIMED: {error}")
         times = options.clock.take_turns(calls) if calls else {}
         for name, time_of in times.items():
+            backend = getattr(functions[name], "keywords", {}).get("backend")
+            label["backend"] = backend  # ours that was asked for; None for peers and for megakern's own choice
             row = {**label, "contestant": name, **_figures(time_of, times, work, case.unit, options)}
             options.rows.append(row)
             launch = f"{row['launch_us']:>11.1f}" if time_of.launch is not None else ""
@@ -287,8 +289,8 @@ def nvidia_smi(fields: str) -> str | None:
     return out.strip().splitlines()[0] if out.strip() else None
 
 
-def describe_machine() -> str:
-    return ", ".join(f"{name} {value}" for name, value in machine_facts().items() if value is not None)
+def describe_machine(facts: dict[str, Any] | None = None) -> str:
+    return ", ".join(f"{name} {value}" for name, value in (facts or machine_facts()).items() if value is not None)
 
 
 def write_results(path: Path, results: dict[str, Any]) -> None:

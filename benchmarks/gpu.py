@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     started = time.monotonic()
     deadline = started + options.budget
     facts = {**machine_facts(), **({"commit": options.commit} if options.commit else {})}
-    print(describe_machine(), flush=True)
+    print(describe_machine(facts), flush=True)
     failed = False
     if options.only != "bench":
         until = deadline if options.only == "tests" else started + SHARE_OF_TESTS * options.budget
@@ -355,7 +355,7 @@ def table(rows: list[dict]) -> str:
             if "error" in row:
                 wrong.append(f"{label}{name}: {row['error'][:160]}")
             elif name.startswith("megakern"):
-                lines.append(f"{label}{name.removeprefix('megakern').strip() or 'first':<9}{_columns(row, found)}")
+                lines.append(f"{label}{row['backend'] or 'auto':<9}{_columns(row, found)}")
     return "\n".join(lines + (["", "not timed:", *wrong] if wrong else []))
 
 
