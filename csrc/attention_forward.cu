@@ -56,6 +56,13 @@ struct AttentionPlace {
 
 // --- kernels ---
 
+// Barrier First of consumer 0, First + 1 of consumer 1.
+template <int First>
+MK_DEVICE void consumer_sync(int consumer, int threads) {
+  if (consumer == 0) barrier_sync<First>(threads);
+  else barrier_sync<First + 1>(threads);
+}
+
 // The scores of 64 queries and 128 keys, and what they have made so far. Thread t of 128 holds rows t / 32 * 16 + t % 32 / 4
 // and the eighth after it, in both of `s` and `o` the elements i with i / 2 % 2 = 0 and 1.
 template <class T, int D>
