@@ -1,9 +1,8 @@
 // AdamW over a list of tensors in one launch, in place: each element is read and written once; writes = . The math, and the
 // two kinds of master: megakern/ops/adamw.py.
 //
-// A block does one piece of one tensor, four elements a thread at a time: 16 bytes of fp32, 8 of bf16. Pieces shrink with
-// the number of all elements until there are enough of them for a GPU. A tensor with an address off 16 bytes goes element
-// by element. Every product and sum that could be fused is, by name: both kinds of master, and the CPU, get the same bits.
+// A block does one piece of one tensor, four elements a thread at a time: 16 bytes of fp32, 8 of bf16. A tensor with an
+// address off 16 bytes goes element by element. Every product and sum that could be fused is, by name: both kinds of master, and the CPU, get the same bits.
 #include <cmath>
 
 #include "device/tensors.cuh"
@@ -13,9 +12,7 @@ namespace megakern {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kTile = 4 * kThreads;   // elements of a block at a time
-constexpr int kMostTiles = 16;        // of a piece: 64 KB of each fp32 tensor; the search for its tensor costs nothing then
-constexpr int64_t kEnough = 132 * 8;  // pieces that fill an H200; never the GPU's own count, so that plans repeat anywhere
+constexpr int kTile = 4 * kThreads;  // elements of a block at a time
 
 enum Column { kParam, kGrad, kExpAvg, kExpAvgSq, kMaster, kCount, kColumns };
 
@@ -148,17 +145,11 @@ MK_KERNEL __launch_bounds__(kThreads) void adamw_kernel(const MK_GRID_CONSTANT A
 // --- launchers ---
 
 template <class P, Master MASTER>
-void step(const Checks& check, const AdamW& p, int64_t piece, Place place) {
-  each_list<kColumns, kCount>(check, p.table, p.tensors, piece, [&](const auto& list, int pieces, int64_t) {
+void step(const Checks& check, const AdamW& p, Place place) {
+  each_list<kColumns, kCount>(check, p.table, p.tensors, p.piece, [&](const auto& list, int pieces, int64_t) {
     using List = std::decay_t<decltype(list)>;
-    MK_LAUNCH(adamw_kernel<P, MASTER, List>, dim3(pieces), dim3(kThreads), 0, place, p, list, int(piece));
+    MK_LAUNCH(adamw_kernel<P, MASTER, List>, dim3(pieces), dim3(kThreads), 0, place, p, list, int(p.piece));
   });
-}
-
-// Elements of a block, in whole tiles.
-int64_t piece_of(int64_t elements) {
-  const int64_t tiles = elements / (kTile * kEnough);
-  return kTile * (tiles < 1 ? 1 : tiles > kMostTiles ? kMostTiles : tiles);
 }
 
 void check_tensors(const Checks& check, const AdamW& p) {
@@ -188,16 +179,15 @@ void adamw(const AdamW& p, Place place) {
                 "fp32 params have no master (code 0), fp16 params an fp32 one (1), bf16 params one of both kinds (1, 2), got " +
                     std::to_string(int(p.master)) + " for dtype code " + std::to_string(int(p.param)));
   check.size("tensors", p.tensors);
+  check.size("piece", p.piece, kTile, int64_t(1) << 30);
+  check.require(p.piece % kTile == 0, "piece must be a multiple of " + std::to_string(kTile));
   if (p.tensors == 0) return;
   check.require(p.table, "the address of table is null");
   check_tensors(check, p);
-  int64_t elements = 0;
-  for (int64_t tensor = 0; tensor < p.tensors; ++tensor) elements += p.table[tensor * kColumns + kCount];
-  const int64_t piece = piece_of(elements);
-  if (p.param == Dtype::f32) step<float, Master::none>(check, p, piece, place);
-  else if (p.param == Dtype::f16) step<fp16, Master::fp32>(check, p, piece, place);
-  else if (p.master == Master::fp32) step<bf16, Master::fp32>(check, p, piece, place);
-  else step<bf16, Master::low>(check, p, piece, place);
+  if (p.param == Dtype::f32) step<float, Master::none>(check, p, place);
+  else if (p.param == Dtype::f16) step<fp16, Master::fp32>(check, p, place);
+  else if (p.master == Master::fp32) step<bf16, Master::fp32>(check, p, place);
+  else step<bf16, Master::low>(check, p, place);
 }
 
 }  // namespace megakern

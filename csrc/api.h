@@ -110,10 +110,12 @@ struct CrossEntropy {
   float label_smoothing, z_loss;
 };
 
-// loss, lse (M,) of a vocabulary on one rank; both 0 where the target is ignore_index.
+// loss, lse (M,) of a vocabulary on one rank; both 0 where the target is ignore_index. `threads` of a block; `blocks`, each
+// with many rows and chunks of them on their way in shared memory, or 0: one for each row, with none.
 struct CrossEntropyRows {
   CrossEntropy rows;
   float *loss, *lse;
+  int threads, blocks;
 };
 void cross_entropy_rows(const CrossEntropyRows&, Place);
 
@@ -123,6 +125,7 @@ void cross_entropy_rows(const CrossEntropyRows&, Place);
 struct CrossEntropyParts {
   CrossEntropy rows;
   float *peaks, *sums;
+  int threads, blocks;
 };
 void cross_entropy_parts(const CrossEntropyParts&, Place);
 struct CrossEntropyShift {
@@ -177,11 +180,12 @@ enum class Master : int { none = 0, fp32 = 1, low = 2 };
 
 // One step of many tensors, in place. `table`, in the host's memory and read before the call returns: for each tensor the
 // addresses of param, grad, exp_avg, exp_avg_sq and master (0 without), then its number of elements. All are contiguous.
+// A block does `piece` elements of a tensor, a multiple of 1024.
 // grad_scale: one number on the device that multiplies the gradients, or null. zero_grads: leave zeros in the gradients.
 // decay = 1 - lr weight_decay; step_size = lr / (1 - beta1^t); correction = 1 / sqrt(1 - beta2^t).
 struct AdamW {
   const int64_t* table;
-  int64_t tensors;
+  int64_t tensors, piece;
   Dtype param, grad, moment;
   Master master;
   const float* grad_scale;

@@ -4,7 +4,8 @@
 // All sums are relative to a `peak`, so that none loses digits to the size of the logits. While a thread reads, its peak may
 // be up to kSlack below the largest logit it has seen: it moves seldom then. In the end it is the maximum of the row.
 //
-// rows, parts          one block a row reads it once, 16 bytes a thread at a time. An ignored row is not read.
+// rows, parts          a block reads its rows once, 16 bytes a thread at a time. An ignored row is not read. Either a block a
+//                      row, or as many as run at once, which read ahead into shared memory.
 // gradient             one block a piece of a row, from its lse; `out` may be the logits.
 // loss_and_gradient    one read and one write: a block walks whole rows, and keeps a row on chip between the loss and the
 //                      gradient: `held` chunks of 16 bytes a thread in registers, `kept` in shared memory; what does not
@@ -28,6 +29,7 @@ constexpr int kBatch = 4;           // chunks a thread reads before it uses the 
 constexpr int kPiece = 2 * kBatch;  // chunks a thread of the gradient kernel
 constexpr int kPieceThreads = 256;
 constexpr int kHeld = 10;   // chunks in registers for rows that shared memory cannot hold: 40 of 128 registers
+constexpr int kRing = 8;    // chunks a thread that are on their way in the ring kernel
 constexpr int kGroups = 8;  // parts of a row that arrive one after another
 
 constexpr float kLog2e = 1.4426950408889634f;
@@ -225,41 +227,119 @@ MK_DEVICE void each_chunk(const Span<T>& row, int first, int last, F f) {
   for (; k < last; k += step) f(k, read(row.chunk(k)));
 }
 
-// Losses of rows, or their parts for the ranks to combine.
+// A row on its way into a block. An ignored one, or one behind the last, brings nothing.
 template <class T>
-MK_KERNEL __launch_bounds__(kThreads, 2) void rows_kernel(CrossEntropy p, float* loss, float* lse, float* peaks, float* sums) {
-  SharedMemory shared;
-  Scratch scratch(shared);
-  const int64_t row = blockIdx.x, target = p.targets[row];
-  const int own = own_column(target, p);
-  const bool smooth = p.label_smoothing > 0.0f;
-  Seen seen;
-  float at_target = 0.0f;
-  if (target != p.ignore_index) {
-    const T* logits = static_cast<const T*>(p.logits) + row * p.stride;
-    const Span<T> span(logits, int(p.real));
-    each_chunk(span, 0, span.chunks, [&](int, const Words& chunk) { seen.absorb(floats_of<T>(chunk), smooth); });
-    if (int(threadIdx.x) < span.edge) {
-      seen.absorb(filled<float, 1>(to_float(logits[span.at_edge(threadIdx.x)])), smooth);
-    }
-    if (own >= 0) at_target = to_float(logits[own]);
-    seen = scratch.combine(seen);
-    if (own >= 0) at_target -= seen.peak;
-  } else {
+struct Coming {
+  int64_t target;
+  Span<T> span;
+
+  MK_DEVICE Coming(const CrossEntropy& p, int64_t row, int64_t target)
+      : target(target),
+        span(static_cast<const T*>(p.logits) + row * p.stride, target != p.ignore_index ? int(p.real) : 0) {}
+};
+
+MK_DEVICE int64_t target_of(const CrossEntropy& p, int64_t row) { return row < p.M ? p.targets[row] : p.ignore_index; }
+
+// Where the loss of rows goes, or their parts for the ranks to combine; the others are null.
+struct RowOutputs {
+  float *loss, *lse, *peaks, *sums;
+};
+
+// Finishes a row whose chunks this thread has seen: its edge, the sums over the block, the outputs.
+template <class T>
+MK_DEVICE void finish_row(const CrossEntropy& p, const RowOutputs& to, int64_t index, const Coming<T>& row, Seen seen,
+                          float edge, float at_target, bool smooth, Scratch& scratch) {
+  if (row.target == p.ignore_index) {
     seen.peak = 0.0f;
     seen.sum = 1.0f;
+  } else {
+    if (int(threadIdx.x) < row.span.edge) seen.absorb(filled<float, 1>(edge), smooth);
+    seen = scratch.combine(seen);
+    if (own_column(row.target, p) >= 0) at_target -= seen.peak;
   }
   if (threadIdx.x != 0) return;
-  if (loss) {
-    const LossOfRow result = loss_of_row(seen.peak, logf(seen.sum), at_target, seen.total, target, p);
-    loss[row] = result.loss;
-    lse[row] = result.lse;
+  if (to.loss) {
+    const LossOfRow result = loss_of_row(seen.peak, logf(seen.sum), at_target, seen.total, row.target, p);
+    to.loss[index] = result.loss;
+    to.lse[index] = result.lse;
   } else {
-    peaks[row] = seen.peak;
-    sums[row] = seen.sum;
-    sums[p.M + row] = at_target;
-    if (smooth) sums[2 * p.M + row] = seen.total;
+    to.peaks[index] = seen.peak;
+    to.sums[index] = seen.sum;
+    to.sums[p.M + index] = at_target;
+    if (smooth) to.sums[2 * p.M + index] = seen.total;
   }
+}
+
+template <class T>
+MK_DEVICE float edge_of(const Coming<T>& row) {
+  const int e = int(threadIdx.x);
+  return e < row.span.edge ? to_float(row.span.data[row.span.at_edge(e)]) : 0.0f;
+}
+
+template <class T>
+MK_DEVICE float logit_of_target(const CrossEntropy& p, const Coming<T>& row) {
+  const int own = own_column(row.target, p);
+  return threadIdx.x == 0 && own >= 0 ? to_float(row.span.data[own]) : 0.0f;
+}
+
+// One block a row.
+template <class T>
+MK_KERNEL __launch_bounds__(kThreads, 2) void rows_kernel(CrossEntropy p, RowOutputs to) {
+  SharedMemory shared;
+  Scratch scratch(shared);
+  const bool smooth = p.label_smoothing > 0.0f;
+  const Coming<T> row(p, blockIdx.x, p.targets[blockIdx.x]);
+  const float edge = edge_of(row), at_target = logit_of_target(p, row);
+  Seen seen;
+  each_chunk(row.span, 0, row.span.chunks,
+             [&](int, const Words& chunk) { seen.absorb(floats_of<T>(chunk), smooth); });
+  finish_row(p, to, blockIdx.x, row, seen, edge, at_target, smooth, scratch);
+}
+
+// A block walks many rows, kRing chunks a thread ahead of its sums: across the ends of rows, and while the block waits for
+// all its threads.
+template <class T>
+MK_KERNEL __launch_bounds__(kThreads, 2) void ring_kernel(CrossEntropy p, RowOutputs to) {
+  SharedMemory shared;
+  Scratch scratch(shared);
+  const int step = int(blockDim.x), me = int(threadIdx.x);
+  Words* const ring = shared.take<Words>(kRing * step) + me;
+  const bool smooth = p.label_smoothing > 0.0f;
+
+  int64_t ahead_index = blockIdx.x;
+  Coming<T> ahead(p, ahead_index, target_of(p, ahead_index));
+  int64_t behind_ahead = target_of(p, ahead_index + gridDim.x);
+  int ahead_chunk = 0;
+  const auto fetch = [&](Words* slot) {  // the next chunk in line, if any
+    while (ahead_chunk >= ahead.span.chunks && ahead_index < p.M) {
+      ahead_index += gridDim.x;
+      ahead = Coming<T>(p, ahead_index, behind_ahead);
+      behind_ahead = target_of(p, ahead_index + gridDim.x);
+      ahead_chunk = 0;
+    }
+    if (ahead_chunk + me < ahead.span.chunks) cp_async<16>(slot, ahead.span.chunk(ahead_chunk + me));
+    cp_async_commit();
+    ahead_chunk += step;
+  };
+  for (int slot = 0; slot < kRing; ++slot) fetch(ring + slot * step);
+
+  int slot = 0;
+  int64_t target = target_of(p, blockIdx.x);
+  for (int64_t index = blockIdx.x; index < p.M; index += gridDim.x) {
+    const Coming<T> row(p, index, target);
+    target = target_of(p, index + gridDim.x);
+    const float edge = edge_of(row), at_target = logit_of_target(p, row);
+    Seen seen;
+    for (int chunk = 0; chunk < row.span.chunks; chunk += step) {
+      cp_async_wait<kRing - 1>();
+      Words* const here = ring + slot * step;
+      if (chunk + me < row.span.chunks) seen.absorb(floats_of<T>(load<4>(here->values)), smooth);
+      fetch(here);
+      slot = slot + 1 < kRing ? slot + 1 : 0;
+    }
+    finish_row(p, to, index, row, seen, edge, at_target, smooth, scratch);
+  }
+  cp_async_wait<0>();
 }
 
 MK_KERNEL __launch_bounds__(kPieceThreads) void shift_kernel(CrossEntropy p, const float* peaks, const float* highest,
@@ -312,19 +392,6 @@ MK_KERNEL __launch_bounds__(kPieceThreads, 4) void gradient_kernel(CrossEntropy 
     to.data[column] = from_float<T>(gradient(to_float(span.data[column]), column == own));
   }
 }
-
-// A row on its way into a block. An ignored one, or one behind the last, brings nothing.
-template <class T>
-struct Coming {
-  int64_t target;
-  Span<T> span;
-
-  MK_DEVICE Coming(const CrossEntropy& p, int64_t row, int64_t target)
-      : target(target),
-        span(static_cast<const T*>(p.logits) + row * p.stride, target != p.ignore_index ? int(p.real) : 0) {}
-};
-
-MK_DEVICE int64_t target_of(const CrossEntropy& p, int64_t row) { return row < p.M ? p.targets[row] : p.ignore_index; }
 
 // Waits until the groups of a row up to `group` are here.
 MK_DEVICE void wait_for(int group) {
@@ -383,8 +450,7 @@ MK_KERNEL __launch_bounds__(kThreads, HELD > 0 ? 1 : 2) void loss_and_gradient_k
     const int64_t next_target = target_of(p.rows, index + gridDim.x);
     const int own = own_column(row.target, p.rows);
     const float scale = p.scale ? p.scale[index * p.scale_stride] : 1.0f;
-    float at_target = 0.0f;
-    if (me == 0 && own >= 0) at_target = to_float(row.span.data[own]);  // before anything is written over it
+    float at_target = logit_of_target(p.rows, row);  // before anything is written over it
 
     Seen seen;
     const auto absorb = [&](int, const Words& chunk) { seen.absorb(floats_of<T>(chunk), smooth); };
@@ -466,11 +532,16 @@ void check_rows(Checks& check, const CrossEntropy& p) {
   check.reads("targets", p.targets, Dtype::i64, p.M);
 }
 
-// Threads of a block that reads a whole row: at least four chunks for each, where the row has them.
-template <class T>
-unsigned row_threads(int64_t columns) {
-  const int64_t chunks = columns / kVector<T>;
-  return chunks > 2048 ? kThreads : chunks > 512 ? 256 : 128;
+void launch_rows(Checks& check, const CrossEntropy& p, const RowOutputs& to, int threads, int blocks, Place place) {
+  check.size("threads", threads, kWarp, kThreads);
+  check.require(threads % kWarp == 0, "threads must be whole warps");
+  check.size("blocks", blocks, 0, kMostBlocks);
+  const std::size_t ring = std::size_t(kRing) * threads * 16;
+  with_dtype(p.dtype, [&](auto t) {
+    using T = decltype(t);
+    if (blocks) MK_LAUNCH(ring_kernel<T>, dim3(unsigned(blocks < p.M ? blocks : p.M)), dim3(threads), Scratch::bytes + ring, place, p, to);
+    else MK_LAUNCH(rows_kernel<T>, dim3(unsigned(p.M)), dim3(threads), Scratch::bytes, place, p, to);
+  });
 }
 
 }  // namespace
@@ -480,11 +551,7 @@ void cross_entropy_rows(const CrossEntropyRows& p, Place place) {
   check_rows(check, p.rows);
   check.writes("loss", p.loss, Dtype::f32, p.rows.M);
   check.writes("lse", p.lse, Dtype::f32, p.rows.M);
-  with_dtype(p.rows.dtype, [&](auto t) {
-    using T = decltype(t);
-    MK_LAUNCH(rows_kernel<T>, dim3(p.rows.M), dim3(row_threads<T>(p.rows.real)), Scratch::bytes, place, p.rows, p.loss,
-              p.lse, nullptr, nullptr);
-  });
+  launch_rows(check, p.rows, {p.loss, p.lse, nullptr, nullptr}, p.threads, p.blocks, place);
 }
 
 void cross_entropy_parts(const CrossEntropyParts& p, Place place) {
@@ -492,11 +559,7 @@ void cross_entropy_parts(const CrossEntropyParts& p, Place place) {
   check_rows(check, p.rows);
   check.writes("peaks", p.peaks, Dtype::f32, p.rows.M);
   check.writes("sums", p.sums, Dtype::f32, (p.rows.label_smoothing > 0 ? 3 : 2) * p.rows.M);
-  with_dtype(p.rows.dtype, [&](auto t) {
-    using T = decltype(t);
-    MK_LAUNCH(rows_kernel<T>, dim3(p.rows.M), dim3(row_threads<T>(p.rows.real)), Scratch::bytes, place, p.rows, nullptr,
-              nullptr, p.peaks, p.sums);
-  });
+  launch_rows(check, p.rows, {nullptr, nullptr, p.peaks, p.sums}, p.threads, p.blocks, place);
 }
 
 void cross_entropy_shift(const CrossEntropyShift& p, Place place) {

@@ -154,6 +154,8 @@ def test_where_a_row_is_kept_changes_no_bit(V, dtype, device, backend, monkeypat
     results = []
     for chip in CHIPS:
         monkeypatch.setattr(kernel, "chip", lambda device, chip=chip: chip)
+        for one, other in zip(row_losses(logits, targets, *options), (loss, lse), strict=True):
+            assert torch.equal(one, other)
         for out in (torch.full_like(logits, float("nan")), logits.clone()):
             source = logits if out[0, 0].isnan() else out
             assert torch.equal(kernel.loss_and_gradient(out, scale, source, targets, *options), loss)

@@ -10,8 +10,18 @@ import torch
 from megakern.kernels.cuda.module import DTYPES, call, pointer
 from megakern.kernels.memory import contiguous_rows
 
+TILE = 1024  # elements of a block at a time
+LARGEST = 16 * TILE  # of a piece: 64 KB of each fp32 tensor, beside which the search for it costs nothing
+ENOUGH = 132 * 8
+"""Blocks that fill an H200. Never the GPU's own count, so that a step is planned alike everywhere."""
+
 MASTERS = {None: 0, torch.float32: 1, torch.int16: 2}
 """enum Master of csrc/api.h."""
+
+
+def piece_of(elements: int) -> int:
+    """Elements of a block, fewer where that gives a GPU more to do at once. No result depends on it."""
+    return max(TILE, min(LARGEST, elements // ENOUGH // TILE * TILE))
 
 
 def adamw(
@@ -36,5 +46,5 @@ def adamw(
             for row in rows:
                 table.extend([*(tensor.data_ptr() for tensor in row), *absent, row[0].numel()])
             codes = DTYPES[param], DTYPES[grad], DTYPES[moment], MASTERS[master[0] if master else None]
-            tables = table.buffer_info()[0], len(rows)
+            tables = table.buffer_info()[0], len(rows), piece_of(sum(row[0].numel() for row in rows))
             call("adamw", rows[0][0], *tables, *codes, pointer(grad_scale), zero_grads, *rates)

@@ -18,6 +18,24 @@ HELD = 10
 
 SUMS_BYTES = 1024  # of shared memory, for the sums of a block: room to spare
 THREADS = {512: 128, 2048: 256}  # for rows of up to so many chunks; above 512 threads. Four chunks a thread or more.
+RING = 8
+"""Chunks a thread that are on their way while a block reads rows for their loss alone; as in the .cu."""
+LONG = 2048  # chunks of a row, from which on blocks walk many rows and read ahead; not yet measured
+
+
+def threads_for(chunks: int) -> int:
+    return next((threads for most, threads in THREADS.items() if chunks <= most), 512)
+
+
+@functools.lru_cache(maxsize=256)
+def reading(M: int, columns: int, element_size: int, multiprocessors: int, shared: int) -> tuple[int, int]:
+    """-> threads of a block that reads rows for their loss, and blocks; 0 blocks: one for each row."""
+    chunks = columns * element_size // 16
+    threads = threads_for(chunks)
+    if chunks < LONG:
+        return threads, 0
+    together = min(1024 // threads, shared // (SUMS_BYTES + 16 * RING * threads))
+    return threads, min(M, multiprocessors * together)
 
 
 @dataclass(frozen=True)
@@ -46,7 +64,7 @@ class Plan:
 def plan(M: int, columns: int, element_size: int, multiprocessors: int, shared: int) -> Plan:
     """shared: bytes of shared memory that a block can have. The plan changes no bit of the results."""
     chunks = max(1, columns * element_size // 16)
-    threads = next((threads for most, threads in THREADS.items() if chunks <= most), 512)
+    threads = threads_for(chunks)
     steps = -(-chunks // threads)
     most = max(0, (shared - SUMS_BYTES) // (16 * threads))
     held = HELD if steps > most else 0
@@ -82,12 +100,13 @@ def row_losses(logits, targets, ignore_index, label_smoothing, z_loss, vocab_siz
     M = logits.shape[0]
     rows = _rows(logits, targets, ignore_index, label_smoothing, z_loss, vocab_size, shard)
     loss, lse = (empty((M,), torch.float32, logits.device) for _ in range(2))
+    threads_and_blocks = reading(M, shard.real, logits.element_size(), *chip(logits.device))
     if shard.group is None:
-        call("cross_entropy_rows", logits, *rows, loss.data_ptr(), lse.data_ptr())
+        call("cross_entropy_rows", logits, *rows, loss.data_ptr(), lse.data_ptr(), *threads_and_blocks)
         return loss, lse
     peaks = empty((M,), torch.float32, logits.device)
     sums = empty((3 if label_smoothing else 2, M), torch.float32, logits.device)
-    call("cross_entropy_parts", logits, *rows, peaks.data_ptr(), sums.data_ptr())
+    call("cross_entropy_parts", logits, *rows, peaks.data_ptr(), sums.data_ptr(), *threads_and_blocks)
     highest = peaks.clone()
     trace.collective("all_reduce", highest, shard.group)
     dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=shard.group)
