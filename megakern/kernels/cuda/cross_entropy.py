@@ -1,4 +1,4 @@
-"""Launchers of csrc/cross_entropy.cu: row losses, their gradient over the logits or apart, and both in one pass."""
+"""Launchers of csrc/cross_entropy*.cu: row losses, their gradient over the logits or apart, and both in one pass."""
 
 from __future__ import annotations
 
