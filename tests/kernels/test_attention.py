@@ -19,6 +19,7 @@ from tests.kernels.conftest import INTERPRETED
 from tests.kernels.inputs import draw, fenced
 
 OP = "attention"
+pytestmark = pytest.mark.only("triton")  # the C++ kernel has fewer options: test_attention_cuda.py
 SEED = 0x5EED_1234_5678
 DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
 BM, BN = 32, 16

@@ -76,8 +76,26 @@ def _norm(problem) -> str:
 
 _NORM = Op(_norm, most={"C": 2**31 - 1})
 
+
+def _attention(problem) -> str | None:
+    sizes, options = problem.sizes, problem.options
+    if sizes["D"] not in (64, 128):
+        return f"its C++ kernel is for head dims 64 and 128, got {sizes['D']}"
+    absent = [name for name in ("packed", "softcap", "alibi", "dropout") if options.get(name)]
+    if absent:
+        return f"its C++ kernel has no {', '.join(absent)}"
+    if not all(sizes[name] for name in ("T", "S", "H")):
+        return "its C++ kernel wants at least one query and one key"
+    return _not_hopper() if problem.device == "cuda" else None
+
+
 OPS: dict[str, Op] = {
     "AdamW": _TENSORS,
+    "attention": Op(
+        "forward with TMA and wgmma, 128 queries x 128 keys, two consumer warpgroups in turn; backward by Triton",
+        dtypes=(torch.bfloat16, torch.float16),
+        refusal=_attention,
+    ),
     "clip_grad_norm_": _TENSORS,
     "cross_entropy": Op(_cross_entropy, most={"V": 2**31 - 1}),
     "dropout": Op("two pieces of 16 bytes a thread and tensor, of one row, where addresses and strides allow"),
