@@ -116,8 +116,8 @@ def main() -> None:
         for role in options.role
         for config in candidates(role, sizes(shape.partition(":")[0])[-1])
     ]
-    # fork, before this process uses the GPU: a child need not import everything again.
-    with multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0))) as pool:
+    # spawn: importing megakern has asked the GPU what it is, and CUDA does not survive a fork.
+    with multiprocessing.get_context("spawn").Pool(min(len(jobs), len(os.sched_getaffinity(0)))) as pool:
         refusals = pool.map(compile_one, jobs, chunksize=1)
     print(describe_machine(), flush=True)
     rows, runs, made_for, work = [], {}, None, 0.0
