@@ -3,6 +3,7 @@
     python -m benchmarks.cuda_report            a table: registers, spills, stack, static shared memory
     python -m benchmarks.cuda_report --check    fail when a kernel needs more than benchmarks/cuda_budget.json
     python -m benchmarks.cuda_report --update   write that file anew; look at the difference before committing it
+    ... --only norm                             csrc/norm.cu alone
 
 Needs nvcc and no GPU. The figures are those of ptxas (-Xptxas -v), in the logs that csrc/build.py leaves beside its
 objects. Any note C75xx fails: with those ptxas says that it made wgmma serial, or waits of its own. Dynamic shared
@@ -12,6 +13,7 @@ memory is not here: a launch that asks for more than a block may have fails at o
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import re
@@ -44,12 +46,18 @@ class Need:
     """Bytes a block, of static shared memory."""
 
 
-def build() -> dict[str, str]:
-    """Compile what has changed for all architectures -> the log of each source, by its stem."""
-    environment = {**os.environ, toolkit.VARIABLE: "all"}
-    command = [sys.executable, "csrc/build.py", "cuda"]
-    subprocess.run(command, cwd=ROOT, env=environment, check=True)
-    return {path.name.split(".")[0]: path.read_text() for path in sorted(ROOT.glob("build/csrc/_C.*/*.cu.o.log"))}
+def build(only: tuple[str, ...]) -> dict[str, str]:
+    """Compile what has changed for all architectures -> the log of each source (of these stems), by its stem."""
+    os.environ[toolkit.VARIABLE] = "all"
+    spec = importlib.util.spec_from_file_location("build_csrc", ROOT / "csrc/build.py")
+    builder = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(builder)
+    if only:
+        folder = builder.compile_sources("cuda", only)
+    else:
+        folder = builder.build("cuda", ROOT / "megakern" / f"_C{builder.SUFFIX}")
+    stems = only or [path.stem for path in builder.kernels()]
+    return {stem: (folder / f"{stem}.cu.o.log").read_text() for stem in stems}
 
 
 def read(log: str) -> dict[str, dict[str, Need]]:
@@ -96,11 +104,21 @@ def measure(logs: dict[str, str]) -> dict[str, dict[str, Need]]:
     return {arch: dict(sorted(kernels.items())) for arch, kernels in needs.items()}
 
 
-def complaints(logs: dict[str, str], allowed: dict, version: str) -> list[str]:
+def complaints(logs: dict[str, str], allowed: dict, version: str, partial: bool = False) -> list[str]:
     """Why the code of these logs may not be committed; empty when it may."""
     notes = [f"{stem}.cu: {line.strip()}" for stem, log in logs.items() for line in NOTE.findall(log)]
     plain = {arch: {name: asdict(need) for name, need in kernels.items()} for arch, kernels in measure(logs).items()}
-    return notes + budget.complaints(allowed, "nvcc", version, plain)
+    return notes + budget.complaints(allowed, "nvcc", version, plain, partial)
+
+
+def updated(needs: dict[str, dict[str, Need]], only: tuple[str, ...]) -> budget.Needs:
+    """The whole budget with these needs; with `only`, other sources keep what the committed one says."""
+    before = json.loads(BUDGET.read_text())["kernels"] if only else {}
+    new = {}
+    for arch, kernels in needs.items():
+        kept = {name: need for name, need in before.get(arch, {}).items() if name.split()[0] not in only}
+        new[arch] = dict(sorted({**kept, **{name: asdict(need) for name, need in kernels.items()}}.items()))
+    return new
 
 
 def show(needs: dict[str, dict[str, Need]]) -> None:
@@ -115,19 +133,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Compile the CUDA sources without a GPU.")
     parser.add_argument("--check", action="store_true", help=f"fail on a rise against {BUDGET.name}")
     parser.add_argument("--update", action="store_true", help=f"write {BUDGET.name}")
+    parser.add_argument("--only", nargs="+", metavar="STEM", default=(), help="these csrc/STEM.cu, compiled alone")
     options = parser.parse_args()
     nvcc = toolkit.find_nvcc()
     if nvcc is None:
         parser.error(toolkit.no_nvcc())
-    logs, version = build(), toolkit.release(nvcc)
+    only = tuple(options.only)
+    logs, version = build(only), toolkit.release(nvcc)
     needs = measure(logs)
     count = sum(len(kernels) for kernels in needs.values())
     if options.update:
-        plain = {arch: {name: asdict(need) for name, need in kernels.items()} for arch, kernels in needs.items()}
-        budget.write(BUDGET, "nvcc", version, plain)
+        budget.write(BUDGET, "nvcc", version, updated(needs, only))
         print(f"{BUDGET}: {count} kernels")
     elif options.check:
-        found = complaints(logs, json.loads(BUDGET.read_text()), version)
+        found = complaints(logs, json.loads(BUDGET.read_text()), version, partial=bool(only))
         print("\n".join(found) or f"{count} compiled kernels keep to the budget")
         return 1 if found else 0
     else:

@@ -107,16 +107,24 @@ def cuda() -> str:
     return ninja_file("_C", built, {"nvcc": str(nvcc), "linker": linker}, [("nvcc", kernels(), flags)])
 
 
-def build(which: str, target: Path) -> None:
-    """Compile "cuda" or "simt" and put the module at `target`. Raises what its tools raise."""
+def compile_sources(which: str, stems: tuple[str, ...] = ()) -> Path:
+    """Compile what changed of "cuda" or "simt", or of these csrc/<stem>.cu alone -> the folder of the results."""
     folder = ROOT / "build" / "csrc" / (NAMES[which] + SUFFIX.removesuffix(".so"))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "build.ninja").write_text({"cuda": cuda, "simt": simt}[which]())
-    subprocess.run([find_ninja(), "-C", folder, f"-j{os.cpu_count()}"], check=True)
+    objects = [f"{stem}.cu.o" for stem in stems]
+    subprocess.run([find_ninja(), "-C", folder, f"-j{os.cpu_count()}", *objects], check=True)
+    return folder
+
+
+def build(which: str, target: Path) -> Path:
+    """Compile "cuda" or "simt" and put the module at `target`. Raises what its tools raise. -> as compile_sources."""
+    folder = compile_sources(which)
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh = target.with_name(target.name + ".new")
     shutil.copy(folder / (NAMES[which] + SUFFIX), fresh)
     fresh.replace(target)  # a process that has the old one loaded keeps it
+    return folder
 
 
 def main() -> int:

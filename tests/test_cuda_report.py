@@ -83,3 +83,15 @@ def test_a_note_about_wgmma_fails_though_the_code_is_small(note):
 def test_names_lose_what_every_kernel_has():
     mangled = ["_ZN8megakern10one_kernelIfEEvPT_", "_ZN8megakern12_GLOBAL__N_13twoILi3EEEvPf"]
     assert cuda_report.demangle(mangled) == ["one_kernel<float>", "(anonymous namespace)::two<3>"]
+
+
+def test_one_source_is_updated_and_the_others_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr(cuda_report, "BUDGET", tmp_path / "budget.json")
+    other = {"other kernel": vars(ONE)}
+    before = {arch: {"file gone_kernel": vars(TWO), **other} for arch in ("sm_80", "sm_90a", "sm_100")}
+    cuda_report.budget.write(cuda_report.BUDGET, "nvcc", "13.0", before)
+    needs = cuda_report.measure({"file": LOG})
+    after = cuda_report.updated(needs, ("file",))
+    assert after["sm_80"] == {"file one_kernel<float>": vars(ONE), "file two_kernel": vars(TWO), **other}
+    assert after["sm_100"] == other
+    assert cuda_report.updated(needs, ())["sm_100"] == {}
