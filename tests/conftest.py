@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.machinery
 import importlib.util
 import os
@@ -12,6 +13,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+from megakern.train.files import Files
+from tests.checkpoints import UnsyncedFiles
 from tests.promises import Promises, trials  # noqa: F401 - a fixture
 from tests.ranks import RankPool
 
@@ -29,6 +32,16 @@ def pytest_configure(config):
         spec = importlib.util.spec_from_loader("megakern._simt", loader)
         sys.modules["megakern._simt"] = importlib.util.module_from_spec(spec)
     config.pluginmanager.register(Promises(config.getoption("--faults")), "promises")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest file first, so that with several workers (`pytest -n 2`) it is not the last one to end."""
+    items.sort(key=lambda item: item.path.name != "test_triton_interpreter.py")
+
+
+def pytest_collection_finish(session):
+    """What has been imported stays to the end: collections of garbage, which some tests ask for, need not visit it."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -53,6 +66,14 @@ def tiny_data(tmp_path_factory):
         )
     prepare([corpus], folder / "data", tokenizer="bytes", validation_fraction=0.1, progress=False)
     return folder / "data"
+
+
+@pytest.fixture
+def without_fsync(monkeypatch):
+    """Saves of this process and its forks do not wait for the disk, which only a power cut can tell: they take most of
+    the time of a tiny run that saves each step, and much more beside other writers."""
+    monkeypatch.setattr(Files, "sync", UnsyncedFiles.sync)
+    monkeypatch.setattr(Files, "sync_folder", UnsyncedFiles.sync_folder)
 
 
 @pytest.fixture(params=["C++ kernels", "composites"])

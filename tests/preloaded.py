@@ -1,6 +1,7 @@
 """What the server of commands and ranks imports once (tests/commands.py), before it forks the first."""
 # ruff: noqa: F401
 
+import gc
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -14,3 +15,4 @@ import megakern.train.worker
 import megakern.verify.run
 
 torch.set_num_threads(1)
+gc.freeze()  # what is here stays as it is in each fork

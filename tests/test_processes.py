@@ -88,8 +88,8 @@ def ended(folder: Path, fork: bool | None, what: str = "") -> tuple[dict, list[d
     return json.loads((folder / "ended").read_text()), said, output
 
 
-# A fresh interpreter takes 3 s: one default test of them here, and one of a failing run in test_faults_ranks.py.
-@pytest.mark.parametrize("fork", [True, False], ids=["forked", "fresh"])
+# Fresh interpreters take 3 s each: by default those of torchrun's test and of one failing run have to be enough.
+@pytest.mark.parametrize("fork", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["forked", "fresh"])
 def test_ranks_join_and_end_with_their_codes(tmp_path, fork):
     end, said, _ = ended(tmp_path, fork)
     assert end["codes"] == [5, 6] and end["kind"] == ("Forked" if fork else "Popen")

@@ -1,18 +1,14 @@
-"""The table of promises counts what ran: trials, failures, tests that were skipped. About 6 s, a pytest of its own."""
+"""The table of promises counts what ran: trials, failures, tests that were skipped. Each in a pytest of its own."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from benchmarks import tables
-
-ROOT = Path(__file__).resolve().parent.parent
+from tests.commands import Command
 
 TESTS = """
 import pytest
@@ -51,25 +47,20 @@ def test_of_something_else(): assert False
 """
 
 
-def run(folder: Path, tests: str) -> subprocess.CompletedProcess:
+def run(folder: Path, tests: str) -> tuple[int, str]:
+    """(exit code, output) of pytest over these tests."""
     (folder / "conftest.py").write_text("from tests.conftest import *\n")
     (folder / "test_some.py").write_text(tests)
     (folder / "pytest.ini").write_text("[pytest]\nmarkers = promise\n")
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "promise", "--faults", str(folder / "out" / "faults.json")]
-    return subprocess.run(
-        [*command, "--rootdir", str(folder), "-c", str(folder / "pytest.ini"), str(folder)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
+    words = ["-q", "-m", "promise", "--faults", str(folder / "out" / "faults.json"), "--rootdir", str(folder)]
+    process = Command(pytest.main, [*words, "-c", str(folder / "pytest.ini"), str(folder)])
+    output, _ = process.communicate(timeout=100)
+    return process.returncode, output
 
 
 def test_counts(tmp_path):
-    done = run(tmp_path, TESTS)
-    assert done.returncode == 1, done.stdout + done.stderr
+    code, output = run(tmp_path, TESTS)
+    assert code == 1, output
     results = json.loads((tmp_path / "out" / "faults.json").read_text())
     rows = results["rows"]
     names = [name.split("::")[1] for name in results["failed"]]
@@ -81,7 +72,7 @@ def test_counts(tmp_path):
         ("R11", 30, 0, 0, "kept"),
         ("R12", 1, 1, 0, "broken"),
     ]
-    assert "R2       8 trials    0 failures" in done.stdout
+    assert "R2       8 trials    0 failures" in output
     assert tables._faults_table(rows).splitlines()[3].startswith("| R3 | disk full at every file operation")
 
 
@@ -101,7 +92,7 @@ def test_killed():
 
 
 def test_a_run_that_is_broken_off_leaves_what_it_found(tmp_path):
-    assert run(tmp_path, BROKEN_OFF).returncode == 9
+    assert run(tmp_path, BROKEN_OFF)[0] == 9
     file = tmp_path / "out" / "faults.json"
     results = json.loads(file.read_text())
     assert not results["complete"] and [row["id"] for row in results["rows"]] == ["R1"]
@@ -124,5 +115,5 @@ def test_the_file_goes_to_the_results_of_its_machine(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("ids", ['"R99"', ""])
 def test_an_unknown_promise_is_refused(tmp_path, ids):
-    done = run(tmp_path, f"import pytest\n@pytest.mark.promise({ids})\ndef test_it(): pass\n")
-    assert done.returncode != 0 and "must name one or more of R1, R2" in done.stdout + done.stderr
+    code, output = run(tmp_path, f"import pytest\n@pytest.mark.promise({ids})\ndef test_it(): pass\n")
+    assert code != 0 and "must name one or more of R1, R2" in output

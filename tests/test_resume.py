@@ -23,6 +23,8 @@ from megakern.train.trainer import Trainer
 from tests.checkpoints import start_child
 from tests.runs import MODEL, config_of, digest, digests, losses, open_trainer, train
 
+pytestmark = pytest.mark.usefixtures("without_fsync")
+
 VARIANTS = {
     "dropout": {},
     "accumulation": {"micro_batch": 1},
