@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import tempfile
@@ -29,10 +30,12 @@ def _serve(rank: int, connection) -> None:
                 "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=60)
             )
             try:
+                dist.barrier()  # else one rank may be done, and gone, while another one still connects to it
                 connection.send(("ok", getattr(importlib.import_module(module), name)(*arguments)))
             finally:
                 dist.destroy_process_group()
                 _forget_meshes()
+                gc.collect()  # models in cycles keep groups, whose threads wake up a hundred times a second
         except BaseException:  # noqa: BLE001 - whatever it is, the test process must hear of it
             connection.send(("error", traceback.format_exc()))
 
@@ -77,6 +80,8 @@ class RankPool:
                     self.close()
                     raise AssertionError(f"rank {rank} of {size} died, exit code {process.exitcode}") from None
         failures = [f"rank {rank}:\n{text}" for rank, (status, text) in enumerate(results) if status == "error"]
+        if failures:
+            self.close()  # a rank that failed may count its groups otherwise than the others from now on
         assert not failures, "\n".join(failures)
         return [value for _, value in results]
 
