@@ -1,6 +1,6 @@
 # make demo    train a small GPT on Python's own source, from nothing to a sample (7 to 8 minutes on two cores)
-# make test    all tests but the long ones (13 minutes on two cores)
-# make faults  every promise about faults at its full number of trials, as a table (its time is not yet measured)
+# make test    all tests but the long ones (its time is not yet measured)
+# make faults  every promise about faults at its full number of trials, in build/faults.json (9 minutes of processor time)
 # make gates   compile every Triton and CUDA kernel for sm_80, sm_90 and sm_100, hold it against benchmarks/*_budget.json
 # make gpu     where there is an NVIDIA GPU: build, run all GPU tests and benchmarks, results in build/gpu (9 minutes)
 # make sanitize  where there is an NVIDIA GPU: compute-sanitizer over the tests of the CUDA kernels
