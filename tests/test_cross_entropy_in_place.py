@@ -43,6 +43,14 @@ def test_the_gradient_is_in_the_memory_of_the_logits():
     torch.testing.assert_close(leaf.grad, expected)
 
 
+def test_logits_that_are_a_view():
+    leaf, targets = make((2, 3), 9)
+    loss = mk.cross_entropy((leaf.requires_grad_() * 1).view(6, 9), targets.view(6), in_place=True)
+    (expected,) = torch.autograd.grad(cross_entropy_reference(leaf, targets), leaf)
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    torch.testing.assert_close(gradient, expected)
+
+
 def test_nothing_counted_is_nan_with_zero_gradient():
     leaf = torch.randn(3, 4, requires_grad=True)
     loss = mk.cross_entropy(leaf * 1, torch.full((3,), -100), in_place=True)
