@@ -8,6 +8,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+# Two files of tests at a time, each in one process: a file's tests share what they have made. One: make test WORKERS=
+WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 CSRC := $(wildcard csrc/*.* csrc/device/* csrc/simt/*)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
@@ -43,7 +45,7 @@ demo: .venv/runtime
 test: .venv/dev
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
-	$(BIN)/python -m pytest -m "not slow" --durations=10
+	$(BIN)/python -m pytest -m "not slow" --durations=10 $(WORKERS)
 
 test-all: .venv/dev
 	$(BIN)/python -m pytest --durations=20
