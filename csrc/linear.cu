@@ -66,7 +66,7 @@ MK_KERNEL void column_sums_kernel(ColumnSums p) {
       for (int i = 0; i < 8; ++i) total[i] += values[i];
     }
   }
-  store(sums + warp * 256 + lane * 8, total);
+  store_shared(sums + warp * 256 + lane * 8, total);
   sync_block();
   float sum = 0;
   for (int w = 0; w < 8; ++w) sum += sums[w * 256 + threadIdx.x];

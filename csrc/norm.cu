@@ -104,7 +104,7 @@ MK_KERNEL void __launch_bounds__(1024) norm_forward_kernel(NormForward p) {
 #pragma unroll
         for (int i = 0; i < V; ++i) value[i] += added[i];
         const Vector<T, V> rounded = from_float<T>(value);  // statistics are those of what backward reads
-        store(slot(stage, 0, k), rounded);
+        store_shared(slot(stage, 0, k), rounded);
         store(h + row * p.C + j * V, rounded);
         value = to_float(rounded);
       }
@@ -154,7 +154,9 @@ MK_DEVICE void leave_sums(const Vector<float, V> (&sums)[kSteps], float* area, c
 #pragma unroll
   for (int k = 0; k < kSteps; ++k) {
     const int j = threadIdx.x + k * blockDim.x;
-    if (j < vectors) store(rows == 1 ? out + (part.begin + j) * V : area + (threadIdx.y * vectors + j) * V, sums[k]);
+    if (j >= vectors) break;
+    if (rows == 1) store(out + (part.begin + j) * V, sums[k]);
+    else store_shared(area + (threadIdx.y * vectors + j) * V, sums[k]);
   }
   if (rows == 1) return;
   sync_block();

@@ -171,7 +171,7 @@ MK_KERNEL void __launch_bounds__(kWarp * kRowWarps) norm_weight_gradient_kernel(
   }
   const auto leave = [&](const Vector<float, V>& sums, float* out) {
     sync_block();  // the area may still be read
-    store(area + (threadIdx.y * kWarp + threadIdx.x) * V, sums);
+    store_shared(area + (threadIdx.y * kWarp + threadIdx.x) * V, sums);
     sync_block();
     const int64_t first = int64_t(blockIdx.x) * kWarp * V;
     for (int c = threadIdx.y * kWarp + threadIdx.x; c < kWarp * V && first + c < p.C; c += kWarp * kRowWarps) {

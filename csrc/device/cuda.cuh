@@ -127,6 +127,18 @@ template <class P>
 MK_DEVICE P load_streaming(const P* address) {
   return __ldcs(address);
 }
+// To global memory, in one instruction: an assignment of 16 bytes often becomes four of 4. The only assembly outside of
+// ptx*.cuh: CUDA's own functions for it are ordered more strictly than a plain store.
+template <class P>
+MK_DEVICE void store_whole(P* address, P value) {
+  if constexpr (sizeof(P) == 16) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(address)), "r"(value.x),
+                 "r"(value.y), "r"(value.z), "r"(value.w)
+                 : "memory");
+  } else {
+    *address = value;
+  }
+}
 template <class P>
 MK_DEVICE void store_streaming(P* address, P value) {
   __stcs(address, value);

@@ -44,8 +44,14 @@ MK_DEVICE Vector<T, N> load_once(const T* address) {
   return v;
 }
 
+// To global memory; store_shared to shared memory.
 template <class T, int N>
 MK_DEVICE void store(T* address, const Vector<T, N>& v) {
+  access<Vector<T, N>::bytes>(address, v.values, [](auto* to, const auto* from) { store_whole(to, *from); });
+}
+
+template <class T, int N>
+MK_DEVICE void store_shared(T* address, const Vector<T, N>& v) {
   access<Vector<T, N>::bytes>(address, v.values, [](auto* to, const auto* from) { *to = *from; });
 }
 

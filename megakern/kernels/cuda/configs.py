@@ -18,7 +18,7 @@ STAGES = 2  # rows of a thread in shared memory: one being worked on, one arrivi
 MULTIPROCESSORS = 132  # of the largest sm_90; never the GPU's own count
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # looked up by identity, in each call
 class Rule:
     """What decides how rows are spread."""
 
@@ -74,7 +74,7 @@ class Rows:
         return f"{parts}, at most {self.clusters} {'clusters' if self.cluster > 1 else 'blocks'} ({self.why})"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Kind:
     """What a GPU can do that a choice depends on."""
 
