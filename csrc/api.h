@@ -85,6 +85,7 @@ struct LinearProduct {
   int64_t M, N, K, a_stride, b_stride, residual_stride, out_stride;
   int tile_rows, tile_cols, cluster;  // one of the tile shapes of linear.cu
   int band;                           // rows of out whose tiles are walked column by column
+  int head_start;                     // steps of 64 along K by which the upper half of a cooperative tile is ahead
   int blocks;                         // multiprocessors to use
 };
 void linear_product(const LinearProduct&, Place);

@@ -3,17 +3,6 @@
 // Writes: out and pre whole (=), or out += in fp32. Same bits at each run: no sum is split over blocks.
 // Parallel: persistent blocks of a producer and two consumer warpgroups own tiles of out; the kernel is in product.cuh.
 // Limits: sm_90a; bf16 and fp16; rows on multiples of 16 bytes, so N and K that 8 divides; sizes below 2^31.
-#if defined(MEGAKERN_SIMT) && !__has_include("simt/ptx.h")
-// The emulator has no copy engine and no tensor cores yet.
-#include <stdexcept>
-
-#include "api.h"
-
-namespace megakern {
-void linear_product(const LinearProduct&, Place) { throw std::invalid_argument("linear_product: not in this emulator"); }
-void column_sums(const ColumnSums&, Place) { throw std::invalid_argument("column_sums: not in this emulator"); }
-}  // namespace megakern
-#else
 #include <algorithm>
 #include <tuple>
 
@@ -26,12 +15,9 @@ namespace megakern {
 // --- tiles ---
 
 // megakern/kernels/cuda/linear.py chooses among them.
-using Tiles = std::tuple<ProductTile<128, 256, 4, 1, false>, ProductTile<128, 128, 6, 1, true>,
-                         ProductTile<64, 128, 8, 1, true>, ProductTile<128, 256, 4, 2, false>
-#if defined(MEGAKERN_TRIAL_TILES)
-                         , ProductTile<256, 128, 4, 2, false>, ProductTile<128, 128, 6, 2, true>
-#endif
-                         >;
+using Tiles = std::tuple<ProductTile<128, 256, 4, 1, false>, ProductTile<128, 256, 4, 2, false>,
+                         ProductTile<128, 128, 6, 1, true>, ProductTile<128, 128, 6, 2, true>,
+                         ProductTile<64, 128, 8, 1, true>>;
 
 // f(Tile{}) for the tile shape that the problem names.
 template <int I = 0, class F>
@@ -101,12 +87,9 @@ void launch_product(const LinearProduct& p, Place place) {
   const int64_t tasks = ceil_div(p.M, int64_t(Tile::rows * Tile::cluster)) * ceil_div(p.N, int64_t(Tile::cols));
   const int64_t clusters = std::min<int64_t>(tasks, std::max(1, p.blocks / Tile::cluster));
   const Product product = {p.bias, p.residual, p.residual_stride, int(p.M), int(p.N), int(p.K),
-                           std::max(1, p.band % 1000000 / (Tile::rows * Tile::cluster)), p.activation,
-                           p.bias_dtype == Dtype::f32, p.pre != nullptr, p.accumulate
-#if defined(MEGAKERN_TRIAL_TILES)
-                           , p.band / 1000000
-#endif
-  };
+                           std::max(1, p.band / (Tile::rows * Tile::cluster)), p.activation,
+                           p.bias_dtype == Dtype::f32, p.pre != nullptr, p.accumulate,
+                           p.head_start};
   MK_LAUNCH_CLUSTER((product_kernel<T, Out, L, Tile>), dim3(unsigned(clusters * Tile::cluster)), dim3(kProductThreads),
                     Tile::shared, Tile::cluster, place, a, b, out, pre, product);
 }
@@ -138,7 +121,7 @@ void linear_product(const LinearProduct& p, Place place) {
                 "activation must be -1 to 3, got " + std::to_string(p.activation));
   constexpr int64_t most = (int64_t(1) << 31) - 1024;  // coordinates of the last tile fit 32 bits
   check.size("M", p.M, 1, most), check.size("N", p.N, 1, most), check.size("K", p.K, 1, most);
-  check.size("band", p.band, 1, most), check.size("blocks", p.blocks, 1, kMostBlocks);
+  check.size("band", p.band, 1, most), check.size("head_start", p.head_start, 0, 3), check.size("blocks", p.blocks, 1, kMostBlocks);
   const bool a_across = p.layout == Layout::tn, b_across = p.layout != Layout::nt;
   check.reads("a", p.a, p.dtype, a_across ? p.K : p.M, a_across ? p.M : p.K, p.a_stride);
   check.reads("b", p.b, p.dtype, b_across ? p.K : p.N, b_across ? p.N : p.K, p.b_stride);
@@ -179,4 +162,3 @@ void column_sums(const ColumnSums& p, Place place) {
 }
 
 }  // namespace megakern
-#endif

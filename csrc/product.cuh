@@ -25,9 +25,7 @@ struct Product {
   bool bias_is_fp32;
   bool keep;        // write the pre-activation too
   bool accumulate;  // into fp32 out
-#if defined(MEGAKERN_TRIAL_TILES)
-  int lag;
-#endif
+  int head_start;   // steps that consumer 0 of a cooperative tile is ahead of consumer 1, for their epilogues to take turns
 };
 
 // Sizes of one kernel. Cooperative: both consumers compute halves of the same tile. Ping-pong: they take tiles in turn,
@@ -342,9 +340,8 @@ MK_KERNEL void __launch_bounds__(kProductThreads, 1)
       }
     };
     float d[fragments][Tile::cols / 2];
-#if defined(MEGAKERN_TRIAL_TILES)
-    if (!Tile::ping_pong && p.lag > 0 && consumer == 1) barrier_sync<1>(256);
-#endif
+    const bool ahead = !Tile::ping_pong && p.head_start > 0 && consumer == 0;
+    if (!Tile::ping_pong && p.head_start > 0 && consumer == 1) barrier_sync<1>(256);
     if (Tile::ping_pong && consumer == 1) ring.advance(steps);
     const int stride = Tile::ping_pong ? 2 * programs : programs;
     for (int tile = first + (Tile::ping_pong ? consumer * programs : 0); tile < schedule.count; tile += stride) {
@@ -375,11 +372,7 @@ MK_KERNEL void __launch_bounds__(kProductThreads, 1)
           }
         }
         wgmma_commit();
-#if defined(MEGAKERN_TRIAL_TILES)
-        if (!Tile::ping_pong && p.lag > 0 && consumer == 0 && tile == first && step == (p.lag < steps ? p.lag : steps) - 1) {
-          barrier_arrive<1>(256);
-        }
-#endif
+        if (ahead && tile == first && step == min(p.head_start, steps) - 1) barrier_arrive<1>(256);
         wgmma_wait<1>();  // the step before: its stage is free
         if (previous >= 0) release(previous);
         previous = ring.stage;

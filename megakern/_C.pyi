@@ -82,6 +82,7 @@ def linear_product(
     tile_cols: int,
     cluster: int,
     band: int,
+    head_start: int,
     blocks: int,
     device: int,
     stream: int,

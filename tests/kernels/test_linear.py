@@ -31,7 +31,7 @@ DTYPES = [torch.float32] * ("triton" in BACKENDS) + [torch.float16] + [torch.bfl
 SHAPES = [((1,), 1, 1), ((7,), 13, 5), ((2, 3), 65, 64), ((64,), 64, 63), ((130,), 70, 140), ((0,), 4, 8)]
 # The same for kernels that want N and K to be multiples of 8.
 SHAPES_BY_8 = [((1,), 8, 8), ((7,), 16, 24), ((2, 3), 72, 64), ((64,), 64, 56), ((130,), 136, 264), ((0,), 8, 16)]
-COMPILED = [*TILES, cuda_linear.Tile(128, 256, 2, rate=0.0, epilogue=0)]  # the last: never chosen
+COMPILED = [*TILES, *cuda_linear.OTHER_TILES]
 LAYOUTS = {"nt": NT, "nn": NN, "tn": TN}
 cxx = pytest.mark.only("cuda", "simt")
 
@@ -100,15 +100,15 @@ def test_every_configuration_and_programs_with_several_tiles(config, device, mon
 # --- the tile shapes of csrc/linear.cu ---
 
 
-def multiply(layout, a, b, tile, out_dtype=None, into=None, **epilogue):
+def multiply(layout, a, b, tile, out_dtype=None, into=None, **more):
     """a (M, K) b (N, K)^T by the C++ kernel, from operands stored as `layout` says; out starts as NaN."""
     stored_a = a.t().contiguous() if layout == TN else a
     stored_b = b if layout == NT else b.t().contiguous()
     shape = (a.shape[0], b.shape[0])
     out = torch.full(shape, float("nan"), dtype=out_dtype or a.dtype, device=a.device) if into is None else into.clone()
     # 4 blocks: more tiles than blocks; bands of two tiles of a cluster.
-    arguments = {"tile": tile, "blocks": 4, "band": 4 * tile.rows, "accumulate": into is not None}
-    cuda_linear.product(layout, stored_a, stored_b, out, **arguments, **epilogue)
+    arguments = {"tile": tile, "blocks": 4, "band": 4 * tile.rows, "accumulate": into is not None, **more}
+    cuda_linear.product(layout, stored_a, stored_b, out, **arguments)
     return out
 
 
@@ -164,7 +164,7 @@ def test_the_order_of_threads_does_not_matter(tile, backend):
         results = []
         for schedule in SCHEDULES:
             module._simt.set_schedule(schedule)
-            results.append(multiply(NT, a, b, tile))
+            results += [multiply(NT, a, b, tile, head_start=steps) for steps in (0, 2)]
     finally:
         module._simt.set_schedule(default)
     wide = a.double() @ b.double().t()

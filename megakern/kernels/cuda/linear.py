@@ -48,13 +48,16 @@ TILES = (
     Tile(128, 128, 1, rate=0.69, epilogue=300),
     Tile(64, 128, 1, rate=0.50, epilogue=300),
 )
+# Compiled too, and not chosen: benchmarks/tune_linear.py times them beside the others.
+OTHER_TILES = (Tile(128, 256, 2, rate=0.0, epilogue=0), Tile(128, 128, 2, rate=0.0, epilogue=0))
+HEAD_START = 0  # steps by which one consumer of the first tile is ahead of the other; not yet measured
 BAND = 2048  # rows of the output whose tiles are walked column by column, for the L2 cache; not yet measured
 BLOCKS_ON_A_CPU = 4  # of the persistent kernel under simt: fewer than the tiles of the tests
 
 
 def product(
     layout, a, b, out, *, bias=None, pre=None, residual=None, activation="", accumulate=False, tile=None, band=BAND,
-    blocks=None,
+    head_start=HEAD_START, blocks=None,
 ):  # fmt: skip
     """out (M, N) (+)= act(A B + bias) + residual, of matrices as `layout` says; `pre` gets A B + bias."""
     (M, N), K = out.shape, a.shape[0 if layout == TN else 1]
@@ -64,7 +67,8 @@ def product(
         "linear_product", out, pointer(a), pointer(b), pointer(bias), pointer(residual), pointer(out), pointer(pre),
         DTYPES[a.dtype], DTYPES[out.dtype], DTYPES[a.dtype if bias is None else bias.dtype], layout,
         KINDS[activation] if activation else -1, accumulate, M, N, K, a.stride(0), b.stride(0),
-        0 if residual is None else residual.stride(0), out.stride(0), tile.rows, tile.cols, tile.cluster, band, blocks,
+        0 if residual is None else residual.stride(0), out.stride(0), tile.rows, tile.cols, tile.cluster, band,
+        head_start, blocks,
     )  # fmt: skip
 
 

@@ -1,0 +1,116 @@
+"""Every tile shape of the sm_90a product, timed on a GPU beside cuBLAS: for the table in
+megakern/kernels/cuda/linear.py.
+
+    python -m benchmarks.tune_linear [--shape 8192x8192x8192 ...] [--layers] [--epilogues] [--json FILE]
+
+Shapes are M x N x K of y (M, N) = x W^T, bf16. TFLOP/s, and how many times cuBLAS's speed. --layers: forward, dx and dW
+of the layers of Llama 8B and GPT-2 1.5B at 8192 tokens. --epilogues: what follows a product of 8192 x 16384 x 4096.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from benchmarks.common import describe_machine, machine_facts, sizes
+from benchmarks.timing import CudaClock
+from megakern.kernels.cuda.linear import BAND, NN, NT, OTHER_TILES, TILES, TN, choose_tile, multiprocessors, product
+
+SHAPES = ["8192x8192x8192", "4096x4096x4096", "2048x2048x2048", "1024x4096x4096", "64x8192x8192", "16x28672x4096"]
+LLAMA = ["8192x6144x4096", "8192x4096x4096", "8192x28672x4096", "8192x4096x14336"]
+GPT2 = ["8192x4800x1600", "8192x1600x1600", "8192x6400x1600", "8192x1600x6400"]
+LAYOUTS = {NT: "forward", NN: "dx", TN: "dW"}
+
+
+def variants(tile):
+    """(name, arguments) of what is tried with a tile shape."""
+    yield str(tile), {"tile": tile}
+    if tile.rows * tile.cols == 128 * 256:
+        for steps in (1, 2, 3):
+            yield f"{tile}, head start of {steps}", {"tile": tile, "head_start": steps}
+        for band in (BAND // 2, BAND * 2):
+            yield f"{tile}, bands of {band}", {"tile": tile, "band": band}
+
+
+def contestants(layout, M, N, K, every_variant):
+    """Calls of one product (M, N) of sums over K, from operands that lie as `layout` says."""
+    a, b = (torch.randn(size, K, device="cuda").bfloat16() for size in (M, N))
+    stored_a = a.t().contiguous() if layout == TN else a
+    stored_b = b if layout == NT else b.t().contiguous()
+    left, right = stored_a.t() if layout == TN else stored_a, stored_b.t() if layout == NT else stored_b
+    out = torch.empty(M, N, dtype=torch.bfloat16, device="cuda")
+    calls = {"cuBLAS": lambda: torch.matmul(left, right, out=out)}
+    for tile in (*TILES, *OTHER_TILES):
+        for name, arguments in list(variants(tile))[: None if every_variant else 1]:
+            calls[name] = lambda arguments=arguments: product(layout, stored_a, stored_b, out, **arguments)
+    return calls
+
+
+def epilogues(M, N, K):
+    x, weight = torch.randn(M, K, device="cuda").bfloat16(), (torch.randn(N, K, device="cuda") * K**-0.5).bfloat16()
+    bias = torch.randn(N, device="cuda").bfloat16()
+    residual, pre, out = (torch.randn(M, N, device="cuda").bfloat16() for _ in range(3))
+    calls = {
+        "cuBLAS": lambda: F.linear(x, weight),
+        "cuBLAS, bias": lambda: F.linear(x, weight, bias),
+        "cuBLAS, bias, gelu_tanh": lambda: F.gelu(F.linear(x, weight, bias), approximate="tanh"),
+        "cuBLAS, bias, gelu": lambda: F.gelu(F.linear(x, weight, bias)),
+        "cuBLAS, residual": lambda: F.linear(x, weight) + residual,
+    }
+    follows = {
+        "nothing": {},
+        "bias": {"bias": bias},
+        "bias, gelu_tanh": {"bias": bias, "activation": "gelu_tanh"},
+        "bias, gelu": {"bias": bias, "activation": "gelu"},
+        "bias, gelu_tanh, pre-activation kept": {"bias": bias, "activation": "gelu_tanh", "pre": pre},
+        "residual": {"residual": residual},
+    }
+    for tile in (*TILES, *OTHER_TILES):
+        if tile.rows == 128:
+            for steps in (0, 2) if tile.cols == 256 else (0,):
+                for name, more in follows.items():
+                    keywords = {"tile": tile, "head_start": steps, **more}
+                    calls[f"{tile}, head start of {steps}: {name}"] = lambda keywords=keywords: product(
+                        NT, x, weight, out, **keywords
+                    )
+    return calls
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", nargs="*", default=SHAPES)
+    parser.add_argument("--layers", action="store_true")
+    parser.add_argument("--epilogues", action="store_true")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    clock, rows = CudaClock(), []
+
+    def race(what, M, N, K, calls):
+        times = {name: turns.median for name, turns in clock.take_turns(calls).items()}
+        chosen = choose_tile(M, N, K, multiprocessors(torch.device("cuda", 0)))
+        print(f"\n{what} {M} x {N} x {K}; the table takes {chosen}", flush=True)
+        for name, seconds in times.items():
+            rate, share = 2 * M * N * K / seconds, times["cuBLAS"] / seconds
+            print(f"  {name:<70}{seconds * 1e6:>10.1f} us{rate / 1e12:>8.0f} TFLOP/s{share:>8.3f}", flush=True)
+            rows.append({"what": what, "M": M, "N": N, "K": K, "name": name, "us": seconds * 1e6, "x_cublas": share})
+
+    print(describe_machine(), flush=True)
+    for shape in options.shape:
+        M, N, K = sizes(shape)
+        race("forward", M, N, K, contestants(NT, M, N, K, M >= 4096))
+    for shape in (*LLAMA, *GPT2) if options.layers else ():
+        M, N, K = sizes(shape)
+        for layout, mine in ((NT, (M, N, K)), (NN, (M, K, N)), (TN, (N, K, M))):
+            race(LAYOUTS[layout], *mine, contestants(layout, *mine, False))
+    if options.epilogues:
+        race("epilogues", 8192, 16384, 4096, epilogues(8192, 16384, 4096))
+    if options.json:
+        options.json.write_text(json.dumps({"machine": machine_facts(), "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
