@@ -69,6 +69,7 @@ def test_kernels_without_a_planted_bug(library, schedule):
     assert torch.equal(y, x.roll(-1))
 
 
+@simt.after_an_error
 @pytest.mark.parametrize(
     "case, numbers, message",
     [

@@ -122,6 +122,7 @@ def test_the_right_kernels_are_right(library, kernel):
     library.schedule("forward")
 
 
+@simt.after_an_error
 @pytest.mark.parametrize("kernel, bug, message", BUGS)
 def test_a_planted_bug_is_caught(library, kernel, bug, message):
     outcomes = {}

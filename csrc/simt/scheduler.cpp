@@ -18,6 +18,11 @@ namespace megakern::simt {
 Machine machine;
 Fiber* self = &machine.main;
 
+Machine::~Machine() {
+  const Hardware working;
+  slots.clear();
+}
+
 // --- switching ---
 
 #if defined(__x86_64__)

@@ -60,6 +60,7 @@ struct Machine {
   bool starved = false;  // only spinners are left
 
   std::uint64_t random();
+  ~Machine();
 };
 
 extern Machine machine MK_SIMT_HIDDEN;
