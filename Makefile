@@ -3,6 +3,7 @@
 # make faults  every promise about faults at its full number of trials, in build/faults.json (9 minutes of processor time)
 # make gates   compile every Triton and CUDA kernel for sm_80, sm_90 and sm_100, hold it against benchmarks/*_budget.json
 # make gpu     where there is an NVIDIA GPU: build, run all GPU tests and benchmarks, results in build/gpu (9 minutes)
+# make asan      CUDA kernels on the CPU under ASan and UBSan; make race: under TSan (their times are not yet measured)
 # make sanitize  where there is an NVIDIA GPU: compute-sanitizer over the tests of the CUDA kernels
 # All but the last two make .venv first, with the pinned packages of requirements*.txt. Choose the interpreter with PYTHON=python3.12.
 
@@ -13,7 +14,7 @@ WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 CSRC := $(wildcard csrc/*.* csrc/device/* csrc/simt/*)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: help setup demo simt test test-all faults gates gpu sanitize lint bench clean
+.PHONY: help setup demo simt test test-all faults gates asan race gpu sanitize lint bench clean
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
@@ -57,6 +58,12 @@ gates: .venv/dev
 	$(BIN)/python -m benchmarks.compile_report --check
 	$(BIN)/python -m benchmarks.cuda_report --check
 	$(BIN)/python -m pytest tests/test_modules.py
+
+# The emulator and the CUDA kernels on the CPU: steps outside of tensors; accesses that no barrier orders.
+asan: .venv/dev
+	$(BIN)/python -m tests.sanitized address
+race: .venv/dev
+	$(BIN)/python -m tests.sanitized thread
 
 # With the machine's own Python, as `make gpu`: compute-sanitizer over the small shapes of tests/kernels.
 sanitize:

@@ -24,6 +24,9 @@ torch.set_num_threads(1)
 def pytest_addoption(parser):
     parser.addoption("--faults", metavar="FILE", help="write what the tests of promises found to this JSON file")
     parser.addoption("--kernel-backend", metavar="NAME", help="in tests/kernels, the tests of this backend alone")
+    parser.addoption(
+        "--simt-schedule", metavar="NAME", help="of the emulator in tests/kernels; or each test takes its own"
+    )
 
 
 def pytest_configure(config):

@@ -44,7 +44,9 @@ def main() -> int:
     sanitizer, arguments = sys.argv[1], sys.argv[2:] or [*TESTS, "-q", "-m", "not slow"]
     os.environ["SIMT_SANITIZER"] = sanitizer
     preload = f"{found(RUNTIMES[sanitizer])} {found('libstdc++.so.6')}"
-    environment = os.environ | OPTIONS[sanitizer] | {"SIMT_MODULE": module(), "LD_PRELOAD": preload}
+    environment = os.environ | OPTIONS[sanitizer] | {"LD_PRELOAD": preload}
+    if any("kernels" in argument for argument in arguments):
+        environment["SIMT_MODULE"] = module()
     # Without address randomisation: ThreadSanitizer wants its own parts of the address space.
     command = ["setarch", "-R", sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
     return subprocess.run(command, env=environment).returncode

@@ -208,6 +208,7 @@ void tma_wait(int pending, bool read_only) {
 // --- cp.async ---
 
 void cp_async(void* to, const void* from, int bytes, int valid, Site site) {
+  written(to, std::size_t(bytes));
   const Hardware working;
   if (valid < 0 || valid > bytes) fail("cp_async reads 0 to " + std::to_string(bytes) + " bytes, got " + std::to_string(valid), site);
   auto* target = static_cast<unsigned char*>(to);
@@ -246,7 +247,9 @@ void cp_async_wait(int pending) {
 void cp_async_arrive(MBarrier* b, Site site) {
   const Hardware working;
   ThreadAsync& mine = async_of(*self);
-  in_flight.arrivals.push_back({&mine, &barrier_at(*self->block, b, site), mine.small_count, site});
+  MBarrierState& barrier = barrier_at(*self->block, b, site);
+  release_to(barrier.token + barrier.phase % 2);
+  in_flight.arrivals.push_back({&mine, &barrier, mine.small_count, site});
 }
 
 void finish_small(ThreadAsync& thread, long limit) {

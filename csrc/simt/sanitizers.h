@@ -19,6 +19,7 @@ void* __tsan_create_fiber(unsigned flags);
 void __tsan_switch_to_fiber(void* fiber, unsigned flags);
 void __tsan_acquire(void* address);
 void __tsan_release(void* address);
+void __tsan_write_range(void* address, std::size_t bytes);
 void AnnotateIgnoreReadsBegin(const char* file, int line);
 void AnnotateIgnoreReadsEnd(const char* file, int line);
 void AnnotateIgnoreWritesBegin(const char* file, int line);
@@ -41,6 +42,9 @@ inline void fresh_stack(Fiber& fiber, unsigned char* begin, std::size_t bytes) {
 #if defined(MEGAKERN_ASAN)
   __asan_unpoison_memory_region(begin, bytes);
 #endif
+#if defined(MEGAKERN_TSAN)
+  if (!fiber.sanitizer) fiber.sanitizer = __tsan_create_fiber(0);  // here: it would come after all its creator has done
+#endif
 }
 
 // Around a switch: before it in the old fiber, after it in the new.
@@ -50,8 +54,7 @@ inline void* before_switch([[maybe_unused]] Fiber& from, [[maybe_unused]] Fiber&
   __sanitizer_start_switch_fiber(&kept, to.stack_begin, to.stack_bytes);
 #endif
 #if defined(MEGAKERN_TSAN)
-  if (!from.sanitizer) from.sanitizer = __tsan_get_current_fiber();
-  if (!to.sanitizer) to.sanitizer = __tsan_create_fiber(0);
+  if (!from.sanitizer) from.sanitizer = __tsan_get_current_fiber();  // the caller of the launch
   __tsan_switch_to_fiber(to.sanitizer, 1);  // 1: a switch is no synchronisation
 #endif
   return kept;
@@ -76,6 +79,13 @@ inline void release_to([[maybe_unused]] const void* token) {
 inline void acquire_from([[maybe_unused]] const void* token) {
 #if defined(MEGAKERN_TSAN)
   __tsan_acquire(const_cast<void*>(token));
+#endif
+}
+
+// An access of the thread that the emulator makes for it.
+inline void written([[maybe_unused]] void* address, [[maybe_unused]] std::size_t bytes) {
+#if defined(MEGAKERN_TSAN)
+  __tsan_write_range(address, bytes);
 #endif
 }
 

@@ -100,12 +100,12 @@ static void leave() {
 // The first function on each fiber's stack. Nothing may be thrown out of it: there is no caller.
 static void enter() {
   after_switch(nullptr, left);
-  acquire_from(&machine);  // what came before the launch
+  acquire_from(&machine.begun);
   Fiber* next = &machine.main;
   try {
     machine.launch->call(machine.launch->body);
     leave();
-    release_to(&machine);
+    release_to(&machine.ended);
     if (machine.running) next = next_fiber();
   } catch (...) {
     machine.error = std::current_exception();
@@ -274,9 +274,9 @@ void run_fibers() {
   machine.starved = false;
   Fiber* next = next_fiber();
   if (next == &machine.main) return;
-  release_to(&machine);
+  release_to(&machine.begun);
   switch_to(next);
-  acquire_from(&machine);
+  acquire_from(&machine.ended);
 }
 
 void abandon() {

@@ -59,6 +59,8 @@ struct Machine {
   std::exception_ptr error;
   bool starved = false;  // only spinners are left
 
+  char begun, ended;  // for ThreadSanitizer: what came before all threads, what all threads have done
+
   std::uint64_t random();
   ~Machine();
 };

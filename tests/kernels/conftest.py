@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import os
 import sys
+from zlib import crc32
 
 import pytest
 import torch
 
 from megakern.kernels import memory
+from megakern.kernels.cuda import module
 from megakern.ops.dispatch import UNAVAILABLE, ops_of
+from tests.simt import SCHEDULES
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 PRESENT = ("triton",) if INTERPRETED else ("cuda", "triton") if torch.cuda.is_available() else ("simt",)
@@ -59,6 +62,21 @@ def device() -> str:
 def unguarded(guards, monkeypatch):
     """For opcheck: outputs in storage of their own, as the fake implementation promises."""
     monkeypatch.setattr(memory, "allocate", torch.empty)
+
+
+@pytest.fixture(autouse=True)
+def schedule(request):
+    """The order in which the emulator runs threads. The result is the same under each, so every test takes another."""
+    if "simt" not in BACKENDS:
+        yield
+        return
+    chosen = (
+        request.config.getoption("--simt-schedule") or SCHEDULES[crc32(request.node.nodeid.encode()) % len(SCHEDULES)]
+    )
+    module._simt.set_schedule(chosen)
+    request.node.add_report_section("setup", "schedule", f"of the emulator: {chosen}")
+    yield
+    module._simt.set_schedule("forward")
 
 
 @pytest.fixture(autouse=True)
