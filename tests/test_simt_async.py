@@ -92,7 +92,7 @@ BUGS = [
     ("small_copies", 5, WRONG),
     ("meet", 1, "left the kernel"),
     ("meet", 2, "an mbarrier that was not initialised"),
-    ("meet", 3, "arrival at block 2 of a cluster of 2"),
+    ("meet", 3, "block 2 of a cluster of 2"),
     ("meet", 4, "a second cluster_arrive without cluster_wait"),
 ]
 # Only some orders of the warps show these.
