@@ -34,7 +34,7 @@ def rules() -> dict[str, dict[str, configs.Rule]]:
         ],
         "backward": [
             *({"threads": threads, "steps": steps} for threads in (128, 256, 512) for steps in (1, 2, 4)),
-            {"most": 1024}, {"most": 512}, {"clusters": (132, 66, 33, 16)}, {"clusters": (132, 64, 30, 14)},
+            {"most": 1024}, {"most": 512}, {"clusters": (132, 66, 32, 16)}, {"clusters": (132, 64, 31, 15)},
             {"clusters": (264, 132, 64, 32)},
         ],
     }  # fmt: skip

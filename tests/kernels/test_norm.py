@@ -217,4 +217,4 @@ def test_every_width_has_a_legal_configuration():
 def test_explain_tells_the_configuration(backend):
     x, weight = torch.ones(4, 4096, dtype=torch.bfloat16), torch.ones(4096, dtype=torch.bfloat16)
     told = mk.explain("rms_norm", x, weight, backend=backend).reasons[backend]
-    assert "forward 128 threads a row, 2 rows a block" in told and "backward 128 threads a row, 4 rows a block" in told
+    assert "forward 128 threads a row, 2 rows a block" in told and "backward 128 threads a row, 2 rows a block" in told
