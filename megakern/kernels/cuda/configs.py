@@ -34,7 +34,7 @@ class Rule:
     """Threads of a block that the kernel is compiled for."""
     sums: bool
     """Does a thread keep sums of its columns, so that it cannot hold more than `steps`?"""
-    # A cluster lies within one of the GPU's groups of multiprocessors, so that 4 and 8 leave some of them out. On an H200
+    # A cluster lies within one of the GPU's groups of multiprocessors, so that 4 and 8 leave some out. On an H200
     # not all of 32 clusters of 4 ran at once: 2048 x 65536 backward took 1.75 x the time of 30.
     clusters: tuple[int, int, int, int] = (132, 66, 30, 14)
     """Clusters of 1, 2, 4 and 8 blocks that run at the same time when each block needs a multiprocessor of its own."""
