@@ -111,12 +111,11 @@ struct CrossEntropy {
   float label_smoothing, z_loss;
 };
 
-// loss, lse (M,) of a vocabulary on one rank; both 0 where the target is ignore_index. `threads` of a block; `blocks`, each
-// with many rows and chunks of them on their way in shared memory, or 0: one for each row, with none.
+// loss, lse (M,) of a vocabulary on one rank; both 0 where the target is ignore_index. `threads` of a block, one a row.
 struct CrossEntropyRows {
   CrossEntropy rows;
   float *loss, *lse;
-  int threads, blocks;
+  int threads;
 };
 void cross_entropy_rows(const CrossEntropyRows&, Place);
 
@@ -126,7 +125,7 @@ void cross_entropy_rows(const CrossEntropyRows&, Place);
 struct CrossEntropyParts {
   CrossEntropy rows;
   float *peaks, *sums;
-  int threads, blocks;
+  int threads;
 };
 void cross_entropy_parts(const CrossEntropyParts&, Place);
 struct CrossEntropyShift {

@@ -11,7 +11,7 @@ from megakern.kernels.cuda.module import DTYPES, call, pointer
 from megakern.kernels.memory import contiguous_rows
 
 TILE = 1024  # elements of a block at a time
-LARGEST = 16 * TILE  # of a piece: 64 KB of each fp32 tensor, beside which the search for it costs nothing
+LARGEST = 2 * TILE  # of a piece: 96 to 97 % of an H200's copy rate, 16 tiles 92 %
 ENOUGH = 132 * 8
 """Blocks that fill an H200. Never the GPU's own count, so that a step is planned alike everywhere."""
 
