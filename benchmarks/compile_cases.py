@@ -15,6 +15,7 @@ from megakern.kernels.triton import (
     activation,
     adamw,
     attention,
+    attention_decode,
     configs,
     cross_entropy,
     dropout,
@@ -179,7 +180,7 @@ def _add_attention() -> None:
         for config in others if D >= 64 else ():
             choice = {(role, D): (config,)}
             CASES[f"attention {D} {role} {config.name}"] = partial(_attention, D, torch.bfloat16, configuration=choice)
-    options = {"window": (128, 0)}, {"softcap": 30.0}, {"dropout_p": 0.1}, {"packed": True}
+    options = {"window": (128, 0)}, {"softcap": 30.0}, {"alibi": True}, {"dropout_p": 0.1}, {"packed": True}
     everything = {name: value for option in options for name, value in option.items()}
     for option in options:
         CASES[f"attention 128 bf16 {next(iter(option))}"] = partial(_attention, 128, torch.bfloat16, **option)
@@ -190,9 +191,32 @@ def _add_attention() -> None:
         CASES[f"attention {D} fp16"] = partial(_attention, D, torch.float16)
 
 
+def _decode(D: int, dtype: torch.dtype, page: int | None = None, T: int = 1, window=(-1, 0), softcap=0.0, alibi=False):
+    q, lengths = tensor(2, T, 32, D, dtype=dtype), tensor(2, dtype=torch.int32)
+    shape = (2, 8192, 4, D) if page is None else (16384 // page, page, 4, D)
+    k, v = (tensor(*shape, dtype=dtype) for _ in range(2))
+    table = None if page is None else tensor(2, 8192 // page, dtype=torch.int32)
+    slopes = tensor(32, dtype=torch.float32) if alibi else None
+    attention_decode.decode(q, k, v, table, None if page is None else lengths, slopes, window, D**-0.5, softcap)
+
+
+def _add_decode() -> None:
+    for D in (64, 128, 256):
+        CASES[f"attention decode {D} bf16"] = partial(_decode, D, torch.bfloat16)
+        CASES[f"attention decode {D} fp32"] = partial(_decode, D, torch.float32)
+    CASES["attention decode 128 bf16 64 rows"] = partial(_decode, 128, torch.bfloat16, T=8)
+    CASES["attention decode 80 fp16"] = partial(_decode, 80, torch.float16)
+    for page in (16, 256):
+        CASES[f"paged_attention 128 bf16 {page}"] = partial(_decode, 128, torch.bfloat16, page)
+    CASES["paged_attention 128 bf16 with everything"] = partial(
+        _decode, 128, torch.bfloat16, 16, window=(128, 0), softcap=30.0, alibi=True
+    )
+
+
 for dtype, short in SHORT.items():
     CASES[f"linear_cross_entropy {short}"] = partial(_linear_cross_entropy, dtype)
 _add_attention()
+_add_decode()
 _add_linear()
 _add_norms()
 _add_optimizer()

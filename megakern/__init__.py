@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "attention": "ops.attention",
+    "paged_attention": "ops.paged_attention",
     "rope": "ops.rope",
     "linear": "ops.linear",
     "gelu": "ops.activation",

@@ -80,12 +80,9 @@ def _check(q, k, v, window, softcap, alibi_slopes, dropout_p, seed, dropout_offs
         raise ValueError(f"attention: q and k must have the same batch size, got {q.shape[0]} and {k.shape[0]}")
     if cu_seqlens is not None:
         _check_packed(q, k, cu_seqlens)
-    if window is not None and (len(window) != 2 or any(side is not None and side < 0 for side in window)):
-        raise ValueError(f"attention: window must be (left, right), each None or at least 0, got {window}")
-    if not softcap >= 0.0:
-        raise ValueError(f"attention: softcap must be at least 0 (0: none), got {softcap}")
+    check_window_and_cap("attention", window, softcap)
     if alibi_slopes is not None:
-        _check_slopes(q, alibi_slopes, cu_seqlens)
+        check_slopes("attention", q, q.shape[0] if cu_seqlens is None else cu_seqlens[0].shape[0] - 1, alibi_slopes)
     check_rate_and_seed("attention", "dropout_p", dropout_p, seed)
     if len(dropout_offset) != 2 or min(dropout_offset) < 0:
         raise ValueError(
@@ -93,16 +90,24 @@ def _check(q, k, v, window, softcap, alibi_slopes, dropout_p, seed, dropout_offs
         )
 
 
-def _check_slopes(q, slopes, cu_seqlens) -> None:
-    B, H = q.shape[0] if cu_seqlens is None else cu_seqlens[0].shape[0] - 1, q.shape[-2]
+def check_window_and_cap(op: str, window, softcap) -> None:
+    if window is not None and (len(window) != 2 or any(side is not None and side < 0 for side in window)):
+        raise ValueError(f"{op}: window must be (left, right), each None or at least 0, got {window}")
+    if not softcap >= 0.0:
+        raise ValueError(f"{op}: softcap must be at least 0 (0: none), got {softcap}")
+
+
+def check_slopes(op: str, q, B: int, slopes) -> None:
+    """B: samples, or packed sequences."""
+    H = q.shape[-2]
     if slopes.dtype != torch.float32 or tuple(slopes.shape) not in ((H,), (B, H)):
         raise ValueError(
-            f"attention: alibi_slopes must be float32 of shape (H,) = ({H},) or (B, H) = ({B}, {H}), "
+            f"{op}: alibi_slopes must be float32 of shape (H,) = ({H},) or (B, H) = ({B}, {H}), "
             f"got {slopes.dtype} {tuple(slopes.shape)}"
         )
-    checks.same_device("attention", "q", q, "alibi_slopes", slopes)
+    checks.same_device(op, "q", q, "alibi_slopes", slopes)
     if slopes.requires_grad:
-        raise ValueError("attention: alibi_slopes get no gradient; pass alibi_slopes.detach()")
+        raise ValueError(f"{op}: alibi_slopes get no gradient; pass alibi_slopes.detach()")
 
 
 def _check_packed(q, k, cu_seqlens) -> None:

@@ -15,6 +15,7 @@ from megakern.kernels.memory import empty, empty_like
 from megakern.kernels.triton import attention_backward as backward
 from megakern.kernels.triton import attention_tiles as tiles
 from megakern.kernels.triton import configs
+from megakern.kernels.triton.attention_decode import decode
 from megakern.kernels.triton.dropout import fold, keep
 from megakern.kernels.triton.launch import launch
 
@@ -117,6 +118,8 @@ def attention_forward(
     q, k, v, q_offsets, k_offsets, slopes, window, scale, softcap, dropout_p, dropout_key, deterministic
 ):
     """-> out like q, lse (B, H, T), packed (H, T), in fp32."""
+    if configs.decodes(q.shape[-3], q.shape[-2] // k.shape[-2], q_offsets is not None, dropout_p > 0):
+        return decode(q, k, v, None, None, slopes, window, scale, softcap)
     out = empty_like(q)
     lse = empty((*q.shape[:-3], q.shape[-2], q.shape[-3]), torch.float32, q.device)
     q, k, v = tiles.by_rows(q, k, v)

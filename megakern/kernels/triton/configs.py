@@ -368,9 +368,44 @@ def attention_row_sums(D: int) -> Config:
     return Config("row-sums", {"ROWS": rows}, 4, why="32 elements of two tensors a thread")
 
 
+FEW_ROWS = 64  # of a group's query heads together: one block of the decoding kernel
+COMBINE = Config("combine", {"SPLITS": 128}, 1, why="a row of out: splits x D sums for one warp")
+
+
+def decodes(T: int, G: int, packed: bool, dropout: bool) -> bool:
+    """Is the forward pass that of attention_decode.py? For as few rows as fit one block of it."""
+    return T * G <= FEW_ROWS and not packed and not dropout
+
+
+def attention_decode(rows: int, D: int, dtype: torch.dtype) -> Config:
+    BM, BD, bytes_a_row = min(FEW_ROWS, max(16, power_of_two(rows))), head_tile(D), head_tile(D) * dtype.itemsize
+    if dtype == torch.float32:  # operands in registers
+        return _attention_tile(f"decode-fp32-{BD}", 16, 16, 4, 2, "16 rows at a time, without tensor cores")
+    BN = min(128, max(32, 16384 // bytes_a_row))
+    return _attention_tile(f"decode-{BM}x{BN}", BM, BN, 4, 3, "16 KB of keys in flight a stage, several programs an SM")
+
+
+PROGRAMS = 264  # two for each SM of the largest sm_90, which hide each other's latency; never the GPU's own count
+
+
+def key_splits(programs: int, S: int, config: Config) -> int:
+    """Pieces of the keys: the fewest within 85 % of the best share of busy places, each of two blocks or more."""
+    most = max(1, min(COMBINE.tiles["SPLITS"], cdiv(S, 2 * config.tiles["BN"])))
+    busy = [n * programs / (cdiv(n * programs, PROGRAMS) * PROGRAMS) for n in range(1, most + 1)]
+    return 1 + next(n for n, share in enumerate(busy) if share >= 0.85 * max(busy)) if programs else 1
+
+
+def _decode(problem) -> dict[str, Config]:
+    T, H, Hkv, D = (problem.sizes[name] for name in ("T", "H", "Hkv", "D"))
+    return {"decode": attention_decode(T * (H // Hkv), D, problem.dtype)}
+
+
 def _attention(problem) -> dict[str, Config]:
-    D = problem.sizes["D"]
-    return {role: attention(role, D, problem.dtype) for role in ("forward", "key-value gradient", "query gradient")}
+    T, H, Hkv, D = (problem.sizes[name] for name in ("T", "H", "Hkv", "D"))
+    few = decodes(T, H // Hkv, problem.options["packed"], problem.options["dropout"])
+    forward = _decode(problem) if few else {"forward": attention("forward", D, problem.dtype)}
+    roles = ("key-value gradient", "query gradient")
+    return forward | {role: attention(role, D, problem.dtype) for role in roles}
 
 
 def _attention_refusal(problem) -> str | None:
@@ -420,6 +455,7 @@ OPS = {
     "cross_entropy": Op(_cross_entropy),
     "dropout": Op(_dropout),
     "gelu": Op(_gelu),
+    "paged_attention": Op(_decode, _attention_refusal),
     "linear": Op(_linear, no_bf16_products),
     "linear_cross_entropy": Op(_linear_cross_entropy, no_bf16_products),
     "rope": Op(_rope),

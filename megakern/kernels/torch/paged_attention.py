@@ -1,0 +1,21 @@
+"""Paged attention for any device: each sequence's pages are gathered, then it is one call of attention."""
+
+from __future__ import annotations
+
+import torch
+
+from megakern.kernels.torch.attention import attention_forward
+
+
+def paged_attention(q, k_cache, v_cache, block_table, lengths, slopes, window, scale, softcap):
+    """-> out like q, lse (B, H, T) in fp32 (fp64 for fp64)."""
+    B, T, H, _ = q.shape
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_empty((B, H, T), dtype=torch.promote_types(q.dtype, torch.float32))
+    for b, length in enumerate(lengths.tolist()):
+        pages = block_table[b, : -(-length // k_cache.shape[1])].long()
+        keys, values = (cache[pages].flatten(0, 1)[None, :length] for cache in (k_cache, v_cache))
+        own_slopes = slopes if slopes is None or slopes.ndim == 1 else slopes[b]
+        how = (None, None, own_slopes, window, scale, softcap, 0.0, (0, 0, 0), True)
+        out[b : b + 1], lse[b : b + 1] = attention_forward(q[b : b + 1], keys, values, *how)
+    return out, lse
