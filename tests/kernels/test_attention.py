@@ -235,7 +235,7 @@ def test_what_is_refused(backend, device):
 
 @pytest.mark.only("triton")
 def test_explains_itself(backend, device):
-    explained = str(mk.explain(attention, **make(1, 2, 2, 1, 1, 100, torch.float16, device), backend=backend))
+    explained = str(mk.explain(attention, **make(1, 65, 65, 1, 1, 100, torch.float16, device), backend=backend))
     for role in ("forward", "key-value gradient", "query gradient"):
         assert f"{role} '{configs.ATTENTION[role, 128][0].name}'" in explained
 

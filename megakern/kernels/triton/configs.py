@@ -390,9 +390,11 @@ PROGRAMS = 264  # two for each SM of the largest sm_90, which hide each other's 
 
 def key_splits(programs: int, S: int, config: Config) -> int:
     """Pieces of the keys: the fewest within 85 % of the best share of busy places, each of two blocks or more."""
+    if programs == 0:
+        return 1
     most = max(1, min(COMBINE.tiles["SPLITS"], cdiv(S, 2 * config.tiles["BN"])))
     busy = [n * programs / (cdiv(n * programs, PROGRAMS) * PROGRAMS) for n in range(1, most + 1)]
-    return 1 + next(n for n, share in enumerate(busy) if share >= 0.85 * max(busy)) if programs else 1
+    return 1 + next(n for n, share in enumerate(busy) if share >= 0.85 * max(busy))
 
 
 def _decode(problem) -> dict[str, Config]:
