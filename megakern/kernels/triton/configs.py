@@ -109,7 +109,7 @@ def norm_backward(C: int) -> tuple[Config, ...]:
     copy rate.
     """
     cols = max(NARROWEST, power_of_two(C))
-    few = "16 bytes or less, in a loop that waits for memory: ptxas prefers fewer registers, so that more programs fit"
+    few = "24 bytes or less, in a loop that waits for memory: ptxas prefers fewer registers, so that more programs fit"
     if cols > WIDEST_BACKWARD:
         why = "a row in chunks; its second reading comes from L2"
         return (Config("backward-chunks", {"COLS": 4096}, 8, why=why, spills=few),)
@@ -225,10 +225,16 @@ WIDE_DEEP = _linear_config("256-wide-4", 128, 256, 64, 8, 4, "one more stage in 
 TALL = _linear_config("256-tall", 256, 128, 64, 8, 3, "as '256-wide', for few columns")
 SQUARE = _linear_config("square", 128, 128, 64, 8, 3, "twice the tiles of '256-wide' (98 KB)")
 SQUARE_4 = _linear_config("square-4-warps", 128, 128, 64, 4, 4, "one warpgroup: two programs share an SM")
-SMALL = _linear_config("small", 64, 64, 64, 4, 4, "8 times the tiles of '256-wide'")
+SMALL = _linear_config(
+    "small", 64, 64, 64, 4, 4, "8 times the tiles of '256-wide'",
+    spills="8 bytes on sm_100: ptxas prefers 72 registers, so that more programs fit",
+)  # fmt: skip
 WIDE_FLAT = _linear_config("256-wide-flat", 128, 256, 32, 8, 4, "for sm_100, where '256-wide' spills if transposed")
 HALF = _linear_config("half", 64, 128, 64, 8, 4, "to add to the output: 32 sums a thread, and their addresses")
-LINEAR_FP32 = _linear_config("fp32", 64, 64, 16, 4, 3, "no tensor cores in full precision: 32 sums a thread")
+LINEAR_FP32 = _linear_config(
+    "fp32", 64, 64, 16, 4, 3, "no tensor cores in full precision: 32 sums a thread",
+    spills="16 bytes on sm_80: full precision waits for its multiplications, 16 a step and sum",
+)  # fmt: skip
 LINEAR = (WIDE, WIDE_DEEP, TALL, SQUARE, SQUARE_4, SMALL, WIDE_FLAT, HALF)
 ENOUGH_TILES = 132  # one for each SM of the largest sm_90; never the GPU's own count, so that results repeat anywhere
 
@@ -248,9 +254,10 @@ def linear(
     elif generation == 8:  # twice the registers for operands that sm_90 reads from shared memory: '256-wide' spills
         large, medium = (), (SQUARE,)
     elif generation == 9:
-        large, medium = () if heavy else (WIDE, WIDE_DEEP, TALL), (SQUARE, SQUARE_4)
-        if transposed:  # these spill then
+        large, medium = (WIDE, WIDE_DEEP, TALL), (SQUARE,) if heavy else (SQUARE, SQUARE_4)
+        if transposed:  # the others spill then
             large, medium = large[:1], medium[:1]
+        large = () if heavy else large
     else:
         large, medium = () if heavy else (WIDE_FLAT,) if transposed else (WIDE, WIDE_FLAT), (SQUARE,)
     options = (*large, *medium, SMALL)
@@ -303,7 +310,9 @@ def head_tile(D: int) -> int:
 
 
 def _attention_tile(name: str, BM: int, BN: int, warps: int, stages: int, why: str) -> Config:
-    return Config(name, {"BM": BM, "BN": BN}, warps, stages, why)
+    return Config(
+        name, {"BM": BM, "BN": BN}, warps, stages, why, spills="not mended: sums and scores exceed 255 registers"
+    )
 
 
 # (role, BD) -> the configuration of 16-bit dtypes, first, and the others that are worth a measurement.
