@@ -5,6 +5,8 @@ With residual: read x and the residual, write y and their sum; backward: read th
 
 from __future__ import annotations
 
+import importlib.util
+
 from torch.nn import functional as F
 
 import megakern as mk
@@ -17,6 +19,15 @@ SHAPES = {
 }
 
 
+def liger(options, call):
+    """Liger-Kernel's norm among the contestants, where it is installed and there is a GPU."""
+    if options.device.type != "cuda" or importlib.util.find_spec("liger_kernel") is None:
+        return {}
+    from liger_kernel.transformers import functional
+
+    return {"Liger": lambda *inputs: call(functional, *inputs)}
+
+
 def layer_norms(options):
     for shape in options.shape:
         M, C = sizes(shape)
@@ -25,6 +36,7 @@ def layer_norms(options):
         contestants = {
             **ours(options, "layer_norm", lambda x, w, b, backend: mk.layer_norm(x, w, b, backend=backend)),
             "torch": lambda x, w, b: F.layer_norm(x, w.shape, w, b),
+            **liger(options, lambda peer, x, w, b: peer.liger_layer_norm(x, w, b, 1e-5)),
         }
         yield Case(shape, contestants, (x, weight, bias), 2 * moved, "B", 3 * moved)
 
@@ -37,6 +49,7 @@ def rms_norms(options):
         contestants = {
             **ours(options, "rms_norm", lambda x, w, backend: mk.rms_norm(x, w, backend=backend)),
             "torch": lambda x, w: F.rms_norm(x, w.shape, w, 1e-6),
+            **liger(options, lambda peer, x, w: peer.liger_rms_norm(x, w, 1e-6, in_place=False)),
         }
         yield Case(shape, contestants, (x, weight), 2 * moved, "B", 3 * moved)
 
