@@ -31,8 +31,8 @@ def loss_calls(logits, targets):
     options = (-100, 0.0, 0.0, logits.shape[1], Shard(None, 0, logits.shape[1]))
     calls = {"triton": lambda: triton.row_losses(logits, targets, *options)}
     for threads in (128, 256, 512):
-        arguments = ("READING_THREADS", threads, cross_entropy.row_losses, logits, targets, *options)
-        calls[f"{threads} threads"] = with_plan(*arguments)
+        plan = ("threads_for", lambda chunks, threads=threads: threads)
+        calls[f"{threads} threads"] = with_plan(*plan, cross_entropy.row_losses, logits, targets, *options)
     return calls
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -106,8 +107,6 @@ def test_import_needs_no_gpu_no_triton_and_no_time():
         "sys.modules['triton'] = None  # any import of it fails from here on\n"
         "for name in megakern.__all__: getattr(megakern, name)\n"
     )
-    import sys
-
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
 
 
@@ -120,3 +119,17 @@ def test_readme_file_tree_is_true():
     assert not absent, f"in README's tree and not in the project: {absent}"
     wanted = {str(p.relative_to(ROOT)) for p in modules() if p.name not in ("__init__.py", "__main__.py")}
     assert not wanted - listed, f"not in README's tree: {sorted(wanted - listed)}"
+
+
+def test_ops_are_known_before_their_first_use():
+    """`import megakern` loads no op; names of ops are still right, and wrong ones refused, at the first call of all."""
+    program = (
+        "import megakern as mk\n"
+        "with mk.use_backend('torch', op='attention'): pass\n"
+        "from megakern.ops.dispatch import ops_of\n"
+        "assert {'rms_norm', 'AdamW', 'dropout'} <= set(ops_of('torch')), ops_of('torch')\n"
+        "try: mk.explain('attentoin')\n"
+        "except ValueError as error: assert 'rope' in str(error), error\n"
+        "else: raise AssertionError('a wrong name was accepted')\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)

@@ -97,8 +97,8 @@ BOXES = [  # shape of x (outermost first), box and coordinates (innermost first)
     ((100,), (32,), (80,), False),
     ((40, 64), (64, 16), (0, 8), True),
     ((40, 72), (64, 16), (64, 32), True),  # over both ends
-    ((40, 64), (64, 16), (-8, -5), True),  # before both starts
-    ((40, 64), (24, 9), (5, 3), False),
+    ((40, 64), (64, 16), (-8, -5), True),  # before both starts: loads alone
+    ((40, 64), (24, 9), (5, 3), False),  # loads alone
     ((3, 20, 64), (64, 8, 2), (0, 16, 1), True),
     ((2, 3, 20, 64), (64, 8, 2, 2), (0, 4, 2, 1), True),
     ((40, 64), (64, 16), (64, 0), True),  # all outside
@@ -118,6 +118,8 @@ def test_boxes(machine, shape, box, at, swizzle, dtype):
     _, out = machine("tma_load", [x, torch.full((expected.numel(),), 0xEE, dtype=torch.uint8)], numbers)
     assert same_bits(out, expected)
 
+    if at[0] % box[0]:  # an H200 ends such a store with an illegal instruction, and copies any start of a load
+        return
     tile = whole(*box[::-1], dtype=dtype)
     after = x.clone()
     for index in inside.nonzero().tolist():
@@ -267,7 +269,8 @@ def test_approximations(machine):
     _, y = machine("approximations", [x, torch.zeros(5, x.numel())], [x.numel()])
     wide = x.double()
     exact = [wide.exp2(), wide.log2(), 1 / wide, wide.rsqrt(), wide.tanh()]
-    for ours, value, bound in zip(y, exact, [2**-22, 2**-22, 2**-22, 2**-22, 2**-10.9], strict=True):
+    bounds = [2**-22, 2**-20, 2**-22, 2**-22, 2**-10.9]  # of log2 2^-22 absolute: 2^-20 of 1/4
+    for ours, value, bound in zip(y, exact, bounds, strict=True):
         finite = value < 3e38
         error = (ours.double() - value).abs() / value.abs().clamp(min=0.25)
         assert error[finite].max() <= bound, math.log2(error[finite].max())

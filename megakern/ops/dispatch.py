@@ -19,6 +19,8 @@ import functools
 import importlib
 import importlib.util
 import logging
+import os
+import pkgutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -65,7 +67,9 @@ class Explanation:
         return "\n".join([head, *(f"  {backend:<7}{reason}" for backend, reason in self.reasons.items())])
 
 
-OPS: dict[str, Callable[..., Problem]] = {}  # public name -> function of the public arguments that states the problem
+# Public name -> function of the public arguments that states the problem. An op adds itself when its module is loaded,
+# which `import megakern` leaves to the first use: `_known` looks at all of them.
+OPS: dict[str, Callable[..., Problem]] = {}
 
 _overrides: tuple[tuple[str | None, str], ...] = ()  # a plain tuple: dynamo cannot trace a ContextVar
 _logged: set[tuple[str, str]] = set()
@@ -102,10 +106,24 @@ def refusal(backend: str, problem: Problem) -> str | None:
     return UNAVAILABLE[backend] or _MODULES[backend].supports(problem)
 
 
+def _known(op: str) -> bool:
+    """Is this the name of an op? Loads all ops before it says no."""
+    if op not in OPS:
+        _load_all_ops()
+    return op in OPS
+
+
+@functools.cache
+def _load_all_ops() -> None:
+    for module in pkgutil.iter_modules([os.path.dirname(__file__)]):
+        importlib.import_module(f"megakern.ops.{module.name}")
+
+
 def ops_of(backend: str) -> list[str]:
     """The public ops that `backend` has kernels for, on this machine or another. Raises ValueError: unknown backend."""
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; the backends are {', '.join(BACKENDS)}")
+    _load_all_ops()
     return sorted(set(OPS) & set(getattr(_MODULES[backend], "OPS", OPS))) if _MODULES[backend] else []
 
 
@@ -160,7 +178,7 @@ def use_backend(backend: str, op: str | None = None) -> Iterator[None]:
     global _overrides
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; the backends are {', '.join(BACKENDS)}")
-    if op is not None and op not in OPS:
+    if op is not None and not _known(op):
         raise ValueError(f"unknown op {op!r}; the ops are {', '.join(sorted(OPS))}")
     before = _overrides
     _overrides = (*before, (op, backend))
@@ -177,7 +195,7 @@ def explain(op: str | Callable, *args, **kwargs) -> Explanation:
     print(mk.explain(mk.attention, q, k, v, causal=True))
     """
     name = op if isinstance(op, str) else op.__name__
-    if name not in OPS:
+    if not _known(name):
         raise ValueError(f"unknown op {name!r}; the ops are {', '.join(sorted(OPS))}")
     asked = kwargs.pop("backend", None) or _overridden(name)
     problem = OPS[name](*args, **kwargs)

@@ -173,7 +173,7 @@ def test_the_plan_uses_the_chip_and_explain_shows_it(device, backend):
 
     h200 = (132, 227 << 10)
     assert plan(8192, 131072, 2, *h200).read_again == 0 and plan(8192, 151936, 2, *h200).read_again == 0
-    assert plan(8192, 32000, 2, *h200).blocks == 2 * 132 and plan(8, 32000, 2, *h200).blocks == 8
+    assert plan(8192, 32000, 2, *h200).blocks == 3 * 132 and plan(8, 32000, 2, *h200).blocks == 8
     assert 0 < plan(8192, 262144, 2, *h200).read_again < 0.5
     logits, targets = make((7,), 13, device)
     text = str(mk.explain("cross_entropy", logits, targets, in_place=True, backend=backend))

@@ -17,11 +17,9 @@ HELD = 10
 """Chunks of 16 bytes that a thread holds in registers, where shared memory alone cannot keep a row; as in the .cu."""
 
 SUMS_BYTES = 1024  # of shared memory, for the sums of a block: room to spare
-READING_THREADS = 128
-"""Of a block that reads a row for its loss: on an H200 4.5 TB/s of 131072 columns, 3.9 of 32000 (512: 4.4, 3.0)."""
-
 THREADS = {512: 128, 4096: 256}
-"""For rows of up to so many chunks; above 512. 16384 x 32000 on an H200: 256 threads 579 us, 128 605, 512 632."""
+"""For rows of up to so many chunks; above 512. Loss and gradient of 16384 x 32000 on an H200: 256 threads 579 us, 128
+605, 512 632. The loss alone takes as many, so that both ways give the same bits; 128 would be 2 to 4 % faster."""
 
 
 def threads_for(chunks: int) -> int:
@@ -90,12 +88,13 @@ def row_losses(logits, targets, ignore_index, label_smoothing, z_loss, vocab_siz
     M = logits.shape[0]
     rows = _rows(logits, targets, ignore_index, label_smoothing, z_loss, vocab_size, shard)
     loss, lse = (empty((M,), torch.float32, logits.device) for _ in range(2))
+    threads = threads_for(shard.real * logits.element_size() // 16)
     if shard.group is None:
-        call("cross_entropy_rows", logits, *rows, loss.data_ptr(), lse.data_ptr(), READING_THREADS)
+        call("cross_entropy_rows", logits, *rows, loss.data_ptr(), lse.data_ptr(), threads)
         return loss, lse
     peaks = empty((M,), torch.float32, logits.device)
     sums = empty((3 if label_smoothing else 2, M), torch.float32, logits.device)
-    call("cross_entropy_parts", logits, *rows, peaks.data_ptr(), sums.data_ptr(), READING_THREADS)
+    call("cross_entropy_parts", logits, *rows, peaks.data_ptr(), sums.data_ptr(), threads)
     highest = peaks.clone()
     trace.collective("all_reduce", highest, shard.group)
     dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=shard.group)

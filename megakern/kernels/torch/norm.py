@@ -14,6 +14,11 @@ def _wide(x: torch.Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def _mixable(x):
+    """PyTorch's layer norm takes weights of another dtype than x on CPUs alone."""
+    return x if x.device.type == "cpu" else x.to(_wide(x))
+
+
 def norm_forward(x, weight, bias, residual, eps, centre):
     """-> y (..., C), h (..., C) or empty, mean (...) or empty, rstd (...); statistics fp32 (fp64 for fp64)."""
     if native.takes(x, residual):
@@ -23,8 +28,8 @@ def norm_forward(x, weight, bias, residual, eps, centre):
     wide_weight = weight.to(_wide(x))
     if centre:
         wide_bias = None if bias is None else bias.to(_wide(x))
-        y, mean, rstd = torch.native_layer_norm(h, h.shape[-1:], wide_weight, wide_bias, eps)
-        return y, added, mean.squeeze(-1), rstd.squeeze(-1)
+        y, mean, rstd = torch.native_layer_norm(_mixable(h), h.shape[-1:], wide_weight, wide_bias, eps)
+        return y.to(x.dtype), added, mean.squeeze(-1), rstd.squeeze(-1)
     wide = h.to(_wide(x))
     rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     y = (wide * rstd).mul_(wide_weight).to(x.dtype)
@@ -38,8 +43,8 @@ def norm_backward(dy, dh, h, weight, mean, rstd, with_bias, centre):
     wide_weight = weight.to(rstd.dtype)
     if centre and h.numel() > 0:
         dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
-            dy.contiguous(),
-            h.contiguous(),
+            _mixable(dy.contiguous()),
+            _mixable(h.contiguous()),
             h.shape[-1:],
             mean.unsqueeze(-1),
             rstd.unsqueeze(-1),

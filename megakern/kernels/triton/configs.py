@@ -136,9 +136,13 @@ SUM_PARTS = Config(
 )  # fmt: skip
 
 
-@functools.lru_cache(maxsize=256)
 def norm(which: str, C: int, dtype: torch.dtype, centre: bool, residual: bool) -> Choice:
-    """which: "forward" or "backward"."""
+    """which: "forward" or "backward". A compiler's symbolic size becomes a number here: the cache cannot hash it."""
+    return _norm_choice(which, int(C), dtype, centre, residual)
+
+
+@functools.lru_cache(maxsize=256)
+def _norm_choice(which, C, dtype, centre, residual) -> Choice:
     kind = f"{'layer' if centre else 'rms'}_norm{' residual' if residual else ''}"
     options = norm_forward(C) if which == "forward" else norm_backward(C)
     return Choice(options, f"{kind} {which} {str(dtype).removeprefix('torch.')} C={C}")
@@ -199,12 +203,10 @@ def _vocabulary(M: int, V: int, dtype: torch.dtype) -> str:
     return f"{str(dtype).removeprefix('torch.')} M<={power_of_two(M)} V<={power_of_two(V)}"
 
 
-@functools.lru_cache(maxsize=256)
 def cross_entropy(M: int, V: int, dtype: torch.dtype) -> Choice:
     return Choice(CROSS_ENTROPY, f"cross_entropy forward {_vocabulary(M, V, dtype)}")
 
 
-@functools.lru_cache(maxsize=256)
 def cross_entropy_gradient(M: int, V: int, dtype: torch.dtype) -> Choice:
     return Choice(CROSS_ENTROPY_GRADIENT, f"cross_entropy backward {_vocabulary(M, V, dtype)}")
 
@@ -270,7 +272,7 @@ def linear(
 
 def product(M: int, N: int, K: int, dtype: torch.dtype, transposed=False, heavy=False, accumulate=False) -> Choice:
     """For out (M, N) = a (M, K) b (K, N). The class of problems that share a tuned choice: sizes to powers of two."""
-    return _product(M, N, K, dtype, transposed, heavy, accumulate, generation())
+    return _product(int(M), int(N), int(K), dtype, transposed, heavy, accumulate, generation())
 
 
 @functools.lru_cache(maxsize=1024)
