@@ -237,7 +237,8 @@ def test_explain_names_the_tile(device, backend):
 
 def test_the_cost_model_takes_the_tiles_that_fill_the_machine():
     choose = partial(cuda_linear.choose_tile, blocks=132)
-    assert choose(8192, 8192, 8192).cols == 256
+    assert choose(8192, 8192, 8192).cols == choose(4096, 4096, 4096).cols == 256
+    assert choose(8192, 16384, 4096, heavy=True).cols == 128  # ping-pong hides what follows the product
     assert choose(16, 4096, 4096).rows == 64  # a taller tile computes rows that are not there
     small = choose(1024, 1024, 4096)  # 32 tiles of 128 x 256 would leave 100 multiprocessors idle
     assert small.rows * small.cols < 128 * 256

@@ -64,7 +64,9 @@ def _not_hopper() -> str | None:
 def _linear_tile(problem) -> str:
     from megakern.kernels.cuda.linear import choose_tile, multiprocessors  # which loads the compiled modules
 
-    tile = choose_tile(*(problem.sizes[name] for name in "MNK"), multiprocessors(torch.device(problem.device)))
+    heavy = any(problem.options[name] for name in ("activation", "bias", "residual"))
+    sizes = [problem.sizes[name] for name in "MNK"]
+    tile = choose_tile(*sizes, multiprocessors(torch.device(problem.device)), heavy)
     return f"TMA and wgmma, warp-specialised, persistent blocks; {tile} of the product x W^T"
 
 
