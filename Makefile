@@ -1,9 +1,9 @@
-# make demo    train a small GPT on Python's own source, from nothing to a sample (7 to 8 minutes on two cores)
+# make demo    train a small GPT on Python's own source, from nothing to a sample (4 to 8 minutes on two cores)
 # make test    all tests but the long ones (7 minutes on two cores, set-up included)
 # make faults  every promise about faults at its full number of trials, in build/faults.json (9 minutes of processor time)
 # make gates   compile every Triton and CUDA kernel for sm_80, sm_90 and sm_100, hold it against benchmarks/*_budget.json
 # make asan    CUDA kernels on the CPU under ASan and UBSan; make race: under TSan (their times are not yet measured)
-# make gpu     where there is an NVIDIA GPU: build, run all GPU tests and benchmarks, results in build/gpu (9 minutes)
+# make gpu     where there is an NVIDIA GPU: build, run all GPU tests and benchmarks, results in build/gpu (stops after 9 minutes)
 # make sanitize  where there is an NVIDIA GPU: compute-sanitizer over the tests of the CUDA kernels
 # All but the last two make .venv first, with the pinned packages of requirements*.txt. Choose the interpreter with PYTHON=python3.12.
 

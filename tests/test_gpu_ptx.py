@@ -42,6 +42,7 @@ def machine(request):
                 assert same_bits(one, other)
         return results[0]
 
+    run.name = request.param
     return run
 
 
@@ -97,12 +98,17 @@ BOXES = [  # shape of x (outermost first), box and coordinates (innermost first)
     ((100,), (32,), (80,), False),
     ((40, 64), (64, 16), (0, 8), True),
     ((40, 72), (64, 16), (64, 32), True),  # over both ends
-    ((40, 64), (64, 16), (-8, -5), True),  # before both starts: loads alone
-    ((40, 64), (24, 9), (5, 3), False),  # loads alone
+    ((40, 64), (64, 16), (-8, -5), True),  # before both starts
+    ((40, 64), (24, 9), (5, 3), False),
     ((3, 20, 64), (64, 8, 2), (0, 16, 1), True),
     ((2, 3, 20, 64), (64, 8, 2, 2), (0, 4, 2, 1), True),
     ((40, 64), (64, 16), (64, 0), True),  # all outside
 ]
+# (shape, at) as the test has them; the emulator takes these stores, so here the two differ.
+REFUSED_STORES = {
+    BF16: [((40, 64), (-8, -5)), ((40, 64), (5, 3))],
+    FP32: [((40, 32), (-4, -5)), ((40, 32), (5, 3))],
+}
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32])
@@ -118,8 +124,8 @@ def test_boxes(machine, shape, box, at, swizzle, dtype):
     _, out = machine("tma_load", [x, torch.full((expected.numel(),), 0xEE, dtype=torch.uint8)], numbers)
     assert same_bits(out, expected)
 
-    if at[0] % box[0]:  # an H200 ends such a store with an illegal instruction, and copies any start of a load
-        return
+    if machine.name == "gpu" and (shape, at) in REFUSED_STORES[dtype]:
+        pytest.skip("an H200 ends the store of this box, not its load, with an illegal instruction; why is not known")
     tile = whole(*box[::-1], dtype=dtype)
     after = x.clone()
     for index in inside.nonzero().tolist():
