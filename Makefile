@@ -3,6 +3,7 @@
 # make faults  every promise about faults at its full number of trials, in build/faults.json (9 minutes on two cores)
 # make gates   compile every Triton and CUDA kernel for sm_80, sm_90 and sm_100, hold it against benchmarks/*_budget.json
 # make asan    CUDA kernels on the CPU under ASan and UBSan; make race: under TSan (their times are not yet measured)
+# make bench   every benchmark of this machine into benchmarks/results, then its pictures and tables (15 minutes; LIMIT=5)
 # make gpu     where there is an NVIDIA GPU: build, run all GPU tests and benchmarks, results in build/gpu (stops after 9 minutes)
 # make sanitize  where there is an NVIDIA GPU: compute-sanitizer over the tests of the CUDA kernels
 # All but the last two make .venv first, with the pinned packages of requirements*.txt. Choose the interpreter with PYTHON=python3.12.
@@ -77,8 +78,10 @@ lint: .venv/dev
 	$(BIN)/python -m ruff check --fix .
 	$(BIN)/python -m ruff format .
 
+# MACHINE names the folder of results (default: the one of this processor, or a new one).
+LIMIT ?= 15
 bench: .venv/dev
-	$(BIN)/python -m benchmarks.bench_train
+	$(BIN)/python -m benchmarks.record --minutes $(LIMIT) $(if $(MACHINE),--machine $(MACHINE))
 
 clean:
 	rm -rf .venv build dist *.egg-info demo megakern/*.so

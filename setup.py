@@ -15,6 +15,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
@@ -46,6 +47,18 @@ def cpu_extension() -> Extension:
         language="c++",
         optional=True,
     )
+
+
+class BuildPackage(build_py):
+    """The package, and in a wheel what `megakern bench` runs (megakern/bench.py says why it is put there)."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            for source in [*Path("benchmarks").glob("*.py"), *Path("benchmarks/peers").glob("*.py")]:
+                target = Path(self.build_lib, "megakern/_suite", source)
+                self.mkpath(str(target.parent))
+                self.copy_file(str(source), str(target))
 
 
 class BuildExtensions(build_ext):
@@ -88,4 +101,4 @@ def extensions() -> list[Extension]:
 
 
 os.chdir(ROOT)
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtensions})
+setup(ext_modules=extensions(), cmdclass={"build_py": BuildPackage, "build_ext": BuildExtensions})

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 import megakern as mk
 from benchmarks.common import Case, draw, main, ours, run, sizes
+from benchmarks.peers.libraries import peer
 
 SHAPES = {
     "cpu": ["3072x1536", "1024x16384"],
@@ -22,6 +23,7 @@ def cases(options, gated: bool):
             contestants = {
                 **ours(options, "swiglu", lambda g, u, backend: mk.swiglu(g, u, backend=backend)),
                 "torch": lambda g, u: F.silu(g) * u,
+                **peer(options, "Liger", "liger_kernel.transformers.functional", lambda m, g, u: m.liger_swiglu(g, u)),
             }
             yield Case(shape, contestants, (x, up), 3 * moved, "B", 5 * moved)
         else:

@@ -1,15 +1,22 @@
-"""Attention beside PyTorch's scaled_dot_product_attention. FLOPs: 4 B H T^2 D, half if causal; backward 2.5 times.
+"""Attention beside PyTorch's implementations, FlexAttention and flash-attn. FLOPs: 4 B H T^2 D, half if causal;
+backward 2.5 times.
 
-On a GPU "torch sdpa" is FlashAttention 2, and "cuDNN" PyTorch's other implementation of the same function.
+On a GPU "torch sdpa" is PyTorch's FlashAttention 2, "cuDNN" and "efficient" its other implementations of that function.
+FlexAttention is compiled, with a block mask made beforehand: on a GPU only, as on CPUs it has no backward pass.
 """
 
 from __future__ import annotations
 
+import functools
+
+import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import megakern as mk
 from benchmarks.common import Case, draw, main, ours, run, sizes
+from benchmarks.peers.libraries import peer
 
 # BxTxHxHkvxD, after a colon "full" where the attention is not causal.
 SHAPES = {
@@ -40,6 +47,23 @@ def by(implementation: SDPBackend, causal: bool):
     return call
 
 
+def efficient(q, k, v, causal: bool):
+    """The memory-efficient implementation has no grouped heads: keys and values are repeated, inside the time."""
+    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
+    return by(SDPBackend.EFFICIENT_ATTENTION, causal)(q, k, v)
+
+
+def flex(T: int, causal: bool, device):
+    mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, T, T, device=device) if causal else None
+    compiled = torch.compile(functools.partial(flex_attention, block_mask=mask), dynamic=False)
+
+    def call(q, k, v):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return compiled(q, k, v, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+
+    return call
+
+
 def cases(options):
     for shape in options.shape:
         dims, _, kind = shape.partition(":")
@@ -53,7 +77,13 @@ def cases(options):
             peers = {
                 "torch sdpa": by(SDPBackend.FLASH_ATTENTION, causal),
                 "cuDNN": by(SDPBackend.CUDNN_ATTENTION, causal),
+                "efficient": functools.partial(efficient, causal=causal),
             }
+            if options.compile:
+                torch._functorch.config.donated_buffer = False  # else a backward pass runs only once
+                peers["FlexAttention"] = flex(T, causal, options.device)
+        call_flash = lambda m, q, k, v, causal=causal: m.flash_attn_func(q, k, v, causal=causal)  # noqa: E731
+        peers |= peer(options, "flash-attn", "flash_attn", call_flash)
         yield Case(shape, {**ours(options, "attention", call), **peers}, inputs, work, "FLOP", 2.5 * work)
 
 

@@ -7,7 +7,10 @@ from torch.nn import functional as F
 
 import megakern as mk
 from benchmarks.common import Case, draw, main, ours, run, sizes
+from benchmarks.peers.libraries import peer
 
+QUACK = ("quack", "quack.cross_entropy")
+LIGER = ("Liger", "liger_kernel.transformers.functional")
 SHAPES = {
     "cpu": ["3072x1024", "1024x50304"],
     "cuda": ["8192x131072", "16384x32000"],
@@ -23,6 +26,7 @@ def cases(options):
         contestants = {
             **ours(options, "cross_entropy", lambda x, backend, t=targets: mk.cross_entropy(x, t, backend=backend)),
             "torch": lambda x, t=targets: F.cross_entropy(x.float(), t),
+            **peer(options, *QUACK, lambda quack, x, t=targets: quack.cross_entropy(x, t)),
         }
         yield Case(shape, contestants, (logits,), moved, "B", 2 * moved)
 
@@ -33,6 +37,10 @@ def with_gradient(loss):
         return torch.autograd.grad(loss(x, **options), x)
 
     return call
+
+
+def copied(loss):
+    return lambda x, **options: loss(x.clone(), **options)
 
 
 def over_itself(logits, targets):
@@ -57,6 +65,9 @@ def both(options):
             **ours(options, "cross_entropy", call),
             **{f"{name} in place": function for name, function in in_place.items()},
             "torch": with_gradient(lambda x, t=targets: F.cross_entropy(x.float(), t)),
+            **peer(options, *QUACK, lambda quack, x, t=targets: with_gradient(quack.cross_entropy)(x, target=t)),
+            # Liger writes the gradient over the logits: each call gets a copy, which is a part of its time.
+            **peer(options, *LIGER, lambda m, x, t=targets: with_gradient(copied(m.liger_cross_entropy))(x, target=t)),
         }
         yield Case(shape, contestants, (logits,), 2 * moved, "B", None)
 

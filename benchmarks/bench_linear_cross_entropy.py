@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 import megakern as mk
 from benchmarks.common import Case, draw, main, ours, run, sizes
+from benchmarks.peers.libraries import peer
 
 SHAPES = {
     "cpu": ["3072x1024x384", "2048x4096x384", "512x50304x768"],
@@ -23,6 +24,13 @@ def with_gradients(loss):
     return call
 
 
+LIGER = ("Liger", "liger_kernel.transformers.functional")
+
+
+def liger(module, x, weight, targets):
+    return with_gradients(lambda x, w: module.liger_fused_linear_cross_entropy(x, w, targets))(x, weight)
+
+
 def cases(options):
     for shape in options.shape:
         M, V, K = sizes(shape)
@@ -33,6 +41,7 @@ def cases(options):
         contestants = {
             **ours(options, "linear_cross_entropy", call),
             "torch": with_gradients(lambda x, w, t=targets: F.cross_entropy(F.linear(x, w).float(), t)),
+            **peer(options, *LIGER, lambda m, x, w, t=targets: liger(m, x, w, t)),
         }
         yield Case(shape, contestants, (x, weight), 6.0 * M * V * K, "FLOP", None)
 

@@ -5,12 +5,11 @@ With residual: read x and the residual, write y and their sum; backward: read th
 
 from __future__ import annotations
 
-import importlib.util
-
 from torch.nn import functional as F
 
 import megakern as mk
 from benchmarks.common import Case, draw, main, ours, run, sizes
+from benchmarks.peers.libraries import peer
 
 SHAPES = {
     "cpu": ["3072x384", "2048x768", "1024x4096"],
@@ -19,13 +18,8 @@ SHAPES = {
 }
 
 
-def liger(options, call):
-    """Liger-Kernel's norm among the contestants, where it is installed and there is a GPU."""
-    if options.device.type != "cuda" or importlib.util.find_spec("liger_kernel") is None:
-        return {}
-    from liger_kernel.transformers import functional
-
-    return {"Liger": lambda *inputs: call(functional, *inputs)}
+LIGER = ("Liger", "liger_kernel.transformers.functional")
+QUACK = ("quack", "quack.rmsnorm")
 
 
 def layer_norms(options):
@@ -36,7 +30,7 @@ def layer_norms(options):
         contestants = {
             **ours(options, "layer_norm", lambda x, w, b, backend: mk.layer_norm(x, w, b, backend=backend)),
             "torch": lambda x, w, b: F.layer_norm(x, w.shape, w, b),
-            **liger(options, lambda peer, x, w, b: peer.liger_layer_norm(x, w, b, 1e-5)),
+            **peer(options, *LIGER, lambda liger, x, w, b: liger.liger_layer_norm(x, w, b, 1e-5)),
         }
         yield Case(shape, contestants, (x, weight, bias), 2 * moved, "B", 3 * moved)
 
@@ -49,7 +43,8 @@ def rms_norms(options):
         contestants = {
             **ours(options, "rms_norm", lambda x, w, backend: mk.rms_norm(x, w, backend=backend)),
             "torch": lambda x, w: F.rms_norm(x, w.shape, w, 1e-6),
-            **liger(options, lambda peer, x, w: peer.liger_rms_norm(x, w, 1e-6, in_place=False)),
+            **peer(options, *LIGER, lambda liger, x, w: liger.liger_rms_norm(x, w, 1e-6, in_place=False)),
+            **peer(options, *QUACK, lambda quack, x, w: quack.rmsnorm(x, w, eps=1e-6)),
         }
         yield Case(shape, contestants, (x, weight), 2 * moved, "B", 3 * moved)
 
@@ -67,6 +62,7 @@ def rms_norms_with_residual(options):
         contestants = {
             **ours(options, "rms_norm", lambda x, w, r, backend: mk.rms_norm(x, w, residual=r, backend=backend)),
             "torch": plain_residual,
+            **peer(options, *QUACK, lambda quack, x, w, r: quack.rmsnorm(x, w, residual=r, eps=1e-6)),
         }
         yield Case(shape, contestants, (x, weight, residual), 4 * moved, "B", 4 * moved)
 

@@ -6,6 +6,7 @@ import torch
 
 import megakern as mk
 from benchmarks.common import Case, draw, main, ours, run, sizes
+from benchmarks.peers.libraries import peer
 
 SHAPES = {
     "cpu": ["12x256x6x64", "2x1024x32x128"],
@@ -23,6 +24,16 @@ def plain(q, k, cos, sin):
     return rotate(q), rotate(k)
 
 
+LIGER = ("Liger", "liger_kernel.transformers.functional")
+
+
+def liger(module, q, k, cos, sin):
+    """Liger takes (B, H, T, D) and tables over all of D; it rotates in place, so it gets a copy."""
+    tables = (torch.cat([x, x], dim=-1)[None].to(q.dtype) for x in (cos, sin))
+    out = module.liger_rope(q.transpose(1, 2).clone(), k.transpose(1, 2).clone(), *tables)
+    return tuple(x.transpose(1, 2) for x in out)
+
+
 def cases(options):
     for shape in options.shape:
         B, T, H, D = sizes(shape)
@@ -34,6 +45,7 @@ def cases(options):
         contestants = {
             **ours(options, "rope", call),
             "torch": lambda q, k, cos=cos, sin=sin: plain(q, k, cos, sin),
+            **peer(options, *LIGER, lambda m, q, k, cos=cos, sin=sin: liger(m, q, k, cos, sin)),
         }
         yield Case(shape, contestants, (q, k), moved, "B", moved)
 

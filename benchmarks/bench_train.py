@@ -1,250 +1,266 @@
-"""A whole training step: megakern against a plain PyTorch GPT, on this machine, in tokens a second.
+"""A whole training step: megakern beside a plain PyTorch GPT and transformers, in tokens a second.
 
-    python -m benchmarks.bench_train [--only NAME ...] [--rounds N] [--steps N] [--json FILE]
+    python -m benchmarks.bench_train [--workload NAME ...] [--only NAME ...] [--seconds N] [--quick] [--json FILE]
 
-Peers are `peers/plain_gpt.py` as nanoGPT runs by default (fp32, eager) and with bf16 autocast; on a GPU with bf16
-autocast, eager and compiled. Each contestant is a process of its own with all cores, since memory settings are
-process-wide; they take turns, one round each, so that a drift of the machine's speed meets all of them. First all run
-one step from the same weights on the same batch, and the losses must agree. The last column divides the matmuls of a
-step by this machine's measured matmul rate: no step can be faster than that.
+Contestants are those of steps.py, each in a process with all cores; they take turns. First all make three steps from
+the same weights on the same batches, and their losses must agree. Workloads that do not fit into memory side by side
+run a few contestants at a time, the first of all among them each time: ratios divide by it. `floor` is the time of a
+step's matrix products at this machine's matmul rate, measured by each contestant: no step can be faster. MFU divides by
+the same rate (on a GPU by the data sheet's), attention counted where the mask lets a query see a key, or in full.
 """
 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
+import dataclasses
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-ADAMW = {"lr": 1e-3, "weight_decay": 0.1, "betas": (0.9, 0.95)}
+import torch
+
+import megakern as mk
+from benchmarks import report, steps
+from benchmarks.breakdown import breakdown
+from benchmarks.common import describe_machine, write_results
+from benchmarks.contestants import Contestant, FailedError, NotHereError, goal, ratio_to
+from megakern.model.flops import flops_per_token
+from megakern.train import machine
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What is trained on one kind of device, and by whom; the ratios divide by the first contestant."""
+class Workload:
+    """What is trained, and by whom; ratios divide by the first contestant."""
 
-    model: dict
+    name: str
+    config: mk.GPTConfig
     batch: int
     contestants: tuple[str, ...]
+    at_once: int = 9
+    """Contestants that fit into memory side by side."""
+    goals: tuple[tuple, ...] = field(default=())
+    """(what, ours, peers, how many times as fast it shall be)"""
 
 
-SETTINGS = {
-    "cpu": Setting(
-        {"layers": 6, "width": 384, "heads": 6, "vocab_size": 1024, "sequence_length": 256},
-        12,
-        ("plain fp32", "plain bf16 autocast", "megakern fp32", "megakern bf16"),
+def gpt2(preset: str, **changes: Any) -> mk.GPTConfig:
+    """Exact GELU, and the vocabulary of GPT-2 rounded up, as nanoGPT does it."""
+    changes = {"activation": "gelu", "vocab_size": 50304, "vocab_multiple": 1, **changes}
+    return dataclasses.replace(mk.presets[preset], **changes)
+
+
+SMALL = {"layers": 6, "width": 384, "heads": 6, "vocab_size": 1024, "sequence_length": 256}
+LLAMA = dataclasses.replace(mk.presets["llama-3-8b"], layers=4, sequence_length=4096)
+BEST = ("plain bf16 autocast", "plain bf16 compiled")
+ON_GPU = ("plain bf16 autocast", "plain bf16 compiled", "transformers bf16 autocast", "megakern bf16",
+          "megakern bf16 split")  # fmt: skip
+WORKLOADS = {
+    "cpu": (
+        Workload(
+            "a small GPT", gpt2("gpt2-124m", **SMALL), 12,
+            ("plain fp32", *BEST, "transformers fp32", "transformers bf16 autocast", "megakern fp32", "megakern bf16"),
+            goals=(
+                ("bf16 beside nanoGPT's default", "megakern bf16", ("plain fp32",), 4.0),
+                ("bf16 beside nanoGPT's best", "megakern bf16", BEST, 1.5),
+                ("fp32 beside nanoGPT's fp32", "megakern fp32", ("plain fp32",), 1.8),
+            ),
+        ),
+        Workload(
+            "GPT-2 124M", gpt2("gpt2-124m", sequence_length=512), 4,
+            ("plain fp32", *BEST, "transformers bf16 autocast", "megakern fp32", "megakern bf16"), at_once=3,
+            goals=(("bf16 beside nanoGPT's best", "megakern bf16", BEST, 1.3),),
+        ),
     ),
-    "cuda": Setting(  # GPT-2 124M, its vocabulary rounded up as nanoGPT does
-        {"layers": 12, "width": 768, "heads": 12, "vocab_size": 50304, "sequence_length": 1024},
-        32,
-        ("plain bf16 autocast", "plain bf16 compiled", "megakern bf16"),
+    "cuda": (
+        Workload("GPT-2 124M", gpt2("gpt2-124m"), 32, ON_GPU, at_once=3),
+        Workload("GPT-2 1.5B", gpt2("gpt2-1.5b"), 8, ON_GPU, at_once=2),
+        Workload(  # all of its widths; four of 32 layers, so that the optimizer's states of two contestants fit
+            "Llama 3 8B, 4 layers", LLAMA, 2,
+            ("transformers bf16 autocast", "transformers bf16 compiled", "megakern bf16", "megakern bf16 split"),
+            at_once=2,
+        ),
     ),
-}
+}  # fmt: skip
+QUICK = ("plain fp32", "plain bf16 autocast", "megakern fp32", "megakern bf16")
 
 
-def batch_of(setting: Setting, step: int):
-    import torch
-
+def batch_of(workload: Workload, step: int):
     generator = torch.Generator().manual_seed(step)
-    shape = (setting.batch, setting.model["sequence_length"] + 1)
-    ids = torch.randint(0, setting.model["vocab_size"], shape, generator=generator)
+    shape = (workload.batch, workload.config.sequence_length + 1)
+    ids = torch.randint(0, workload.config.vocab_size, shape, generator=generator)
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
-def serve(name: str, device_type: str, connection) -> None:
-    """Take orders ("run", steps) -> (seconds, last loss); ("rate",) -> FLOP/s of this precision's matmul."""
-    import torch
+class Training:
+    """One contestant, in its process."""
 
-    from megakern.train import machine
+    def __init__(self, name: str, workload: Workload) -> None:
+        torch.set_num_threads(machine.cores())
+        self.workload, self.device = workload, torch.device(machine.device_type())
+        self.step = steps.make_step(name, workload.config, self.device)
+        self.dtype = torch.bfloat16 if "bf16" in name else torch.float32
+        self.done = 0
 
-    torch.set_num_threads(machine.cores())
-    setting, device = SETTINGS[device_type], torch.device(device_type)
-    step = (plain_step if name.startswith("plain") else our_step)(name, setting.model, device)
-    dtype = torch.bfloat16 if "bf16" in name else torch.float32
-    done = 0
-    while True:
-        order = connection.recv()
-        if order is None:
-            return
-        if order[0] == "rate":
-            connection.send(machine.matmul_rate(dtype, device, 0.5))
-            continue
-        batches = [[ids.to(device) for ids in batch_of(setting, done + i)] for i in range(order[1])]
-        if device.type == "cuda":
+    def run(self, count: int) -> tuple[float, list[float]]:
+        """-> seconds and losses of the next `count` steps; the last loss has been read, so the device is done."""
+        batches = [[ids.to(self.device) for ids in batch_of(self.workload, self.done + i)] for i in range(count)]
+        if self.device.type == "cuda":
             torch.cuda.synchronize()
         start = time.perf_counter()
-        for tokens, targets in batches:
-            loss = step(tokens, targets)
-        connection.send((time.perf_counter() - start, loss))  # the loss has been read: the device is done
-        done += order[1]
+        losses = [self.step(*batch) for batch in batches]
+        self.done += count
+        return time.perf_counter() - start, losses
+
+    def rates(self) -> tuple[float, float]:
+        """FLOP/s of this precision's matmul, and what MFU divides by."""
+        measured = machine.matmul_rate(self.dtype, self.device, 0.5)
+        return measured, machine.peak_rate(self.dtype, self.device)[0] if self.device.type == "cuda" else measured
+
+    def peak_bytes(self) -> int:
+        return machine.peak_memory(self.device)
+
+    def profile(self) -> dict[str, Any]:
+        batch = [ids.to(self.device) for ids in batch_of(self.workload, self.done)]
+        return breakdown(lambda: self.step(*batch), 2)
 
 
-def plain_step(name: str, shape: dict, device):
-    import contextlib
-
-    import torch
-
-    from benchmarks.peers.plain_gpt import PlainGPT
-
-    model = PlainGPT(**shape)
-    model.load_state_dict(plain_weights(shape))
-    model.to(device)
-    optimizer = model.make_optimizer(**ADAMW)
-    forward = torch.compile(model) if "compiled" in name else model
-    bf16 = "bf16" in name
-
-    def step(tokens, targets) -> float:
-        with torch.autocast(device.type, dtype=torch.bfloat16) if bf16 else contextlib.nullcontext():
-            loss = forward(tokens, targets)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.item()
-
-    return step
+def measure(workload: Workload, names: tuple[str, ...], deadline: float) -> dict[str, Any]:
+    """Results of a workload as train.json keeps them; what fails or is not here is a row that says so."""
+    first, others = names[0], list(names[1:])
+    rows: dict[str, dict[str, Any]] = {}
+    width = max(1, workload.at_once - 1)
+    groups = [others[i : i + width] for i in range(0, len(others), width)] or [[]]
+    share = (deadline - time.monotonic()) / len(groups)
+    baseline = Contestant(Training, first, workload)
+    try:
+        for number, group in enumerate(groups):
+            until = deadline - share * (len(groups) - 1 - number)
+            rows |= _measure_together(workload, baseline, group, until, rows)
+    finally:
+        baseline.end()
+    ordered = [rows[name] for name in names if name in rows]
+    found = [goal(ordered, *each, "tokens_per_second") for each in workload.goals]
+    shape = {**steps.plain_shape(workload.config), "parameters": mk_parameters(workload.config)}
+    return {"name": workload.name, "model": shape, "batch": workload.batch, "rows": ordered,
+            "goals": [each for each in found if each]}  # fmt: skip
 
 
-def plain_weights(shape: dict) -> dict:
-    """The same start for all: the plain model's weights from a fixed seed."""
-    import torch
+def mk_parameters(config: mk.GPTConfig) -> int:
+    from megakern.model.gpt import parameter_count
 
-    from benchmarks.peers.plain_gpt import PlainGPT
-
-    torch.manual_seed(0)
-    return PlainGPT(**shape).state_dict()
+    return parameter_count(config)
 
 
-def our_step(name: str, shape: dict, device):
-    import torch
-
-    import megakern as mk
-    from megakern.ops.grad_norm import clip_coefficient, gradient_norm
-    from megakern.train import machine
-
-    machine.keep_freed_memory()
-    config = mk.GPTConfig(**shape, activation="gelu", vocab_multiple=1)
-    compute_dtype = torch.bfloat16 if "bf16" in name else torch.float32
-    model = mk.GPT(config, compute_dtype=compute_dtype, device=device)
-    copy_weights(plain_weights(shape), model, shape)
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": ADAMW["weight_decay"]},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizer = mk.AdamW(groups, lr=ADAMW["lr"], betas=ADAMW["betas"])
-
-    def step(tokens, targets) -> float:
-        loss = model(tokens, targets)
-        loss.backward()
-        norm = gradient_norm(parameters)
-        optimizer.step(grad_scale=clip_coefficient(norm, 1.0) if norm.item() > 1.0 else None)
-        optimizer.zero_grad(set_to_none=True)
-        return loss.item()
-
-    return step
-
-
-def copy_weights(plain: dict, model, shape: dict) -> None:
-    """Plain's fused [all q; all k; all v] rows become [q, k, v] for each head."""
-    import torch
-
-    heads, D = shape["heads"], shape["width"] // shape["heads"]
-
-    def grouped(rows):
-        return rows.view(3, heads, D, *rows.shape[1:]).transpose(0, 1).reshape(rows.shape)
-
-    names = {"tokens.weight": "embedding.weight", "positions.weight": "positions.weight"}
-    parts = {"attention.qkv": "attention.qkv", "attention.proj": "attention.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
-    parts |= {"norm1": "norm1", "norm2": "norm2"}
-    for layer in range(shape["layers"]):
-        for theirs, ours in parts.items():
-            for kind in ("weight", "bias"):
-                names[f"blocks.{layer}.{theirs}.{kind}"] = f"blocks.{layer}.{ours}.{kind}"
-    names |= {"norm.weight": "norm.weight", "norm.bias": "norm.bias"}
-    ours = dict(model.named_parameters())
-    assert sorted(names.values()) == sorted(ours), sorted(set(names.values()) ^ set(ours))
-    with torch.no_grad():
-        for theirs, mine in names.items():
-            value = plain[theirs]
-            ours[mine].copy_(grouped(value) if ".qkv." in mine else value)
+def _measure_together(workload, baseline: Contestant, names: list[str], deadline: float, before) -> dict[str, Any]:
+    rows: dict[str, dict[str, Any]] = {}
+    contestants = [baseline, *(Contestant(Training, name, workload) for name in names)]
+    slowest, ready = 0.0, []
+    try:
+        losses = None
+        for contestant in contestants:
+            try:
+                if contestant is baseline and before:
+                    ready.append(contestant)
+                    continue
+                _, own = contestant.call("run", 3)
+                losses = losses if contestant is not baseline else own
+                if contestant is baseline:
+                    baseline.losses = own
+                if wrong := _disagreement(contestant.name, own, getattr(baseline, "losses", None)):
+                    rows[contestant.name] = {"contestant": contestant.name, "error": wrong}
+                    continue
+                slowest = max(slowest, contestant.call("run", 1)[0])
+                ready.append(contestant)
+            except NotHereError as reason:
+                rows[contestant.name] = {"contestant": contestant.name, "missing": str(reason)}
+            except FailedError as error:
+                rows[contestant.name] = {"contestant": contestant.name, "error": str(error)}
+        timed = _turns(ready, slowest, deadline)
+        for contestant in ready:
+            rows[contestant.name] = _row(workload, contestant, timed, baseline.name)
+        return rows | {name: row for name, row in before.items() if name == baseline.name}
+    finally:
+        for contestant in contestants[1:]:
+            contestant.end()
 
 
-def main() -> None:
-    from megakern.train import machine
+def _disagreement(name: str, losses: list[float], others: list[float] | None) -> str | None:
+    """Losses of the first step are of the same weights; those of the third have the updates in them."""
+    for step, limits in ((0, (1e-5, 2e-3)), (2, (1e-3, 1e-2))):
+        limit = limits["bf16" in name]
+        if others and not abs(losses[step] - others[step]) <= limit * others[step]:
+            return f"loss {losses[step]:.6f} at step {step + 1}, the first contestant has {others[step]:.6f}"
+    return None
 
-    device_type = machine.device_type()
-    setting = SETTINGS[device_type]
+
+def _turns(ready: list[Contestant], slowest: float, deadline: float) -> dict[str, list[float]]:
+    """Seconds a step, turn by turn, until time is up: three turns or more, of a step or two thirds of a second."""
+    each = max(1, min(8, int(0.67 / max(slowest, 1e-9))))
+    seconds: dict[str, list[float]] = {contestant.name: [] for contestant in ready}
+    reserve = 6 * slowest + 3  # profiles and rates come after
+    while ready and (len(seconds[ready[0].name]) < 3 or time.monotonic() < deadline - reserve):
+        started = time.monotonic()
+        for contestant in ready:
+            seconds[contestant.name].append(contestant.call("run", each)[0] / each)
+        reserve = 6 * slowest + 3 + time.monotonic() - started
+        if len(seconds[ready[0].name]) >= 15:
+            break
+    return seconds
+
+
+def _row(workload: Workload, contestant: Contestant, timed: dict[str, list[float]], first: str) -> dict[str, Any]:
+    tokens = workload.batch * workload.config.sequence_length
+    own = timed[contestant.name]
+    middle = statistics.median(own)
+    measured, peak = contestant.call("rates")
+    causal, full = (flops_per_token(workload.config, causal=kind) for kind in (True, False))
+    row = {
+        "contestant": contestant.name,
+        "ms": middle * 1e3,
+        "fastest_ms": min(own) * 1e3,
+        "slowest_ms": max(own) * 1e3,
+        "turns": len(own),
+        "tokens_per_second": tokens / middle,
+        "ratio_to_first": ratio_to(timed[first], own),
+        "mfu_causal": tokens * causal / middle / peak,
+        "mfu_full": tokens * full / middle / peak,
+        "matmul_flops": measured,
+        "matmul_floor_ms": tokens * causal / measured * 1e3,
+        "peak_bytes": contestant.call("peak_bytes"),
+    }
+    if "compiled" not in contestant.name or torch.cuda.is_available():  # on a CPU its ops have no names of their own
+        row["breakdown"] = contestant.call("profile")
+    return row
+
+
+def main(arguments: list[str] | None = None) -> int:
+    workloads = {workload.name: workload for workload in WORKLOADS[machine.device_type()]}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each contestant")
-    parser.add_argument("--steps", type=int, default=4, help="steps in a turn")
-    parser.add_argument("--only", nargs="+", choices=setting.contestants, default=list(setting.contestants))
+    parser.add_argument("--workload", nargs="+", choices=workloads, default=list(workloads))
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="contestants; ratios divide by the first")
+    parser.add_argument("--seconds", type=float, default=400.0, help="for everything; three turns are made at least")
+    parser.add_argument("--quick", action="store_true", help="the first workload, no contestant that compiles")
     parser.add_argument("--json", type=Path, help="write the figures here too")
-    options = parser.parse_args()
-    baseline = setting.contestants[0]
-    if options.only[0] != baseline:
-        parser.error(f"--only must begin with {baseline!r}, which the ratios divide by")
-    from benchmarks.common import describe_machine, write_results
-    from megakern.config import GPTConfig
-    from megakern.model.flops import flops_per_token
-
-    print(describe_machine())
-    print(f"model {setting.model}, batch {setting.batch}, AdamW and clipping included\n")
-    workers = {}
-    for name in options.only:
-        ours, theirs = multiprocessing.get_context("spawn").Pipe()
-        process = multiprocessing.get_context("spawn").Process(
-            target=serve, args=(name, device_type, theirs), daemon=True
-        )
-        process.start()
-        workers[name] = ours
-
-    def ask(name: str, *order):
-        workers[name].send(order)
-        return workers[name].recv()
-
-    first = {name: ask(name, "run", 1)[1] for name in workers}
-    base = first[baseline]
-    for name, loss in first.items():
-        limit = 1e-5 if "fp32" in name else 2e-3
-        if abs(loss - base) > limit * base:
-            sys.exit(f"{name}: first loss {loss:.6f}, {baseline} {base:.6f}: not the same model")
-    for name in workers:
-        ask(name, "run", 2)  # warm-up: allocator, optimizer states
-    seconds: dict[str, list[float]] = {name: [] for name in workers}
-    for _ in range(options.rounds):
-        for name in workers:
-            seconds[name].append(ask(name, "run", options.steps)[0] / options.steps)
-    tokens = setting.batch * setting.model["sequence_length"]
-    flops = flops_per_token(GPTConfig(**setting.model, vocab_multiple=1), causal=True)
-    print(f"{'contestant':<22}{'ms a step':>10}{'spread':>14}{'tokens/s':>10}{'x plain':>9}{'matmul floor':>14}")
-    rows = []
-    for name, times in seconds.items():
-        rate = ask(name, "rate")
-        ratios = [other / own for other, own in zip(seconds[baseline], times, strict=True)]
-        row = {
-            "contestant": name,
-            "ms": statistics.median(times) * 1e3,
-            "fastest_ms": min(times) * 1e3,
-            "slowest_ms": max(times) * 1e3,
-            "tokens_per_second": tokens / statistics.median(times),
-            "ratio_to_first": statistics.median(ratios),
-            "matmul_flops": rate,
-            "matmul_floor_ms": tokens * flops / rate * 1e3,
-        }
-        rows.append(row)
-        print(
-            f"{name:<22}{row['ms']:>10.0f}{row['fastest_ms']:>7.0f}-{row['slowest_ms']:<6.0f}"
-            f"{row['tokens_per_second']:>10,.0f}{row['ratio_to_first']:>9.2f}{row['matmul_floor_ms']:>11.0f} ms"
-        )
+    options = parser.parse_args(arguments)
+    started, results = time.monotonic(), []
+    print(describe_machine(), flush=True)
+    chosen = [workloads[name] for name in options.workload][: 1 if options.quick else None]
+    for number, workload in enumerate(chosen):
+        names = tuple(options.only or workload.contestants)
+        if unknown := set(names) - set(workload.contestants):
+            known = ", ".join(workload.contestants)
+            parser.error(f"--only: {', '.join(sorted(unknown))}: no contestant; there are {known}")
+        if options.quick and not options.only:
+            names = tuple(name for name in names if name in QUICK) or names[:2]
+        deadline = started + options.seconds * (number + 1) / len(chosen)
+        results.append(measure(workload, names, deadline))
+        print(f"\n{report.train_table(results[-1])}", flush=True)
     if options.json:
-        write_results(options.json, {"model": setting.model, "batch": setting.batch, "rows": rows})
-    for connection in workers.values():
-        connection.send(None)
+        write_results(options.json, {"workloads": results})
+    return 1 if any(report.failures(result["rows"]) for result in results) else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -2,9 +2,9 @@
 
     python -m benchmarks.bench_norm [--backend torch] [--dtype bf16] [--backward] [--shape 4096x1024 ...] [--json FILE]
 
-All contestants run in this process on the same random data and take turns; the median of the rounds counts. Before
-timing, every result is compared with the first peer's; one that differs or raises is reported and not timed.
-`% of limit` divides by this machine's copy or matmul rate, measured in the same run.
+All contestants run in this process on the same random data and take turns from a cold cache; the median counts. Before
+timing, every result is compared with the first peer's; one that differs or raises is reported and not timed, a peer
+that is not installed is named. `of limit` divides by this machine's copy or matmul rate, measured in the same run.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import report
 from benchmarks.timing import CpuClock, CudaClock, Times
 from megakern.ops.dispatch import PREFERENCE, UNAVAILABLE, ops_of
 from megakern.train import machine
@@ -38,7 +39,8 @@ class Case:
     """One shape: the same call for each contestant (ours first), and the work that it cannot avoid."""
 
     shape: str
-    contestants: dict[str, Callable[..., Any]]
+    contestants: dict[str, Callable[..., Any] | str]
+    """A text instead of a call is the reason why a peer is not here."""
     inputs: tuple[torch.Tensor, ...]
     work: float
     """Bytes or FLOPs of one forward pass."""
@@ -59,6 +61,8 @@ class Options:
     dtype: str = "fp32"
     passes: tuple[str, ...] = ("forward",)
     rounds: int = 9
+    patience: float = 0.3
+    """On a CPU: seconds of turns of the slowest contestant, where that is more than `rounds`."""
     compile: bool = False
     """Also time torch.compile of the peer named "torch"."""
     device: torch.device = field(default_factory=lambda: torch.device(machine.device_type()))
@@ -73,7 +77,7 @@ class Options:
 
     @functools.cached_property
     def clock(self) -> CpuClock | CudaClock:
-        return CudaClock() if self.device.type == "cuda" else CpuClock(self.rounds)
+        return CudaClock() if self.device.type == "cuda" else CpuClock(self.rounds, self.patience)
 
     @property
     def limits(self) -> dict[str, float]:
@@ -107,8 +111,7 @@ def main(op: str, benchmark: Callable[[Options], None], shapes: Shapes) -> None:
     run_benchmark(benchmark, options)
     if file:
         write_results(file, {"limits": options.limits, "rows": options.rows})
-    if any("error" in row for row in options.rows):
-        sys.exit(1)
+    sys.exit(1 if report.failures(options.rows) else 0)
 
 
 def run_benchmark(benchmark: Callable[[Options], None], options: Options) -> None:
@@ -141,12 +144,8 @@ def ours(options: Options, op: str, call: Callable[..., Any]) -> dict[str, funct
 
 
 def run(op: str, options: Options, cases: Iterable[Case]) -> None:
-    """Check, time and print every case, each pass of it."""
-    print(f"\n{op}, {options.dtype}")
-    print(
-        f"{'shape':<26}{'pass':<9}{'contestant':<18}{'us':>10}{'rate':>14}{'% of limit':>12}{'x megakern':>12}"
-        f"{'launch us':>11}"
-    )
+    """Check and time every case, each pass of it; print the table of this op."""
+    first = len(options.rows)
     for case in cases:
         if time.monotonic() > options.deadline:
             options.left_out.append(f"{op} {case.shape}")
@@ -155,10 +154,12 @@ def run(op: str, options: Options, cases: Iterable[Case]) -> None:
         case = None  # its tensors must be gone before the next case makes its own
         if options.device.type == "cuda":
             torch.cuda.empty_cache()
+    print(f"\n{report.op_table(options.rows[first:])}", flush=True)
 
 
 def _run_case(op: str, options: Options, case: Case) -> None:
-    functions = dict(case.contestants)
+    functions = {name: function for name, function in case.contestants.items() if not isinstance(function, str)}
+    missing = {name: reason for name, reason in case.contestants.items() if isinstance(reason, str)}
     if options.compile and "torch" in functions:
         torch._functorch.config.donated_buffer = False  # else a backward pass runs only once
         torch._dynamo.reset()
@@ -169,21 +170,16 @@ def _run_case(op: str, options: Options, case: Case) -> None:
             continue
         label = {"op": op, "shape": case.shape, "dtype": options.dtype, "backward": which == "backward"}
         calls, errors = _checked(case, functions, which, options)
-        for name, error in errors.items():
-            options.rows.append({**label, "contestant": name, "error": error})
-            print(f"{case.shape:<26}{which:<9}{name:<18} NOT TIMED: {error}")
+        options.rows += [{**label, "contestant": name, "missing": reason} for name, reason in missing.items()]
+        options.rows += [{**label, "contestant": name, "error": error} for name, error in errors.items()]
+        memory = {name: options.clock.peak_bytes(call) for name, call in calls.items()}
         times = options.clock.take_turns(calls) if calls else {}
         for name, time_of in times.items():
+            # The backend of ours that was asked for; None for peers and for megakern's own choice.
             backend = getattr(functions[name], "keywords", {}).get("backend")
-            label["backend"] = backend  # ours that was asked for; None for peers and for megakern's own choice
-            row = {**label, "contestant": name, **_figures(time_of, times, work, case.unit, options)}
+            figures = _figures(time_of, times, work, case.unit, options)
+            row = {**label, "contestant": name, "backend": backend, **figures, "peak_bytes": memory[name]}
             options.rows.append(row)
-            launch = f"{row['launch_us']:>11.1f}" if time_of.launch is not None else ""
-            print(
-                f"{case.shape:<26}{which:<9}{name:<18}{row['us']:>10.1f}{quantity(row['rate'], row['unit']):>14}"
-                f"{row['share_of_limit']:>12.1%}{row['speed_against_megakern'] or float('nan'):>12.2f}{launch}",
-                flush=True,
-            )
 
 
 def _figures(own: Times, times: dict[str, Times], work: float, unit: str, options: Options) -> dict[str, Any]:
@@ -266,6 +262,7 @@ def machine_facts() -> dict[str, Any]:
     facts = {
         "cpu": _cpu_name(),
         "cores": machine.cores(),
+        "isa": _instruction_set(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -306,6 +303,15 @@ def _cpu_name() -> str:
     return next(
         (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
     )
+
+
+def _instruction_set() -> str | None:
+    """The best that this processor has for matrix products, as /proc/cpuinfo names it: models go by few names."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text().split()
+    except OSError:
+        return None
+    return next((name for name in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if name in flags), None)
 
 
 def _commit() -> str:

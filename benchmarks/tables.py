@@ -1,7 +1,8 @@
-"""README's tables of speed and of faults, made from the committed results alone.
+"""README's tables of speed and of faults, and each machine's page of figures, made from the committed results alone.
 
-python -m benchmarks.tables            print them
-python -m benchmarks.tables --write    put them into README.md between the `speed` and the `faults` marks
+python -m benchmarks.tables            print README's
+python -m benchmarks.tables --write    put them into README.md between the `speed` and the `faults` marks, and write
+                                       benchmarks/results/<machine>/README.md, which has every figure
 python -m benchmarks.tables --write --faults build/faults.json
                                        the same, after `make faults`: its file becomes one of the results
 """
@@ -13,14 +14,18 @@ import json
 import re
 from pathlib import Path
 
-from megakern.train.metrics import quantity
+from benchmarks import report
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+EXPLAINED = (
+    "Figures of ops: the median of turns in one process, from a cold cache; *limit* is the copy or matmul rate of the "
+    "same run; *peak memory* is what a call holds beyond its inputs."
+)
 FAULTS = "faults"  # the one file that holds no speeds
 
 
-def _folders() -> list[Path]:
+def folders() -> list[Path]:
     return sorted(path for path in RESULTS.iterdir() if path.is_dir())
 
 
@@ -35,7 +40,7 @@ def _where(folder: Path, facts: dict) -> str:
 def faults() -> str:
     """Markdown of every machine's `make faults`."""
     parts = []
-    for folder in _folders():
+    for folder in folders():
         file = folder / f"{FAULTS}.json"
         if file.exists():
             results = json.loads(file.read_text())
@@ -54,18 +59,18 @@ def take(file: Path) -> Path:
     results = json.loads(file.read_text())
     if not results["complete"]:
         raise SystemExit(f"{file} is of a run that was broken off after {results['seconds']} s; run make faults again")
-    target = _folder_of(results["machine"]) / f"{FAULTS}.json"
+    target = folder_of(results["machine"]) / f"{FAULTS}.json"
     target.parent.mkdir(exist_ok=True)
     target.write_text(file.read_text())
     return target
 
 
-def _folder_of(facts: dict) -> Path:
+def folder_of(facts: dict) -> Path:
     """The folder with results of this machine, or a new one named after its processor."""
-    same = ("cpu", "gpu", "cores")
-    for folder in _folders():
+    same = ("cpu", "gpu", "cores", "isa")
+    for folder in folders():
         files = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-        if any(all(each["machine"][key] == facts[key] for key in same) for each in files):
+        if any(all(each["machine"].get(key) == facts.get(key) for key in same) for each in files):
             return folder
     name = re.sub(r"[^a-z0-9]+", "-", str(facts["gpu"] or facts["cpu"]).lower()).strip("-")
     return RESULTS / f"{name}-{facts['cores']}core"
@@ -81,64 +86,63 @@ def _faults_table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def figures(folder: Path) -> dict[str, dict]:
+    """Part or op -> its results of this machine, ops last."""
+    files = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    files.pop(FAULTS, None)
+    parts = ["train", *report.TABLES]
+    return {name: files[name] for name in sorted(files, key=lambda n: parts.index(n) if n in parts else len(parts))}
+
+
+def ops_of(files: dict[str, dict]) -> dict[str, dict]:
+    return {name: results for name, results in files.items() if name != "train" and name not in report.TABLES}
+
+
 def speeds() -> str:
-    """Markdown of every machine's speeds, machines in the order of their folders' names."""
+    """Markdown of every machine's speeds, machines in the order of their folders' names: ops in a line each."""
     parts = []
-    for folder in _folders():
-        files = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
-        files.pop(FAULTS, None)
+    for folder in folders():
+        files = figures(folder)
         if not files:
             continue
-        parts.append(_where(folder, next(iter(files.values()))["machine"]))
-        if "train" in files:
-            parts.append(_train_table(files.pop("train")))
-        if files:
-            parts.append(_op_table(files))
+        parts.append(f"{_where(folder, next(iter(files.values()))['machine'])}. [All figures]({_page(folder)})")
+        parts += [report.train_table(each, profile=False) for each in files.get("train", {}).get("workloads", [])]
+        parts += [table(files[name]) for name, table in report.TABLES.items() if name in files]
+        parts += [report.op_summary(ops_of(files))] if ops_of(files) else []
+        parts += [f"![{picture.stem} of {folder.name}]({picture})" for picture in pictures(folder, ("train",))]
     return "\n\n".join(parts)
 
 
-def _train_table(results: dict) -> str:
-    model = ", ".join(f"{name} {value}" for name, value in results["model"].items())
-    lines = [
-        f"A training step ({model}, batch {results['batch']}; optimizer and clipping included). *plain* is a GPT in",
-        "plain PyTorch as nanoGPT trains by default. *floor* is the time of the step's matmuls alone at the matmul",
-        "rate measured in the same run.",
-        "",
-        "| contestant | ms a step | tokens/s | x plain fp32 | floor, ms |",
-        "|---|---:|---:|---:|---:|",
-    ]
-    lines += [
-        f"| {row['contestant']} | {row['ms']:.0f} | {row['tokens_per_second']:,.0f} | {row['ratio_to_first']:.2f} "
-        f"| {row['matmul_floor_ms']:.0f} |"
-        for row in results["rows"]
-    ]
-    return "\n".join(lines)
+def _page(folder: Path) -> Path:
+    return (folder / "README.md").relative_to(ROOT)
 
 
-def _op_table(files: dict[str, dict]) -> str:
-    lines = [
-        "Ops (median of turns in one process; *limit* is the copy or matmul rate measured in the same run):",
-        "",
-        "| op | shape | dtype | pass | us | rate | of limit | x best peer |",
-        "|---|---|---|---|---:|---:|---:|---:|",
-    ]
-    for results in files.values():
-        groups: dict[tuple, list[dict]] = {}
-        for row in results["rows"]:
-            groups.setdefault((row["op"], row["shape"], row["dtype"], row["backward"]), []).append(row)
-        for (op, shape, dtype, backward), rows in groups.items():
-            timed = [row for row in rows if "error" not in row]
-            ours = next((row for row in timed if row["contestant"] == "megakern"), None)
-            peers = [row for row in timed if not row["contestant"].startswith("megakern")]
-            if ours is None or not peers:
-                continue
-            peer = min(peers, key=lambda row: row["us"])
-            lines.append(
-                f"| {op} | {shape} | {dtype} | {'backward' if backward else 'forward'} | {ours['us']:.0f} "
-                f"| {quantity(ours['rate'], ours['unit'])} | {ours['share_of_limit']:.0%} "
-                f"| {peer['us'] / ours['us']:.2f} ({peer['contestant']}) |"
-            )
-    return "\n".join(lines)
+def pictures(folder: Path, names: tuple[str, ...] | None = None) -> list[Path]:
+    """The PNG files that plots.py has made of this machine's figures, relative to the project."""
+    found = sorted((ROOT / "docs" / "speed" / folder.name).glob("*.png"))
+    return [path.relative_to(ROOT) for path in found if names is None or path.stem in names]
+
+
+def pages() -> dict[Path, str]:
+    """File -> text of each machine's page: every figure, the profiles too, and the pictures."""
+    found = {}
+    for folder in folders():
+        files = figures(folder)
+        if not files:
+            continue
+        facts = next(iter(files.values()))["machine"]
+        parts = [f"# {folder.name}", f"{_where(folder, facts)}. Made by `python -m benchmarks.tables --write`."]
+        parts += [EXPLAINED]
+        for name, results in files.items():
+            parts.append(f"## {name}\n\nMeasured at commit {results['machine']['commit']}.")
+            if name == "train":
+                parts += [report.train_table(workload) for workload in results["workloads"]]
+            else:
+                table = report.TABLES.get(name) or (lambda each: report.op_table(each["rows"]))
+                parts.append(table(results))
+        parts += [f"![{path.stem}](../../../{path})" for path in pictures(folder)]
+        found[folder / "README.md"] = "\n\n".join(parts) + "\n"
+    return found
 
 
 def with_tables(readme: str) -> str:
@@ -152,7 +156,7 @@ def with_tables(readme: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="put the tables into README.md")
+    parser.add_argument("--write", action="store_true", help="put the tables into README.md and the machines' pages")
     parser.add_argument("--faults", type=Path, metavar="FILE", help="what make faults has written: take it in first")
     options = parser.parse_args()
     if options.faults is not None:
@@ -160,6 +164,13 @@ def main() -> None:
     if not options.write:
         print(speeds(), faults(), sep="\n\n")
         return
+    write()
+
+
+def write() -> None:
+    """Makes README's tables and the machines' pages anew."""
+    for page, text in pages().items():
+        page.write_text(text)
     path = ROOT / "README.md"
     path.write_text(with_tables(path.read_text()))
 

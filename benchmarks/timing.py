@@ -1,14 +1,17 @@
-"""How a call is timed: on a CPU by the host's clock; on a GPU by events, with a cold cache and no gaps of Python's.
+"""How a call is timed, from a cold cache: on a CPU by the host's clock; on a GPU by events, with no gaps of Python's.
 
 All contestants take turns, so that a drift of the machine's speed meets all of them.
 """
 
 from __future__ import annotations
 
+import itertools
+import os
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -32,32 +35,66 @@ class Times:
 
 
 class CpuClock:
-    """Host clock; short calls are repeated for 20 ms a turn."""
+    """Host clock around one call at a time. Before each a buffer is read: inputs come from memory, and the threads of
+    the pool are awake, for each contestant alike.
 
-    def __init__(self, rounds: int) -> None:
-        self.rounds = rounds
+    The buffer is twice the last cache, at most 256 MB (17 ms to read): the third level of a server can be larger, 480
+    MB on one that was asked, and is shared with other machines; how much of it stays ours nobody can say.
+    """
+
+    MOST = 30  # turns, unless more were asked for
+    LARGEST = 256 << 20
+
+    def __init__(self, rounds: int, seconds: float = 0.3) -> None:
+        """At least `rounds` turns of each contestant, and as many as the slowest one makes in `seconds`."""
+        self.rounds, self.seconds = rounds, seconds
+        self._buffer = torch.ones(min(self.LARGEST, 2 * last_cache()) // 4)
 
     def take_turns(self, calls: dict[str, Call]) -> dict[str, Times]:
-        repeats = max(1, int(0.02 / max(1e-6, *(self._seconds(call, 1) for call in calls.values()))))
+        once = max(self._seconds(call) for call in calls.values())
+        rounds = max(self.rounds, min(self.MOST, int(self.seconds / once)))
         seconds: dict[str, list[float]] = {name: [] for name in calls}
-        for _ in range(self.rounds):
+        for _ in range(rounds):
             for name, call in calls.items():
-                seconds[name].append(self._seconds(call, repeats) / repeats)
+                self._buffer.sum()
+                seconds[name].append(self._seconds(call))
         return {name: Times(turns, None) for name, turns in seconds.items()}
 
     @staticmethod
-    def _seconds(call: Call, repeats: int) -> float:
+    def _seconds(call: Call) -> float:
         start = time.perf_counter()
-        for _ in range(repeats):
-            call()
+        call()
         return time.perf_counter() - start
 
+    @staticmethod
+    def peak_bytes(call: Call) -> int:
+        """Most that a call holds beyond what was there, its results too: what PyTorch's allocator gave, not malloc."""
+        with profiled(torch.profiler.ProfilerActivity.CPU, profile_memory=True) as found:
+            kept = call()
+        del kept
+        events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
+        held = itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
+        return max(0, *held, 0)
+
     def limits(self, dtype: torch.dtype) -> dict[str, float]:
-        """Bytes/s of a copy and FLOP/s of a matmul, the best of some."""
+        """Bytes/s of a copy of 64 MB and FLOP/s of a matmul, the best of some."""
         source = torch.ones(16 << 20)
         target = torch.empty_like(source)
-        copy = min(self._seconds(lambda: target.copy_(source), 1) for _ in range(10))
+        copy = min(self._seconds(lambda: target.copy_(source)) for _ in range(10))
         return {"B": 2 * source.nbytes / copy, "FLOP": machine.matmul_rate(dtype, source.device, 0.5)}
+
+
+def profiled(*activities, **options):
+    """torch.profiler.profile without kineto's remarks on the terminal, which it makes from torch 2.13 on."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    return torch.profiler.profile(activities=activities, **options)
+
+
+def last_cache() -> int:
+    """Bytes of this processor's largest cache; 32 MB where the system does not tell."""
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    told = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max((int(text[:-1]) * units[text[-1]] for text in told if text[-1:] in units), default=32 << 20)
 
 
 class CudaClock:
@@ -101,6 +138,16 @@ class CudaClock:
             seconds.append(time.perf_counter() - start)
         torch.cuda.synchronize()
         return statistics.median(seconds)
+
+    @staticmethod
+    def peak_bytes(call: Call) -> int:
+        """Most that a call holds of the GPU's memory beyond what was there, its results too."""
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
 
     def _delay(self, launch: float) -> int:
         """Cycles to spin so that a call that takes the CPU `launch` seconds is queued before the GPU comes to it."""

@@ -134,6 +134,13 @@ def _parser() -> argparse.ArgumentParser:
     plot.add_argument("run", type=Path, metavar="RUN")
     plot.add_argument("--out", type=Path, help="picture to write: .png, .svg, .pdf (default RUN/curve.png)")
 
+    bench = add("bench", _bench, "every op and the training step beside their peers on this machine, in tables")
+    bench.add_argument("--quick", action="store_true", help="three minutes on two cores: fewer shapes, no compiler")
+    bench.add_argument("--only", nargs="+", default=[], metavar="PART", help="train, generate, norm, attention ...")
+    bench.add_argument("--out", type=Path, metavar="DIR", help="folder for a JSON file a part")
+    bench.add_argument("--minutes", type=float, metavar="N", help="limit; what no longer fits is named (default 15)")
+    bench.add_argument("--backend", help="of megakern's ops (default: its own choice; on a GPU each in turn)")
+
     verify = add(
         "verify",
         _verify,
@@ -242,6 +249,18 @@ def _generate(options: argparse.Namespace) -> None:
     for piece in pieces:
         print(piece, end="", flush=True)
     print()
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from megakern.bench import bench
+
+    return bench(
+        only=tuple(options.only),
+        quick=options.quick,
+        out=options.out,
+        minutes=options.minutes,
+        backend=options.backend,
+    )
 
 
 def _verify(options: argparse.Namespace) -> int:

@@ -60,7 +60,7 @@ def test_imports_go_one_way(path):
 
 
 def test_every_package_is_in_the_table():
-    top = {"__init__", "__main__", "cli", "doctor", "inference", "evaluate", "verify", "plan"}
+    top = {"__init__", "__main__", "cli", "doctor", "inference", "evaluate", "verify", "plan", "bench"}
     assert {package_of(path) for path in modules()} == set(MAY_IMPORT) | top
 
 
@@ -107,6 +107,12 @@ def test_import_needs_no_gpu_no_triton_and_no_time():
         "sys.modules['triton'] = None  # any import of it fails from here on\n"
         "for name in megakern.__all__: getattr(megakern, name)\n"
     )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
+
+
+def test_a_run_starts_without_the_compiler():
+    """torch._dynamo takes half a second of each start, and nothing of a run in eager mode needs it."""
+    program = "import sys, megakern.train.worker, megakern.cli\nassert 'torch._dynamo' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
 
 

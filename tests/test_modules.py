@@ -126,6 +126,8 @@ def test_a_wheel_holds_what_users_need_and_is_small(tmp_path):
     compiled = {Path(name).name.split(".")[0] for name in held if name.endswith(".so")}
     assert compiled == {"_cpu"} | ({"_C"} if nvcc is not None else set())
     assert "megakern/_C.pyi" in held and "megakern/kernels/cuda/activation.py" in held
+    assert {"megakern/_suite/benchmarks/suite.py", "megakern/_suite/benchmarks/peers/plain_gpt.py"} < set(held)
+    assert not any(name.startswith("benchmarks/") for name in held)
     assert wheel.stat().st_size < 20e6, f"{wheel.stat().st_size / 1e6:.1f} MB"
 
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from benchmarks import gpu, gpu_tests
+from benchmarks import gpu, gpu_tests, report, suite
 from benchmarks.common import Case, Options, run
 
 
@@ -15,13 +15,16 @@ def test_every_benchmark_runs_at_tiny_shapes(tmp_path, capsys):
     assert gpu.main(["--tiny", "--only", "bench", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "not timed" not in printed and "LEFT OUT" not in printed
-    for op in gpu.OPS:
+    for op in suite.OPS:
         results = json.loads((tmp_path / f"{op}.json").read_text())
         assert results["limits"]["B"] > 0 and results["machine"]["cores"] > 0
         assert {"megakern"} < {row["contestant"] for row in results["rows"]}
         for row in results["rows"]:
-            assert row["us"] > 0 and row["rate"] > 0, row
-            assert f"{row['op'][:29]:<30}{row['shape']}" in printed
+            if "missing" in row:
+                assert f"not here: {row['contestant']} (runs on NVIDIA GPUs only)" in printed
+                continue
+            assert row["us"] > 0 and row["rate"] > 0 and row["peak_bytes"] > 0, row
+            assert f"| {row['op']} " in printed
 
 
 TESTS = """
@@ -79,7 +82,11 @@ def test_a_wrong_result_is_reported_and_not_timed(capsys):
     assert rows["megakern"]["error"] == "differs from torch by 1.00e+00 of the largest value"
     assert rows["other"]["error"] == "ValueError: no such shape"
     assert rows["third"]["us"] > 0 and rows["torch"]["us"] > 0
-    assert "not timed" in gpu.table(options.rows) and "NOT TIMED: differs" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "not timed: identity, 3, fp32, forward, megakern: differs from torch by" in printed
+    assert "other: ValueError: no such shape" in printed
+    # A peer's error is none of ours.
+    assert [row["contestant"] for row in report.failures(options.rows)] == ["megakern"]
 
 
 def test_what_tuning_found_is_a_line_a_class(tmp_path):

@@ -9,6 +9,7 @@ import functools
 
 import torch
 
+from megakern.kernels.constant import constant_result
 from megakern.kernels.cuda import toolkit
 from megakern.kernels.cuda.limits import OPS, configuration, refusal
 from megakern.kernels.cuda.module import _C, C_ERROR
@@ -37,7 +38,7 @@ def supports(problem) -> str | None:
     return _unsuited() or refusal(problem)
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _unsuited() -> str | None:
     return _unsuited_gpu()
 

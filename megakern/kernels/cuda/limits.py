@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from megakern.kernels.constant import constant_result
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -49,7 +51,7 @@ def _linear(problem) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _not_hopper() -> str | None:
     from megakern.kernels.cuda.module import _C
 

@@ -11,6 +11,7 @@ import os
 
 import torch
 
+from megakern.kernels.constant import constant_result
 from megakern.kernels.triton import configs, tune
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -54,7 +55,7 @@ def configuration(problem) -> str:
     return "; ".join(parts)
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _too_old() -> str | None:
     capability = torch.cuda.get_device_capability()
     if capability < OLDEST:

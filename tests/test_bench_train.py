@@ -1,0 +1,68 @@
+"""What bench_train compares is the same: models of all makers have the same losses over three steps. No device."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+import megakern as mk
+from benchmarks import bench_train, report, steps
+from benchmarks.bench_train import Workload
+from benchmarks.contestants import NotHereError
+from benchmarks.peers import libraries
+
+CPU = torch.device("cpu")
+GPT2 = bench_train.gpt2("tiny-gpt2", vocab_size=250)
+LLAMA = dataclasses.replace(mk.presets["tiny-llama"], vocab_multiple=1)
+
+
+def losses(name: str, config: mk.GPTConfig, count: int = 3) -> list[float]:
+    step, workload = steps.make_step(name, config, CPU), Workload("tiny", config, 3, (name,))
+    return [step(*bench_train.batch_of(workload, i)) for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    "config, first, others",
+    [
+        (GPT2, "plain fp32", ["transformers fp32", "megakern fp32", "megakern bf16", "megakern bf16 split"]),
+        (LLAMA, "transformers fp32", ["megakern fp32", "megakern bf16"]),
+    ],
+    ids=["gpt2", "llama"],
+)
+def test_all_train_the_same_model(config, first, others):
+    pytest.importorskip("transformers", reason="a peer of this comparison: pip install megakern[dev]")
+    expected = losses(first, config)
+    for name in others:
+        assert bench_train._disagreement(name, losses(name, config), expected) is None
+    other = losses("megakern fp32", dataclasses.replace(config, norm_eps=0.1))
+    assert "the first contestant has" in bench_train._disagreement("megakern fp32", other, expected)
+
+
+def test_who_is_not_here_says_why(monkeypatch):
+    with pytest.raises(NotHereError, match="the plain GPT is a GPT-2; beside a Llama stands transformers'"):
+        steps.make_step("plain fp32", LLAMA, CPU)
+    monkeypatch.setitem(libraries.LIBRARIES, "transformers", ("no_such_module", "transformers", False))
+    with pytest.raises(NotHereError, match="not installed: pip install transformers"):
+        steps.make_step("transformers fp32", GPT2, CPU)
+    assert steps.our_weights(LLAMA, CPU) is None  # and ours starts from its own initial values
+    assert len(losses("megakern bf16 split", LLAMA, 1)) == 1
+
+
+@pytest.mark.slow
+def test_a_workload_from_end_to_end(monkeypatch):
+    """Processes, turns, a group at a time, goals, profiles; a contestant that is not here is a row."""
+    goals = (("bf16 beside fp32", "megakern bf16", ("plain fp32",), 0.0),)
+    names = ("plain fp32", "megakern fp32", "megakern bf16", "Megatron-Core bf16")
+    workload = Workload("tiny", GPT2, 3, names, at_once=2, goals=goals)
+    result = bench_train.measure(workload, names, deadline=0.0)
+    assert [row["contestant"] for row in result["rows"]] == list(names)
+    assert [row.get("turns") for row in result["rows"]] == [3, 3, 3, None]
+    assert result["rows"][-1]["missing"] == "runs on NVIDIA GPUs only"
+    assert result["rows"][0]["ratio_to_first"] == 1 and result["goals"][0]["against"] == "plain fp32"
+    for row in result["rows"][:3]:
+        assert row["ms"] > 0 and row["peak_bytes"] > 1e6 and row["breakdown"]["ms"]["GEMM"] > 0
+        assert row["mfu_full"] > row["mfu_causal"] > 0
+    table = report.train_table(result)
+    assert "not timed: Megatron-Core bf16: runs on NVIDIA GPUs only" in table and "profile, ms a step" in table
