@@ -45,6 +45,8 @@ class Tokenizer:
     vocab_size: int
     eod: int
     eod_token: str
+    special_tokens: tuple[str, ...]
+    """Names that `encode` turns into one token only with `allow_special`."""
 
     @staticmethod
     def load(source: str | os.PathLike, *, eod: str | None = None) -> Tokenizer:
@@ -79,6 +81,10 @@ class Tokenizer:
 
         Raises DataError for text that has no UTF-8 form (a lone surrogate).
         """
+        raise NotImplementedError
+
+    def encode_with_starts(self, text: str, *, allow_special: bool = False) -> tuple[list[int], list[int]]:
+        """`encode` of `text`, and for each id the number of the first character that it stands for or is part of."""
         raise NotImplementedError
 
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -126,6 +132,7 @@ class ByteTokenizer(Tokenizer):
     vocab_size = 257
     eod = 256
     eod_token = EOD
+    special_tokens = (EOD,)
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         if not allow_special:
@@ -134,6 +141,20 @@ class ByteTokenizer(Tokenizer):
         for i, part in enumerate(text.split(EOD)):
             ids += ([self.eod] if i else []) + list(_utf8(part))
         return ids
+
+    def encode_with_starts(self, text: str, *, allow_special: bool = False) -> tuple[list[int], list[int]]:
+        ids, starts, place = [], [], 0
+        for i, part in enumerate(text.split(EOD) if allow_special else [text]):
+            if i:
+                ids.append(self.eod)
+                starts.append(place)
+                place += len(EOD)
+            for character in part:
+                own = _utf8(character)
+                ids += own
+                starts += [place] * len(own)
+                place += 1
+        return ids, starts
 
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.frombuffer(_utf8(text), dtype=np.uint8) for text in texts]
@@ -170,6 +191,8 @@ class JsonTokenizer(Tokenizer):
         self.eod_token = eod or found
         self.eod = vocabulary[self.eod_token]
         self.vocab_size = max(vocabulary.values()) + 1
+        added = self._library.get_added_tokens_decoder().values()
+        self.special_tokens = tuple(sorted(token.content for token in added if token.special))
         self._table = table
         self._named = self.eod_token != found
         self._pieces: dict[int, bytes] | None = None
@@ -188,6 +211,12 @@ class JsonTokenizer(Tokenizer):
         _utf8(text)
         self._library.encode_special_tokens = False
         return self._library.encode(text, add_special_tokens=False).ids
+
+    def encode_with_starts(self, text: str, *, allow_special: bool = False) -> tuple[list[int], list[int]]:
+        _utf8(text)
+        self._library.encode_special_tokens = not allow_special
+        encoding = self._library.encode(text, add_special_tokens=False)
+        return encoding.ids, [start for start, _ in encoding.offsets]
 
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
         self._library.encode_special_tokens = True
