@@ -277,6 +277,17 @@ struct AttentionStrides {
   int64_t sample, token, head;
 };
 
+// Beside scale, mask and softmax. slopes: of ALiBi, fp32 (H,) with stride 0, or a row for each sample; null: none. softcap 0:
+// none. The rest is of dropout, as in megakern/ops/attention.py: kept 1 / (1 - p), threshold -2^31 where p is 0.
+struct AttentionFeatures {
+  const float* slopes;
+  int64_t slope_stride;
+  float softcap;
+  int64_t seed, first_sample, first_head;
+  int threshold;
+  float kept;
+};
+
 // q, out (B, T, H, D), k, v (B, S, Hkv, D), out contiguous, lse (B, H, T) fp32. A query sees at most `left` keys before and
 // `right` after the one beside it; -1: no limit. section: heads in flight at a time.
 struct AttentionForward {

@@ -8,19 +8,20 @@
 // Limits: sm_90a; bf16 and fp16; D 64 or 128; scale above 0; rows on multiples of 16 bytes.
 #include <cmath>
 
+#include "device/attention.cuh"
 #include "device/checks.h"
+#include "device/fragment.cuh"
+#include "device/pipeline.cuh"
+#include "device/shared.cuh"
 #include "device/vector.cuh"
-#include "product.cuh"
 
 namespace megakern {
-
-constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 // What the kernel gets besides tensor maps.
 struct AttentionPlan {
   float* lse;       // (B, H, T)
-  int T, S, H, group;
-  int left, right;  // below 0: no limit
+  AttentionMask mask;
+  int T, H, group;
   int heads;        // B H
   int section;      // of them in flight at a time: their keys and values fit the L2 cache
   int tiles;        // of 128 queries, a head
@@ -46,22 +47,13 @@ struct AttentionPlace {
     const int heads = min(p.heads - from, p.section), one = from + within % heads;
     sample = one / p.H, head = one % p.H;
     row = (p.tiles - 1 - within / heads) * rows;
-    const int own = row + p.S - p.T, last = min(row + rows, p.T) - 1 + p.S - p.T;  // keys beside the first, last query
-    const int key = p.left < 0 ? 0 : max(0, own - p.left);
-    const int behind = p.right < 0 ? p.S : min(p.S, last + p.right + 1);
+    const int key = p.mask.first_key(row), behind = p.mask.behind_key(min(row + rows, p.T) - 1);
     first = key / keys;
     end = behind > key ? ceil_div(behind, keys) : first;
   }
 };
 
 // --- kernels ---
-
-// Barrier First of consumer 0, First + 1 of consumer 1.
-template <int First>
-MK_DEVICE void consumer_sync(int consumer, int threads) {
-  if (consumer == 0) barrier_sync<First>(threads);
-  else barrier_sync<First + 1>(threads);
-}
 
 // The scores of 64 queries and 128 keys, and what they have made so far. Thread t of 128 holds rows t / 32 * 16 + t % 32 / 4
 // and the eighth after it, in both of `s` and `o` the elements i with i / 2 % 2 = 0 and 1.
@@ -101,57 +93,6 @@ struct AttentionRows {
     wgmma_commit();
   }
 
-  // Keys that a query must not see get -inf. row: of s[0]; key: the first of the tile.
-  MK_DEVICE void mask(const AttentionPlan& a, int row, int key, int lane) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int own = row + 8 * h + a.S - a.T - key - lane % 4 * 2, end = a.S - key - lane % 4 * 2;
-      const int behind = a.right < 0 ? end : min(end, own + a.right + 1), from = a.left < 0 ? -256 : own - a.left;
-#pragma unroll
-      for (int i = 0; i < 16; ++i) {
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          const int column = 8 * i + j;
-          if (column >= behind || column < from) s[4 * i + 2 * h + j] = -INFINITY;
-        }
-      }
-    }
-  }
-
-  // s = 2^(s scale - maximum), and the factors of what was made under the maximum before.
-  MK_DEVICE void soften(float scale_log2, float (&fade)[2]) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      float peak = most[h];
-#pragma unroll
-      for (int i = 0; i < 16; ++i) peak = fmaxf(peak, fmaxf(s[4 * i + 2 * h], s[4 * i + 2 * h + 1]));
-      peak = fmaxf(peak, shuffle_xor(peak, 1));
-      peak = fmaxf(peak, shuffle_xor(peak, 2));
-      const float base = peak == -INFINITY ? 0.0f : peak * scale_log2;
-      fade[h] = exp2_approx(most[h] * scale_log2 - base);
-      most[h] = peak;
-      float total = 0;
-#pragma unroll
-      for (int i = 0; i < 16; ++i) {
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          float& value = s[4 * i + 2 * h + j];
-          value = exp2_approx(fmaf(value, scale_log2, -base));
-          total += value;
-        }
-      }
-      sum[h] = sum[h] * fade[h] + total;
-    }
-  }
-
-  MK_DEVICE void pack() {
-#pragma unroll
-    for (int step = 0; step < 8; ++step) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) p[step][i] = packed<T>(s[8 * step + 2 * i], s[8 * step + 2 * i + 1]);
-    }
-  }
-
   MK_DEVICE void scale_rows(const float (&factor)[2]) {
 #pragma unroll
     for (int i = 0; i < D / 8; ++i) {
@@ -162,7 +103,7 @@ struct AttentionRows {
 };
 
 template <class T, int D>
-MK_KERNEL void __launch_bounds__(kProductThreads, 1)
+MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
     attention_forward_kernel(const MK_GRID_CONSTANT TensorMap q_map, const MK_GRID_CONSTANT TensorMap k_map,
                              const MK_GRID_CONSTANT TensorMap v_map, const MK_GRID_CONSTANT TensorMap out_map,
                              const MK_GRID_CONSTANT AttentionPlan plan) {
@@ -226,11 +167,13 @@ MK_KERNEL void __launch_bounds__(kProductThreads, 1)
       if (consumer == 0) barrier_arrive<4>(256);
       else if (!last) barrier_arrive<3>(256);
     };
+    const int first_key[2] = {plan.mask.first_key(row + own), plan.mask.first_key(row + own + 8)};
+    const int behind_key[2] = {plan.mask.behind_key(row + own), plan.mask.behind_key(row + own + 8)};
     const auto mask = [&](auto& rows, int j) {
-      const int key = j * Tile::keys, beside = row + plan.S - plan.T;
-      const bool after = key + Tile::keys > (plan.right < 0 ? plan.S : min(plan.S, beside + plan.right + 1));
-      const bool before = plan.left >= 0 && key < beside + 63 - plan.left;
-      if (after || before) rows.mask(plan, row + own, key, lane);
+      const int key = j * Tile::keys;
+      if (key + Tile::keys > plan.mask.behind_key(row) || key < plan.mask.first_key(row + 63)) {
+        mask_fragment(rows.s, first_key, behind_key, key + lane % 4 * 2);
+      }
     };
     AttentionRows<T, D> rows;
     rows.start();
@@ -246,8 +189,8 @@ MK_KERNEL void __launch_bounds__(kProductThreads, 1)
       wgmma_wait<0>(rows.s);
       release(&k_empty[0]);
       mask(rows, at.end - 1);
-      rows.soften(scale_log2, fade);
-      rows.pack();
+      soften_fragment(rows.s, scale_log2, rows.most, rows.sum, fade);
+      pack_fragment<T>(rows.p, rows.s);
 #pragma unroll 1
       for (int j = at.end - 2; j >= at.first; --j) {
         const int stage = ring.stage, phase = ring.phase;
@@ -263,11 +206,11 @@ MK_KERNEL void __launch_bounds__(kProductThreads, 1)
         wgmma_wait<1>(rows.s);
         release(&k_empty[ring.stage]);
         mask(rows, j);
-        rows.soften(scale_log2, fade);
+        soften_fragment(rows.s, scale_log2, rows.most, rows.sum, fade);
         wgmma_wait<0>(rows.o, rows.s);
         release(&v_empty[stage]);
         rows.scale_rows(fade);
-        rows.pack();
+        pack_fragment<T>(rows.p, rows.s);
       }
       mbar_wait(&v_full[ring.stage], ring.phase);
       wgmma_fence(rows.o, rows.p);
@@ -293,14 +236,7 @@ MK_KERNEL void __launch_bounds__(kProductThreads, 1)
     consumer_sync<1>(consumer, 128);  // all products that read this part of q are done
 #pragma unroll
     for (int i = 0; i < Tile::slabs; ++i) {
-      const int r = thread / 32 * 16 + lane % 16;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {  // 16 columns at a time
-        const float* w = rows.o + 32 * i + 8 * j;
-        const std::uint32_t words[4] = {packed<T>(w[0], w[1]), packed<T>(w[2], w[3]), packed<T>(w[4], w[5]),
-                                        packed<T>(w[6], w[7])};
-        stmatrix_x4(q_own + i * Tile::q_slab + r * 128 + ((2 * j + lane / 16) ^ (r % 8)) * 16, words);
-      }
+      write_fragment<T>(q_own + i * Tile::q_slab + thread / 32 * 16 * 128, rows.o + 32 * i, lane);
     }
     fence_async();
     consumer_sync<1>(consumer, 128);
@@ -318,29 +254,20 @@ MK_KERNEL void __launch_bounds__(kProductThreads, 1)
 
 // --- launchers ---
 
-// x (B, T, H, D), as boxes of 64 columns and `rows` tokens of one head.
-static TensorMap head_map(const void* x, Dtype dtype, const AttentionSizes& s, const AttentionStrides& by, int64_t T,
-                          int64_t H, int rows) {
-  const std::uint64_t sizes[] = {std::uint64_t(s.D), std::uint64_t(T), std::uint64_t(H), std::uint64_t(s.B)};
-  const std::uint64_t strides[] = {std::uint64_t(by.token) * 2, std::uint64_t(by.head) * 2, std::uint64_t(by.sample) * 2};
-  const std::uint32_t box[] = {64, std::uint32_t(rows), 1, 1};
-  return tensor_map(x, dtype, 4, sizes, strides, box, Swizzle::b128);
-}
-
 template <class T, int D>
 static void launch_attention(const AttentionForward& p, Place place) {
   using Tile = AttentionTile<D>;
   const AttentionSizes& s = p.sizes;
   const AttentionStrides dense = {s.T * s.H * s.D, s.H * s.D, s.D};
-  const TensorMap q = head_map(p.q, p.dtype, s, p.q_strides, s.T, s.H, Tile::rows);
-  const TensorMap k = head_map(p.k, p.dtype, s, p.k_strides, s.S, s.Hkv, Tile::keys);
-  const TensorMap v = head_map(p.v, p.dtype, s, p.v_strides, s.S, s.Hkv, Tile::keys);
-  const TensorMap out = head_map(p.out, p.dtype, s, dense, s.T, s.H, 64);
+  const TensorMap q = head_map(p.q, p.dtype, s.B, s.T, s.H, s.D, p.q_strides, Tile::rows, false);
+  const TensorMap k = head_map(p.k, p.dtype, s.B, s.S, s.Hkv, s.D, p.k_strides, Tile::keys, false);
+  const TensorMap v = head_map(p.v, p.dtype, s.B, s.S, s.Hkv, s.D, p.v_strides, Tile::keys, false);
+  const TensorMap out = head_map(p.out, p.dtype, s.B, s.T, s.H, s.D, dense, 64, false);
   const int tiles = int(ceil_div(s.T, int64_t(Tile::rows)));
-  const AttentionPlan plan = {p.lse,        int(s.T),     int(s.S),       int(s.H),        int(s.H / s.Hkv), int(p.left),
-                              int(p.right), int(s.B * s.H), int(p.section), tiles,          p.scale};
+  const AttentionMask mask = {int(s.S), int(s.S - s.T), window_side(p.left), window_side(p.right)};
+  const AttentionPlan plan = {p.lse, mask, int(s.T), int(s.H), int(s.H / s.Hkv), int(s.B * s.H), int(p.section), tiles, p.scale};
   const Checks check("attention_forward");
-  MK_LAUNCH((attention_forward_kernel<T, D>), dim3(check.blocks(s.B * s.H * tiles)), dim3(kProductThreads), Tile::shared,
+  MK_LAUNCH((attention_forward_kernel<T, D>), dim3(check.blocks(s.B * s.H * tiles)), dim3(kPipelineThreads), Tile::shared,
             place, q, k, v, out, plan);
 }
 

@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "device/checks.h"
+#include "device/random.cuh"
 #include "device/vector.cuh"
 
 namespace megakern {
@@ -15,21 +16,6 @@ constexpr int kThreads = 256;
 constexpr int kPieces = 2;
 
 // --- kernels ---
-
-MK_BOTH uint64_t mix(uint64_t z) {
-  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
-  z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
-  return z ^ (z >> 31);
-}
-MK_BOTH uint64_t fold(uint64_t key, int64_t index) { return mix(key + (uint64_t(index) + 1) * 0x9E3779B97F4A7C15u); }
-
-MK_DEVICE bool keep(uint64_t key, uint32_t column, int threshold) {
-  uint32_t x = column * 0x9E3779B9u + uint32_t(key);
-  x = (x ^ (x >> 16)) * 0x7FEB352Du;
-  x ^= uint32_t(key >> 32);
-  x = (x ^ (x >> 15)) * 0x846CA68Bu;
-  return int32_t(x) >= threshold;
-}
 
 // Block (x, y): y rows, blockDim.x kPieces pieces of each; `across` such blocks side by side. seed_key: of p.seed.
 template <class T, int N>

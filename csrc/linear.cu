@@ -90,7 +90,7 @@ void launch_product(const LinearProduct& p, Place place) {
                            std::max(1, p.band / (Tile::rows * Tile::cluster)), p.activation,
                            p.bias_dtype == Dtype::f32, p.pre != nullptr, p.accumulate,
                            p.head_start};
-  MK_LAUNCH_CLUSTER((product_kernel<T, Out, L, Tile>), dim3(unsigned(clusters * Tile::cluster)), dim3(kProductThreads),
+  MK_LAUNCH_CLUSTER((product_kernel<T, Out, L, Tile>), dim3(unsigned(clusters * Tile::cluster)), dim3(kPipelineThreads),
                     Tile::shared, Tile::cluster, place, a, b, out, pre, product);
 }
 

@@ -10,7 +10,8 @@
 #pragma once
 
 #include "device/activation.cuh"
-#include "device/ptx.cuh"
+#include "device/fragment.cuh"
+#include "device/pipeline.cuh"
 #include "device/shared.cuh"
 
 namespace megakern {
@@ -45,23 +46,6 @@ struct ProductTile {
   static_assert(fragments * Cols <= 384, "accumulators of a consumer thread: half of this");
 };
 
-constexpr int kProductThreads = 384;
-constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;  // a thread; 168 at the launch
-
-// Where in the ring a role stands.
-template <int Stages>
-struct Ring {
-  int stage = 0, phase = 0;
-
-  MK_DEVICE void advance(int steps = 1) {
-    stage += steps;
-    if (stage >= Stages) {
-      phase ^= (stage / Stages) & 1;
-      stage %= Stages;
-    }
-  }
-};
-
 // First row and column of tile `index`: bands of `band` cluster rows, walked column by column, so that the tiles that
 // run at one time share rows of A and columns of B in the L2 cache.
 template <class Tile>
@@ -79,28 +63,6 @@ struct Schedule {
     col = within / height * Tile::cols;
   }
 };
-
-template <class T>
-MK_DEVICE std::uint32_t packed(float a, float b) {
-  T pair[2];
-  from_float_pair(a, b, pair);
-  std::uint32_t word;
-  memcpy(&word, pair, sizeof word);
-  return word;
-}
-
-template <class T>
-MK_DEVICE void unpacked(std::uint32_t word, float& a, float& b) {
-  T pair[2];
-  memcpy(pair, &word, sizeof word);
-  a = to_float(pair[0]), b = to_float(pair[1]);
-}
-
-MK_DEVICE float as_float(std::uint32_t bits) {
-  float x;
-  memcpy(&x, &bits, sizeof x);
-  return x;
-}
 
 // --- producer ---
 
@@ -210,14 +172,7 @@ struct Epilogue {
   // 64 columns as 16-bit values.
   MK_DEVICE void write(const TensorMap* map, const float (&v)[32], int row, int col) {
     unsigned char* chunk = begin();
-    const int r = lane % 16;
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {  // 16 columns at a time
-      const float* w = v + 8 * j;
-      const std::uint32_t words[4] = {packed<T>(w[0], w[1]), packed<T>(w[2], w[3]), packed<T>(w[4], w[5]),
-                                      packed<T>(w[6], w[7])};
-      stmatrix_x4(chunk + r * 128 + ((2 * j + lane / 16) ^ (r % 8)) * 16, words);
-    }
+    write_fragment<T>(chunk, v, lane);
     finish(map, chunk, row, col);
   }
 
@@ -280,7 +235,7 @@ struct Epilogue {
 
 // T of a and b: bf16 or fp16. Out: T or float; with float no bias, activation, residual. For the grid: whole clusters.
 template <class T, class Out, Layout L, class Tile>
-MK_KERNEL void __launch_bounds__(kProductThreads, 1)
+MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
     product_kernel(const MK_GRID_CONSTANT TensorMap a_map, const MK_GRID_CONSTANT TensorMap b_map,
                    const MK_GRID_CONSTANT TensorMap out_map, const MK_GRID_CONSTANT TensorMap pre_map,
                    const MK_GRID_CONSTANT Product p) {
