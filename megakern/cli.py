@@ -157,6 +157,21 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--full-size", action="store_true", help="do not reduce a model above 20 million parameters")
     verify.add_argument("--json", type=Path, metavar="FILE", help="write the table there too")
 
+    convert = add(
+        "convert",
+        _convert,
+        "make a run from a Hugging Face folder, a nanoGPT or llm.c file; or a Hugging Face folder from a run",
+        epilog="The result is proven before it gets its name: tensors are read again, logits compared.",
+    )
+    convert.add_argument("source", type=Path, metavar="SOURCE", help="Hugging Face folder, RUN, ckpt.pt, model.bin")
+    convert.add_argument("--out", type=Path, required=True, help="folder to make; it must not exist")
+    convert.add_argument("--dtype", help="fp32, bf16 or fp16 (default: as stored)")
+    convert.add_argument("--ranks", type=int, help="to a run: cut for this many ranks (default 1)")
+    convert.add_argument("--tokenizer", metavar="FILE", help="to a run: bytes, a tokenizer.json or its folder")
+    convert.add_argument("--step", type=int, help="from a run: checkpoint to use (default: the newest valid one)")
+    convert.add_argument("--shard-size", type=float, metavar="GB", help="from a run: largest file (default 5)")
+    convert.add_argument("--no-proof", action="store_true", help="do not compare what was written with what was read")
+
     ckpt = add("ckpt", _ckpt, "list, describe or verify checkpoints; merge one into a file, and split it again")
     ckpt.add_argument("action", choices=("ls", "show", "verify", "merge", "split"))
     ckpt.add_argument("path", type=Path, metavar="RUN", help="a run, or one checkpoint folder of it; split: the file")
@@ -302,6 +317,23 @@ def _plot(options: argparse.Namespace) -> None:
 
     open_run(options.run)
     print(plot_run(options.run, options.out))
+
+
+def _convert(options: argparse.Namespace) -> None:
+    from megakern.convert.run import convert
+
+    size = options.shard_size
+    report = convert(
+        options.source,
+        options.out,
+        dtype=options.dtype,
+        ranks=options.ranks,
+        tokenizer=options.tokenizer,
+        step=options.step,
+        shard_bytes=None if size is None else int(size * 1e9),
+        proof=not options.no_proof,
+    )
+    print(report)
 
 
 def _ckpt(options: argparse.Namespace) -> int:

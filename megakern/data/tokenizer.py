@@ -357,13 +357,13 @@ def _byte_names() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(rest)}
 
 
-_BYTE_NAMES = _byte_names()
+BYTE_NAMES = _byte_names()
 
 
 def _piece_bytes(piece: str) -> bytes:
     """As the library's ByteLevel decoder: a piece that is not all byte names stands for itself (added tokens)."""
-    if all(character in _BYTE_NAMES for character in piece):
-        return bytes(_BYTE_NAMES[character] for character in piece)
+    if all(character in BYTE_NAMES for character in piece):
+        return bytes(BYTE_NAMES[character] for character in piece)
     return piece.encode()
 
 

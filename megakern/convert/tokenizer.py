@@ -1,0 +1,244 @@
+"""What goes with the weights: tokenizer, chat template, and the tokens that end an answer, from and to both kinds of
+folder. All of it is data; a chat template is text that whoever renders it has to run in a sandbox.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
+
+from megakern.config import ConfigError
+from megakern.data.files import DataError
+from megakern.data.tokenizer import BYTE_NAMES, ByteTokenizer, JsonTokenizer, Tokenizer
+from megakern.model.hf.reading import file_problem, read_json
+from megakern.train.files import Files
+
+CHAT_TEMPLATE = "chat_template.jinja"
+GENERATION = "generation.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+MAX_TEMPLATE = 2**20  # bytes
+
+_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+
+
+@dataclass(frozen=True)
+class Carried:
+    """What is carried along with the weights."""
+
+    tokenizer: Tokenizer
+    eos_ids: tuple[int, ...] = ()
+    """Tokens that end an answer; empty: the tokenizer's end-of-document token alone."""
+    chat_template: str | None = None
+    special: dict[str, Any] = field(default_factory=dict)
+    """Names of special tokens, as tokenizer_config.json has them."""
+
+    def write_run(self, folder: Path, files: Files) -> None:
+        """tokenizer.json, and what there is of chat_template.jinja, generation.json and tokenizer_config.json."""
+        self.tokenizer.save(folder / "tokenizer.json")
+        if self.chat_template is not None:
+            files.write_file(folder / CHAT_TEMPLATE, self.chat_template.encode())
+        if self.eos_ids:
+            files.write_file(folder / GENERATION, _json({"eos_token_ids": list(self.eos_ids)}))
+        if self.special:
+            files.write_file(folder / TOKENIZER_CONFIG, _json(self.special))
+
+    def write_hf(self, folder: Path, files: Files) -> None:
+        """The files that AutoTokenizer and `generate` of transformers read."""
+        files.write_file(folder / "tokenizer.json", _json(library_table(self.tokenizer)))
+        special = {"eos_token": self.tokenizer.eod_token, "clean_up_tokenization_spaces": False, **self.special}
+        files.write_file(folder / TOKENIZER_CONFIG, _json({"tokenizer_class": "PreTrainedTokenizerFast", **special}))
+        if self.chat_template is not None:
+            files.write_file(folder / CHAT_TEMPLATE, self.chat_template.encode())
+        files.write_file(folder / "generation_config.json", _json(self.token_ids()))
+
+    def token_ids(self) -> dict[str, Any]:
+        """bos_token_id and eos_token_id; null where there is none, for transformers has defaults of its own."""
+        ids = list(self.eos_ids) or [self.tokenizer.eod]
+        bos = self.special.get("bos_token")
+        vocabulary = tokenizers.Tokenizer.from_str(json.dumps(library_table(self.tokenizer))).get_vocab()
+        return {"bos_token_id": vocabulary.get(bos), "eos_token_id": ids[0] if len(ids) == 1 else ids}
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def library_table(tokenizer: Tokenizer) -> dict:
+    """The tokenizer as a file of the `tokenizers` library."""
+    if isinstance(tokenizer, ByteTokenizer):
+        return _byte_table(tokenizer)
+    content = tokenizer.content()
+    return content["tokenizer"] if set(content) == {"megakern_tokenizer", "eod", "tokenizer"} else content
+
+
+def _byte_table(tokenizer: ByteTokenizer) -> dict:
+    """A byte-level BPE without merges: the same id for each byte."""
+    library = tokenizers.Tokenizer(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    library.decoder = decoders.ByteLevel()
+    table = json.loads(library.to_str())
+    table["model"]["vocab"] = dict(BYTE_NAMES)
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    table["added_tokens"] = [{"id": tokenizer.eod, "content": tokenizer.eod_token, **flags, "special": True}]
+    return table
+
+
+# --- from a Hugging Face folder ---
+
+
+def from_hf(folder: Path, family: str, vocab_size: int, tokenizer: str | None, problems: list[str]) -> Carried | None:
+    """What a folder of Hugging Face has. tokenizer: use this file instead. None when there is a problem."""
+    before = len(problems)
+    settings = _table(folder, TOKENIZER_CONFIG, problems)
+    special = _special(settings, problems)
+    wanted = {**_table(folder, "config.json", []), **_table(folder, "generation_config.json", problems)}
+    eos_ids = _ids(wanted.get("eos_token_id"), vocab_size, problems)
+    template = _template(folder, settings, problems)
+    found = None
+    try:
+        if tokenizer is not None:
+            found = named_tokenizer(tokenizer)
+        elif (table := _library(folder, family, problems)) is not None:
+            names = {added.get("id"): added.get("content") for added in table.get("added_tokens") or ()}
+            found = _with_eod(table, [special.get("eos_token"), *[names.get(each) for each in eos_ids]])
+    except DataError as error:
+        problems.append(str(error))
+    if found is not None and found.vocab_size > vocab_size:
+        problems.append(
+            f"tokenizer.json: it has {found.vocab_size} ids, the model's vocabulary is {vocab_size}; a token without a "
+            f"row in the embedding cannot be read"
+        )
+    return None if found is None or len(problems) > before else Carried(found, eos_ids, template, special)
+
+
+def named_tokenizer(source: str) -> Tokenizer:
+    """`--tokenizer`: "bytes", a file, or a folder with tokenizer.json. Raises DataError."""
+    if source == "bytes":
+        return Tokenizer.load("bytes")
+    path = Path(source)
+    return Tokenizer.load(path / "tokenizer.json" if path.is_dir() else path)
+
+
+def _with_eod(table: dict, names: list[str | None]) -> Tokenizer:
+    """The end-of-document token is a known name, else the first of `names` that the vocabulary has."""
+    try:
+        return JsonTokenizer(table, name="tokenizer.json")
+    except DataError as first:
+        for name in names:
+            if name:
+                try:
+                    return JsonTokenizer(table, eod=name, name="tokenizer.json")
+                except DataError:
+                    continue
+        raise first
+
+
+def _table(folder: Path, name: str, problems: list[str]) -> dict[str, Any]:
+    table = read_json(folder, name, problems)
+    if not isinstance(table, (dict, type(None))):
+        problems.append(f"{name}: must hold a JSON object, got {type(table).__name__}")
+    return table if isinstance(table, dict) else {}
+
+
+def _library(folder: Path, family: str, problems: list[str]) -> dict | None:
+    count = len(problems)
+    table = _table(folder, "tokenizer.json", problems)
+    if table or len(problems) > count:
+        return table or None
+    if family == "gpt2" and (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
+        return _gpt2_table(folder, problems)
+    other = " There is tokenizer.model of SentencePiece; transformers' save_pretrained makes tokenizer.json of it."
+    problems.append(
+        "tokenizer.json: missing; name one with --tokenizer." + other * (folder / "tokenizer.model").exists()
+    )
+    return None
+
+
+def _gpt2_table(folder: Path, problems: list[str]) -> dict | None:
+    """GPT-2's own vocab.json and merges.txt, with its pre-tokenizer, which is the library's ByteLevel."""
+    vocabulary = _table(folder, "vocab.json", problems)
+    if problem := file_problem(folder, "merges.txt"):
+        problems.append(problem)
+        return None
+    lines = (folder / "merges.txt").read_text(encoding="utf-8", errors="replace").splitlines()
+    merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+    try:
+        library = tokenizers.Tokenizer(models.BPE(vocabulary, merges))
+    except Exception as error:  # noqa: BLE001 - the library raises plain Exception
+        problems.append(f"vocab.json, merges.txt: not a byte-pair encoding: {error}")
+        return None
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.post_processor = processors.ByteLevel(trim_offsets=False)
+    library.decoder = decoders.ByteLevel()
+    if "<|endoftext|>" in vocabulary:
+        library.add_special_tokens([tokenizers.AddedToken("<|endoftext|>", special=True, normalized=True)])
+    return json.loads(library.to_str())
+
+
+def _special(settings: dict[str, Any], problems: list[str]) -> dict[str, Any]:
+    """The names of special tokens; everything else in tokenizer_config.json is said by tokenizer.json as well."""
+    special: dict[str, Any] = {}
+    for key in _TOKENS:
+        value = settings.get(key)
+        value = value.get("content") if isinstance(value, dict) else value
+        if isinstance(value, str):
+            special[key] = value
+        elif value is not None:
+            problems.append(f"{TOKENIZER_CONFIG}: {key} must be the text of a token, got {settings[key]!r}")
+    longest = settings.get("model_max_length")
+    if isinstance(longest, int) and 0 < longest < 2**31:  # 1e30 stands for "no limit"
+        special["model_max_length"] = longest
+    return special
+
+
+def _ids(value: Any, vocab_size: int, problems: list[str]) -> tuple[int, ...]:
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(isinstance(each, int) and not isinstance(each, bool) and 0 <= each < vocab_size for each in ids):
+        problems.append(f"eos_token_id must be token ids below {vocab_size}, got {value!r}")
+        return ()
+    return tuple(dict.fromkeys(ids))
+
+
+def _template(folder: Path, settings: dict[str, Any], problems: list[str]) -> str | None:
+    """chat_template.jinja, else `chat_template` of tokenizer_config.json: a text, or a list with one named default."""
+    if problem := file_problem(folder, CHAT_TEMPLATE):
+        problems.append(problem)
+        return None
+    path = folder / CHAT_TEMPLATE
+    if path.exists():
+        if path.stat().st_size > MAX_TEMPLATE:
+            problems.append(f"{CHAT_TEMPLATE}: more than {MAX_TEMPLATE} bytes")
+            return None
+        try:
+            return path.read_bytes().decode()
+        except UnicodeDecodeError as error:
+            problems.append(f"{CHAT_TEMPLATE}: not UTF-8: {error}")
+            return None
+    value = settings.get("chat_template")
+    if isinstance(value, list):
+        named = {each.get("name"): each.get("template") for each in value if isinstance(each, dict)}
+        value = named.get("default", value)
+    if not isinstance(value, (str, type(None))):
+        problems.append(f"{TOKENIZER_CONFIG}: chat_template must be a text, or a list with one named 'default'")
+        return None
+    return value
+
+
+# --- from a run ---
+
+
+def from_run(run: Path) -> Carried:
+    """Raises DataError or ConfigError: a file of the run is missing or not as it was written."""
+    problems: list[str] = []
+    tokenizer = Tokenizer.load(run / "tokenizer.json")
+    special = _special(_table(run, TOKENIZER_CONFIG, problems), problems)
+    eos_ids = _ids(_table(run, GENERATION, problems).get("eos_token_ids"), tokenizer.vocab_size, problems)
+    template = _template(run, {}, problems)
+    if problems:
+        raise ConfigError(f"{run}: " + "; ".join(problems))
+    return Carried(tokenizer, eos_ids, template, special)
