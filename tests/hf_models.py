@@ -1,4 +1,4 @@
-"""Small random models of transformers in every family and shape that `megakern convert` knows, saved without a network."""
+"""Small random models of transformers in every family and shape that `megakern convert` knows, made offline."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ MODELS: dict[str, tuple[str, dict]] = {
 
 
 def make(name: str, dtype: torch.dtype = torch.float32):
-    """The model called `name`, each parameter drawn at random: as made, biases are 0 and norms 1, which shows little."""
+    """The model called `name`, each parameter drawn at random: with biases 0 and norms 1 much would be hidden."""
     family, keys = MODELS[name]
     config = getattr(transformers, f"{family}Config")(**keys, attn_implementation="eager")
     for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):

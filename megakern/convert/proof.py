@@ -12,6 +12,7 @@ import dataclasses
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 
 from megakern.config import ConfigError, GPTConfig
 from megakern.convert.ours import Checkpoint, chunks
+from megakern.data.tokenizer import Tokenizer
 from megakern.layers.block import TransformerBlock, make_norm
 from megakern.model.gpt import rope_tables
 from megakern.model.hf.families import Family
@@ -82,6 +84,26 @@ def same_tensors(
     if wrong:
         raise ProofError("what was written is not what was read:\n  " + "\n  ".join(wrong))
     return count
+
+
+SAMPLE = "The cat's 42 dogs,  naïve 漢字 🙂\n\tdef f(x):\n        return x != 3.14\n"
+
+
+def same_tokens(folder: Path, tokenizer: Tokenizer) -> None:
+    """Raises ProofError when AutoTokenizer of transformers makes other tokens of a text than `tokenizer`.
+
+    For some model types it takes a class of its own, whatever tokenizer.json says.
+    """
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(folder)
+    found, wanted = theirs(SAMPLE, add_special_tokens=False)["input_ids"], tokenizer.encode(SAMPLE)
+    if found != wanted:
+        raise ProofError(
+            f"transformers' {type(theirs).__name__} reads this tokenizer.json in another way: of {SAMPLE!r} it makes "
+            f"{found}, megakern {wanted}. AutoTokenizer takes this class for the whole family; with --no-proof the "
+            f"folder is written, for PreTrainedTokenizerFast to read"
+        )
 
 
 def transformers_missing(family: Family, config: GPTConfig) -> str | None:

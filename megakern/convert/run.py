@@ -17,9 +17,10 @@ from tqdm import tqdm
 from megakern.config import ConfigError, GPTConfig, require
 from megakern.convert import foreign
 from megakern.convert.ours import Checkpoint, chunks, write_checkpoint
-from megakern.convert.proof import Proof, ProofError, compare_logits, same_tensors, transformers_missing
+from megakern.convert.proof import Proof, ProofError, compare_logits, same_tensors, same_tokens, transformers_missing
 from megakern.convert.tokenizer import Carried, from_hf, from_run, named_tokenizer
 from megakern.data.files import DataError
+from megakern.data.tokenizer import Tokenizer
 from megakern.model.hf.families import Imported, family_of, from_config_json, same_function, to_config_json
 from megakern.model.hf.names import Read, Rule, rules_of, tensor_problems
 from megakern.model.hf.reading import Weights, read_json
@@ -48,7 +49,7 @@ class Report:
     def __str__(self) -> str:
         rows = [
             ("family", self.family),
-            ("parameters", f"{self.parameters / 1e6:,.1f} M" if self.parameters >= 1e5 else f"{self.parameters:,}"),
+            ("parameters", f"{self.parameters / 1e6:,.2f} M" if self.parameters >= 1e6 else f"{self.parameters:,}"),
             ("dtype", f"{self.dtype}, {self.bytes / 1e6:,.1f} MB"),
             ("proof", "none, as asked for" if self.proof is None else str(self.proof)),
             ("made", str(self.out)),
@@ -257,11 +258,11 @@ def _export(run: Path, out: Path, dtype, step, shard_bytes: int, proof: bool, fi
                     files.write_stream(folder / shard.file, _shard_bytes(shard, shapes, ours, stored, bar.update))
             if len(shards) > 1:
                 files.write_file(folder / INDEX, index(shards, stored))
-            carried.write_hf(folder, files)
+            carried.write_hf(folder, config.sequence_length, files)
             files.write_file(folder / "config.json", (json.dumps(table, indent=2) + "\n").encode())
             shown = None
             if proof:
-                shown = _prove_folder(folder, config, rules, ours, stored)
+                shown = _prove_folder(folder, config, carried.tokenizer, rules, ours, stored)
         return _report(out, family.name, rules, stored, shown)
     finally:
         ours.close()
@@ -280,7 +281,9 @@ def _shard_bytes(shard: Shard, shapes, ours: Checkpoint, dtype: str, progress: C
             yield memoryview(rows.reshape(-1).view(torch.uint8).numpy())
 
 
-def _prove_folder(folder: Path, config: GPTConfig, rules: list[Rule], ours: Checkpoint, dtype: str) -> Proof:
+def _prove_folder(
+    folder: Path, config: GPTConfig, tokenizer: Tokenizer, rules: list[Rule], ours: Checkpoint, dtype: str
+) -> Proof:
     """Reads what was written as any folder of a stranger."""
     problems: list[str] = []
     imported, found = from_config_json(read_json(folder, "config.json", problems))
@@ -289,7 +292,10 @@ def _prove_folder(folder: Path, config: GPTConfig, rules: list[Rule], ours: Chec
         problems += found + tensor_problems(rules, weights.shapes, weights.dtypes, tied=False, one_dtype=True)
         if imported is None or problems or not same_function(imported.config, config):
             raise ProofError("what was written does not describe this model:\n  " + "\n  ".join(problems))
-        return _prove(imported, rules, ours, weights.read, dtype, exporting=True)
+        proof = _prove(imported, rules, ours, weights.read, dtype, exporting=True)
+        if proof.difference is not None:
+            same_tokens(folder, tokenizer)
+        return proof
     finally:
         weights.close()
 

@@ -13,16 +13,14 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from megakern.config import ConfigError
+from megakern.data.chat import LONGEST, SPECIAL_FILE, TEMPLATE_FILE, ChatTemplate
 from megakern.data.files import DataError
 from megakern.data.tokenizer import BYTE_NAMES, ByteTokenizer, JsonTokenizer, Tokenizer
 from megakern.model.hf.reading import file_problem, read_json
 from megakern.train.files import Files
 
-CHAT_TEMPLATE = "chat_template.jinja"
 GENERATION = "generation.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
-MAX_TEMPLATE = 2**20  # bytes
-
 _TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
@@ -34,26 +32,27 @@ class Carried:
     eos_ids: tuple[int, ...] = ()
     """Tokens that end an answer; empty: the tokenizer's end-of-document token alone."""
     chat_template: str | None = None
-    special: dict[str, Any] = field(default_factory=dict)
-    """Names of special tokens, as tokenizer_config.json has them."""
+    special: dict[str, str] = field(default_factory=dict)
+    """Texts of special tokens by what they are for, as {"bos_token": "<s>"}."""
 
     def write_run(self, folder: Path, files: Files) -> None:
-        """tokenizer.json, and what there is of chat_template.jinja, generation.json and tokenizer_config.json."""
+        """tokenizer.json, and what there is of chat_template.jinja, generation.json and special_tokens.json."""
         self.tokenizer.save(folder / "tokenizer.json")
         if self.chat_template is not None:
-            files.write_file(folder / CHAT_TEMPLATE, self.chat_template.encode())
+            files.write_file(folder / TEMPLATE_FILE, self.chat_template.encode())
         if self.eos_ids:
             files.write_file(folder / GENERATION, _json({"eos_token_ids": list(self.eos_ids)}))
         if self.special:
-            files.write_file(folder / TOKENIZER_CONFIG, _json(self.special))
+            files.write_file(folder / SPECIAL_FILE, _json(self.special))
 
-    def write_hf(self, folder: Path, files: Files) -> None:
-        """The files that AutoTokenizer and `generate` of transformers read."""
+    def write_hf(self, folder: Path, longest: int, files: Files) -> None:
+        """The files that AutoTokenizer and `generate` of transformers read. longest: sequence, in tokens."""
         files.write_file(folder / "tokenizer.json", _json(library_table(self.tokenizer)))
-        special = {"eos_token": self.tokenizer.eod_token, "clean_up_tokenization_spaces": False, **self.special}
-        files.write_file(folder / TOKENIZER_CONFIG, _json({"tokenizer_class": "PreTrainedTokenizerFast", **special}))
+        special = {"eos_token": self.tokenizer.eod_token, **self.special, "model_max_length": longest}
+        how = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        files.write_file(folder / TOKENIZER_CONFIG, _json({**how, **special}))
         if self.chat_template is not None:
-            files.write_file(folder / CHAT_TEMPLATE, self.chat_template.encode())
+            files.write_file(folder / TEMPLATE_FILE, self.chat_template.encode())
         files.write_file(folder / "generation_config.json", _json(self.token_ids()))
 
     def token_ids(self) -> dict[str, Any]:
@@ -95,7 +94,7 @@ def from_hf(folder: Path, family: str, vocab_size: int, tokenizer: str | None, p
     """What a folder of Hugging Face has. tokenizer: use this file instead. None when there is a problem."""
     before = len(problems)
     settings = _table(folder, TOKENIZER_CONFIG, problems)
-    special = _special(settings, problems)
+    special = _special(settings, TOKENIZER_CONFIG, problems)
     wanted = {**_table(folder, "config.json", []), **_table(folder, "generation_config.json", problems)}
     eos_ids = _ids(wanted.get("eos_token_id"), vocab_size, problems)
     template = _template(folder, settings, problems)
@@ -180,19 +179,16 @@ def _gpt2_table(folder: Path, problems: list[str]) -> dict | None:
     return json.loads(library.to_str())
 
 
-def _special(settings: dict[str, Any], problems: list[str]) -> dict[str, Any]:
-    """The names of special tokens; everything else in tokenizer_config.json is said by tokenizer.json as well."""
-    special: dict[str, Any] = {}
+def _special(settings: dict[str, Any], where: str, problems: list[str]) -> dict[str, str]:
+    """The texts of special tokens; what else is in tokenizer_config.json is said by tokenizer.json as well."""
+    special: dict[str, str] = {}
     for key in _TOKENS:
         value = settings.get(key)
         value = value.get("content") if isinstance(value, dict) else value
         if isinstance(value, str):
             special[key] = value
         elif value is not None:
-            problems.append(f"{TOKENIZER_CONFIG}: {key} must be the text of a token, got {settings[key]!r}")
-    longest = settings.get("model_max_length")
-    if isinstance(longest, int) and 0 < longest < 2**31:  # 1e30 stands for "no limit"
-        special["model_max_length"] = longest
+            problems.append(f"{where}: {key} must be the text of a token, got {settings[key]!r}")
     return special
 
 
@@ -206,25 +202,24 @@ def _ids(value: Any, vocab_size: int, problems: list[str]) -> tuple[int, ...]:
 
 def _template(folder: Path, settings: dict[str, Any], problems: list[str]) -> str | None:
     """chat_template.jinja, else `chat_template` of tokenizer_config.json: a text, or a list with one named default."""
-    if problem := file_problem(folder, CHAT_TEMPLATE):
-        problems.append(problem)
-        return None
-    path = folder / CHAT_TEMPLATE
-    if path.exists():
-        if path.stat().st_size > MAX_TEMPLATE:
-            problems.append(f"{CHAT_TEMPLATE}: more than {MAX_TEMPLATE} bytes")
-            return None
-        try:
-            return path.read_bytes().decode()
-        except UnicodeDecodeError as error:
-            problems.append(f"{CHAT_TEMPLATE}: not UTF-8: {error}")
-            return None
-    value = settings.get("chat_template")
+    where, value = TOKENIZER_CONFIG, settings.get("chat_template")
     if isinstance(value, list):
         named = {each.get("name"): each.get("template") for each in value if isinstance(each, dict)}
         value = named.get("default", value)
-    if not isinstance(value, (str, type(None))):
-        problems.append(f"{TOKENIZER_CONFIG}: chat_template must be a text, or a list with one named 'default'")
+    try:
+        if problem := file_problem(folder, TEMPLATE_FILE):
+            where = TEMPLATE_FILE
+            raise ConfigError(problem.partition(": ")[2])
+        if (path := folder / TEMPLATE_FILE).exists():
+            where = TEMPLATE_FILE
+            with open(path, encoding="utf-8") as file:
+                value = file.read(LONGEST + 1)
+        if not isinstance(value, (str, type(None))):
+            raise ConfigError("chat_template must be a text, or a list with one named 'default'")
+        if value is not None:
+            ChatTemplate(value)  # refuses one that is too long, or no Jinja
+    except (ConfigError, OSError, UnicodeDecodeError) as error:
+        problems.append(f"{where}: {error}")
         return None
     return value
 
@@ -236,7 +231,7 @@ def from_run(run: Path) -> Carried:
     """Raises DataError or ConfigError: a file of the run is missing or not as it was written."""
     problems: list[str] = []
     tokenizer = Tokenizer.load(run / "tokenizer.json")
-    special = _special(_table(run, TOKENIZER_CONFIG, problems), problems)
+    special = _special(_table(run, SPECIAL_FILE, problems), SPECIAL_FILE, problems)
     eos_ids = _ids(_table(run, GENERATION, problems).get("eos_token_ids"), tokenizer.vocab_size, problems)
     template = _template(run, {}, problems)
     if problems:
