@@ -88,6 +88,12 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument("--include", nargs="+", metavar="PATTERN", help="only files like these in folders, as '*.py'")
     prepare.add_argument("--exclude", nargs="+", metavar="PATTERN", help="no files or folders named like these")
     prepare.add_argument("--strict", action="store_true", help="stop at a file that is not UTF-8, do not just count it")
+    prepare.add_argument(
+        "--chat", action="store_true", help="inputs are conversations: messages, or prompt and response"
+    )
+    prepare.add_argument("--template", type=Path, help="chat: Jinja file (default: beside --tokenizer, or our own)")
+    prepare.add_argument("--longest", type=int, metavar="N", help="chat: tokens a conversation may have")
+    prepare.add_argument("--too-long", choices=("refuse", "cut", "skip"), help="chat: what becomes of longer ones")
     prepare.add_argument("--overwrite", action="store_true", help="replace what is in --out")
 
     train = add(
@@ -190,8 +196,12 @@ def _doctor(options: argparse.Namespace) -> None:
 
 
 def _prepare(options: argparse.Namespace) -> None:
-    from megakern.data.prepare import prepare
+    from megakern.config import require
+    from megakern.data.prepare import ChatOptions, prepare
 
+    given = {name: getattr(options, name) for name in ("template", "longest", "too_long")}
+    given = {name: value for name, value in given.items() if value is not None}
+    require(options.chat or not given, f"--{'/'.join(given).replace('_', '-')} is for conversations; add --chat")
     manifest = prepare(
         options.inputs,
         options.out,
@@ -203,6 +213,7 @@ def _prepare(options: argparse.Namespace) -> None:
         exclude=tuple(options.exclude or ()),
         strict=options.strict,
         overwrite=options.overwrite,
+        chat=ChatOptions(**given) if options.chat else None,
     )
     print(manifest.describe())
 

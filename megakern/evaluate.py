@@ -8,9 +8,9 @@ from megakern.config import require
 from megakern.data.loader import check_vocabulary
 from megakern.data.manifest import PreparedData
 from megakern.inference import load_run
+from megakern.train.batches import evaluate
 from megakern.train.run import other_tokenizer
 from megakern.train.summary import HeldOut
-from megakern.train.trainer import evaluate
 
 
 def evaluate_run(run: Path, *, data: Path | None = None, batches: int | None = None) -> str:

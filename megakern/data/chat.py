@@ -10,6 +10,7 @@ A message cannot forge a turn: names of special tokens within it are encoded as 
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
 import re
@@ -30,6 +31,9 @@ from megakern.data.tokenizer import Tokenizer
 TEMPLATE_FILE = "chat_template.jinja"
 SPECIAL_FILE = "special_tokens.json"
 """Special tokens that the template names, as {"bos_token": "<s>"}."""
+GENERATION_FILE = "generation.json"
+"""{"eos_token_ids": [...]}: tokens that end an answer."""
+CHAT_FILES = (TEMPLATE_FILE, SPECIAL_FILE, GENERATION_FILE)
 
 LONGEST = 1 << 20
 """Characters that a template may have."""
@@ -72,6 +76,12 @@ class ChatTemplate:
         except jinja2.TemplateSyntaxError as error:
             raise ConfigError(f"chat template, line {error.lineno}: {error.message}") from error
         self.marks_answers = re.search(r"{%-?\s*generation\b", source) is not None
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the template and its special tokens."""
+        canonical = json.dumps([self.source, self.special_tokens], sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> ChatTemplate:
@@ -119,27 +129,33 @@ class ChatTemplate:
         safe = _quoted((messages, tools), tokenizer.special_tokens)
         return _encoded(self._run(safe[0], add_generation_prompt, safe[1]), tokenizer)[0]
 
-    def answer_mask(self, messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
+    def answer_mask(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tokenizer: Tokenizer,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> tuple[list[int], list[bool]]:
         """Token ids of the conversation, and for each whether the assistant writes it: its turns up to the token that
         ends them.
 
         A template says it with `{% generation %}`; for another, a turn is what is added to the text before it by
         rendering it too. Raises ConfigError like `render`, or when that text is changed by what comes later.
         """
-        (messages,) = _quoted((messages,), tokenizer.special_tokens)
-        text = self._run(messages, False, None)
+        messages, tools = _quoted((check_messages(messages), tools), tokenizer.special_tokens)
+        text = self._run(messages, False, tools)
         if not self.marks_answers:
-            text = self._marked(messages, text, tokenizer.special_tokens)
+            text = self._marked(messages, tools, text, tokenizer.special_tokens)
         return _encoded(text, tokenizer)
 
-    def _marked(self, messages: list[dict[str, Any]], text: str, special: Sequence[str]) -> str:
+    def _marked(self, messages: list[dict[str, Any]], tools, text: str, special: Sequence[str]) -> str:
         """`text`, the rendered conversation, with marks around the turns of the assistant."""
         cuts: list[tuple[int, str]] = []
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before = self._run(messages[:index], True, None) if index else ""
-            after = self._run(messages[: index + 1], False, None)
+            before = self._run(messages[:index], True, tools) if index else ""
+            after = self._run(messages[: index + 1], False, tools)
             require(
                 text.startswith(after) and after.startswith(before),
                 f"this chat template writes message {index + 1} in another way when more follow, so that its answers "
@@ -153,7 +169,7 @@ class ChatTemplate:
     def _run(self, messages, add_generation_prompt: bool, tools) -> str:
         values = {
             **self.special_tokens,
-            "messages": _checked(messages),
+            "messages": check_messages(messages),
             "tools": None if tools is None else _plain(tools, "tools"),
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
@@ -178,7 +194,7 @@ def _special_tokens(path: Path) -> dict[str, str]:
     return table
 
 
-def _checked(messages: Any) -> list[dict[str, Any]]:
+def check_messages(messages: Any) -> list[dict[str, Any]]:
     """Messages as plain values, without keys that are None. Raises ConfigError that names the message."""
     is_list = isinstance(messages, Sequence) and not isinstance(messages, (str, bytes))
     require(is_list and len(messages) > 0, f"messages must be a list of one message or more, got {messages!r:.100}")

@@ -166,12 +166,7 @@ class Documents:
             yield text
 
     def _text_of(self, line: str, where: str) -> str:
-        try:
-            table = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{where}: not JSON: {error}") from error
-        if not isinstance(table, dict):
-            raise DataError(f"{where}: a line must be a JSON object, got {type(table).__name__}")
+        table = self._table_of(line, where)
         if self.text_key not in table:
             keys = ", ".join(map(repr, list(table)[:10])) or "none"
             raise DataError(
@@ -181,6 +176,15 @@ class Documents:
         if not isinstance(text, str):
             raise DataError(f"{where}: {self.text_key!r} must be text, got {type(text).__name__}")
         return text
+
+    def _table_of(self, line: str, where: str) -> dict[str, Any]:
+        try:
+            table = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{where}: not JSON: {error}") from error
+        if not isinstance(table, dict):
+            raise DataError(f"{where}: a line must be a JSON object, got {type(table).__name__}")
+        return table
 
 
 def _identity(folder: Path) -> tuple[int, int]:

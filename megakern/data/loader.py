@@ -59,7 +59,7 @@ class SampleOrder:
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Shuffled documents, the place in the epoch where each starts, and shuffled samples."""
         if epoch not in self._epochs:
-            generator = np.random.RandomState(self._epoch_seed(epoch))
+            generator = np.random.RandomState(epoch_seed(self.seed, epoch))
             documents = np.arange(len(self.dataset), dtype=np.int32)
             generator.shuffle(documents)
             lengths = self.dataset.lengths[documents].astype(np.int64)
@@ -72,10 +72,12 @@ class SampleOrder:
             self._epochs[epoch] = documents, np.cumsum(lengths) - lengths, shuffle
         return self._epochs[epoch]
 
-    def _epoch_seed(self, epoch: int) -> int:
-        if epoch == 0:
-            return self.seed
-        return int.from_bytes(hashlib.sha256(f"{self.seed} epoch {epoch}".encode()).digest()[:4], "little")
+
+def epoch_seed(seed: int, epoch: int) -> int:
+    """The first epoch has the seed itself, each later one its own."""
+    if epoch == 0:
+        return seed
+    return int.from_bytes(hashlib.sha256(f"{seed} epoch {epoch}".encode()).digest()[:4], "little")
 
 
 class Loader:

@@ -9,7 +9,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from megakern.config import ConfigError, from_table, require
+from megakern.data.chat import TEMPLATE_FILE, ChatTemplate
 from megakern.data.files import DataError, sha256_of_file
 from megakern.data.indexed import IndexedDataset
 from megakern.data.tokenizer import Tokenizer
@@ -34,6 +37,10 @@ class SplitInfo:
     """Size of the .idx file."""
     idx_sha256: str
     """SHA-256 of the .idx file, in hex."""
+    answers: int | None = None
+    """Chat: tokens that the assistant wrote."""
+    answers_sha256: str | None = None
+    """Chat: SHA-256 of the .answers file, a byte for each token."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +82,24 @@ class Options:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ChatInfo:
+    """How conversations were made into documents, and which did not fit."""
+
+    template_sha256: str
+    """`ChatTemplate.sha256` of the template beside the manifest."""
+    longest: int | None
+    """Tokens that a conversation may have. None: any number."""
+    too_long: str
+    """What became of longer ones: refuse, cut or skip."""
+    cut: int
+    """Conversations cut at `longest`."""
+    skipped: int
+    """Conversations left out because they are longer."""
+    without_answer: int
+    """Conversations left out because no token of an answer was left."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """What `prepare` made. The same input and options give the same manifest, byte for byte."""
 
@@ -89,6 +114,8 @@ class Manifest:
     validation: SplitInfo
     skipped: Skipped
     options: Options
+    chat: ChatInfo | None = None
+    """Of conversations; None: the documents are text."""
 
     def describe(self) -> str:
         """What was made, for people."""
@@ -103,10 +130,22 @@ class Manifest:
             f"  tokenizer   {self.tokenizer.kind}, {self.tokenizer.vocab_size:,} tokens, {self.tokenizer.sha256[:12]}"
         )
         lines.append(f"  left out    {left_out or 'nothing'}")
+        if self.chat:
+            answers = ", ".join(f"{info.answers:,} of {split}" for split, info in rows)
+            lines.append(f"  answers     {answers} tokens; the loss counts them alone")
+            fates = (("cut", "cut"), ("skipped", "left out"), ("without_answer", "left out without an answer"))
+            fate = ", ".join(f"{getattr(self.chat, key):,} {text}" for key, text in fates if getattr(self.chat, key))
+            limit = "any number of" if self.chat.longest is None else f"{self.chat.longest:,}"
+            lines.append(f"  longest     {limit} tokens: {fate or 'all fit'}")
         return "\n".join(lines)
 
     def content(self) -> bytes:
-        return (json.dumps(dataclasses.asdict(self), indent=1) + "\n").encode()
+        table = dataclasses.asdict(self)
+        if self.chat is None:
+            del table["chat"]
+            for split in SPLITS:
+                del table[split]["answers"], table[split]["answers_sha256"]
+        return (json.dumps(table, indent=1) + "\n").encode()
 
     @classmethod
     def load(cls, path: Path) -> Manifest:
@@ -131,7 +170,8 @@ class Manifest:
 class PreparedData:
     """A folder that `prepare` wrote. Opening checks sizes, counts and the tokenizer's hash, `verify` every byte.
 
-    train, validation: IndexedDataset. tokenizer: Tokenizer. manifest: Manifest.
+    train, validation: IndexedDataset. tokenizer: Tokenizer. manifest: Manifest. template: ChatTemplate of
+    conversations, None where the documents are text.
     """
 
     def __init__(self, folder: str | os.PathLike) -> None:
@@ -150,6 +190,7 @@ class PreparedData:
                 f"{self.folder / 'tokenizer.json'}: not the tokenizer the data was made with, its hash is {found[:16]} "
                 f"and the manifest says {wanted[:16]}; put the old file back, or prepare the data again"
             )
+        self.template = self._open_template() if self.manifest.chat else None
         self.train, self.validation = (self._open(split) for split in SPLITS)
 
     def bytes_per_token(self, split: str) -> float:
@@ -157,6 +198,10 @@ class PreparedData:
         require(split in SPLITS, f"split must be one of {', '.join(SPLITS)}, got {split!r}")
         info: SplitInfo = getattr(self.manifest, split)
         return info.bytes / info.tokens
+
+    def answers(self, split: str) -> np.ndarray:
+        """(tokens,) uint8 of "train" or "validation" conversations: 1 where the assistant wrote the token."""
+        return np.memmap(self.folder / f"{split}.answers", np.uint8, "r").view(np.ndarray)
 
     def verify(self) -> None:
         """Read everything and compare the hashes. Raises DataError that names each file that differs."""
@@ -169,6 +214,17 @@ class PreparedData:
             info: SplitInfo = getattr(self.manifest, split)
             yield self.folder / f"{split}.bin", info.bin_bytes, info.bin_sha256
             yield self.folder / f"{split}.idx", info.idx_bytes, info.idx_sha256
+            if self.manifest.chat:
+                yield self.folder / f"{split}.answers", info.tokens, info.answers_sha256
+
+    def _open_template(self) -> ChatTemplate:
+        template = ChatTemplate.load(self.folder)
+        if template.sha256 != self.manifest.chat.template_sha256:
+            raise DataError(
+                f"{self.folder / TEMPLATE_FILE}: not the chat template the data was made with; put the old file back, "
+                f"or prepare the data again"
+            )
+        return template
 
     def _open(self, split: str) -> IndexedDataset:
         dataset = IndexedDataset(self.folder / split)

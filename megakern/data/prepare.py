@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
@@ -22,13 +24,25 @@ import numpy as np
 from tqdm import tqdm
 
 from megakern.config import require
+from megakern.data.chat import CHAT_FILES, GENERATION_FILE, TEMPLATE_FILE, ChatTemplate
+from megakern.data.conversations import TOO_LONG, Conversations, ConversationWriter, Written, answer_ends, texts_of
 from megakern.data.documents import Documents
 from megakern.data.files import DataError, flush_folder, sha256_of_file, write_atomically
 from megakern.data.indexed import IndexedDataset, IndexedWriter, dtype_for
-from megakern.data.manifest import SCHEMA, SPLITS, Manifest, Options, PreparedData, Skipped, SplitInfo, TokenizerInfo
-from megakern.data.tokenizer import Tokenizer, train_bpe
+from megakern.data.manifest import (
+    SCHEMA,
+    SPLITS,
+    ChatInfo,
+    Manifest,
+    Options,
+    PreparedData,
+    Skipped,
+    SplitInfo,
+    TokenizerInfo,
+)
+from megakern.data.tokenizer import EOD, Tokenizer, train_bpe
 
-__all__ = ["Manifest", "PreparedData", "prepare"]
+__all__ = ["ChatOptions", "Manifest", "PreparedData", "prepare"]
 
 _STAGING = ".prepare.tmp"
 _BATCH = 1 << 20  # characters tokenized at once
@@ -53,6 +67,7 @@ def prepare(
     strict: bool = False,
     overwrite: bool = False,
     progress: bool = True,
+    chat: ChatOptions | None = None,
 ) -> Manifest:
     """Tokenize `inputs` into the folder `out`, as this file's first lines say.
 
@@ -62,6 +77,7 @@ def prepare(
     validation_fraction: in (0, 1); a document is held out when a hash of its text and `seed` falls below it, so that
     it stays on its side when others come or go. If a side would be empty it gets the document nearest to it; if there
     is one document only, its last lines are held out.
+    chat: the inputs are conversations (conversations.py), of .jsonl files alone; see `ChatOptions`.
     overwrite: replace a folder that was prepared before. progress: bars, on a terminal.
 
     Raises ConfigError: an option out of range. DataError: nothing to read, bad input (file and line), `out` is in use,
@@ -74,8 +90,10 @@ def prepare(
     require(0 <= seed < 1 << 63, f"seed must be from 0 to 2^63 - 1, got {seed}")
     require(tokenizer != "train" or eod is None, "eod names the token of a tokenizer file; a trained one has its own")
     require(tokenizer != "train" or vocab_size >= 257, f"vocab_size must be 257 or more, got {vocab_size}")
-    documents = Documents(inputs, text_key=text_key, include=include, exclude=exclude, leave_out=out, strict=strict)
     made = None if tokenizer == "train" else Tokenizer.load(tokenizer, eod=eod)
+    how = {"text_key": text_key, "include": include, "exclude": exclude, "leave_out": out, "strict": strict}
+    template = chat.load_template(tokenizer, made) if chat else None
+    documents = Conversations(inputs, template, **how) if chat else Documents(inputs, **how)
     options = Options(
         tokenizer=str(tokenizer) if tokenizer in ("train", "bytes") else "file",
         vocab_size=vocab_size if tokenizer == "train" else None,
@@ -88,21 +106,63 @@ def prepare(
     )
     with _staging_folder(out, overwrite) as staging:
         plan = _Plan(documents, options, progress)
-        made = made or train_bpe(plan.sample(train_bytes_limit), vocab_size)
-        text_bytes = _write_tokens(plan, made, staging)
+        if made is None:
+            sample = plan.sample(train_bytes_limit)
+            made = train_bpe(map(texts_of, sample) if chat else sample, vocab_size)
         made.save(staging / "tokenizer.json")
+        if chat:
+            written = _write_conversations(plan, documents, made, template, chat, staging)
+            text_bytes = {side: split.bytes for side, split in written.items()}
+        else:
+            text_bytes = _write_tokens(plan, made, staging)
         manifest = Manifest(
             schema=SCHEMA,
             dtype=np.dtype(dtype_for(made.vocab_size)).name,
             held_out=plan.held_out,
             tokenizer=TokenizerInfo(kind=made.kind, vocab_size=made.vocab_size, eod=made.eod, sha256=made.sha256),
-            train=_describe(staging / "train", text_bytes[_TRAIN]),
-            validation=_describe(staging / "validation", text_bytes[_VALIDATION]),
+            train=_describe(staging / "train", text_bytes[_TRAIN], written[_TRAIN] if chat else None),
+            validation=_describe(
+                staging / "validation", text_bytes[_VALIDATION], written[_VALIDATION] if chat else None
+            ),
             skipped=Skipped(duplicate=plan.duplicates, **documents.skipped),
             options=options,
+            chat=chat.describe(template, written.values()) if chat else None,
         )
         _publish(staging, out, manifest)
     return manifest
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatOptions:
+    """What becomes of conversations."""
+
+    template: str | os.PathLike | None = None
+    """File of the chat template. None: the one beside the tokenizer's file, else `ChatTemplate`'s default."""
+    longest: int | None = None
+    """Tokens that a conversation may have: the model's sequence_length + 1, or less. None: any number."""
+    too_long: str = "refuse"
+    """Longer ones are an error ("refuse"), "cut" at `longest`, or left out ("skip"); the manifest counts them."""
+
+    def __post_init__(self) -> None:
+        require(self.longest is None or self.longest >= 2, f"longest must be 2 tokens or more, got {self.longest}")
+        require(self.too_long in TOO_LONG, f"too_long must be one of {', '.join(TOO_LONG)}, got {self.too_long!r}")
+
+    def load_template(self, tokenizer: str | os.PathLike, made: Tokenizer | None) -> ChatTemplate:
+        special = {"eos_token": made.eod_token if made else EOD}
+        if self.template is not None:
+            try:
+                return ChatTemplate(Path(self.template).read_text(encoding="utf-8"), special)
+            except (OSError, UnicodeDecodeError) as error:
+                raise DataError(f"{self.template}: cannot read the chat template: {error}") from error
+        beside = Path(tokenizer).parent
+        if tokenizer in ("train", "bytes") or not (beside / TEMPLATE_FILE).exists():
+            return ChatTemplate(special_tokens=special)
+        return ChatTemplate.load(beside)
+
+    def describe(self, template: ChatTemplate, written: Iterable[Written]) -> ChatInfo:
+        written = list(written)
+        counts = {name: sum(getattr(split, name) for split in written) for name in ("cut", "skipped", "without_answer")}
+        return ChatInfo(template_sha256=template.sha256, longest=self.longest, too_long=self.too_long, **counts)
 
 
 class _Plan:
@@ -203,6 +263,31 @@ def _write_tokens(plan: _Plan, tokenizer: Tokenizer, staging: Path) -> dict[int,
     return text_bytes
 
 
+def _write_conversations(
+    plan: _Plan,
+    documents: Conversations,
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    chat: ChatOptions,
+    staging: Path,
+) -> dict[int, Written]:
+    """Both splits, the template, and what generation stops at."""
+    if plan.held_out == "tail":
+        raise DataError(f"{documents.files[0]}: there is one conversation only, and one must be held out; add another")
+    how = tokenizer, template, chat.longest, chat.too_long
+    with (
+        ConversationWriter(staging / "train", *how) as train,
+        ConversationWriter(staging / "validation", *how) as other,
+    ):
+        writers = {_TRAIN: train, _VALIDATION: other}
+        for side, conversation in plan.split():
+            writers[side].add(conversation, documents.where)
+        template.save(staging)
+        ends = {"eos_token_ids": answer_ends(writers.values(), tokenizer)}
+        write_atomically(staging / GENERATION_FILE, (json.dumps(ends) + "\n").encode())
+    return {side: writer.done for side, writer in writers.items()}
+
+
 def _batches(documents: Iterator[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
     batch: list[tuple[int, str]] = []
     size = 0
@@ -216,8 +301,9 @@ def _batches(documents: Iterator[tuple[int, str]]) -> Iterator[list[tuple[int, s
         yield batch
 
 
-def _describe(prefix: Path, text_bytes: int) -> SplitInfo:
+def _describe(prefix: Path, text_bytes: int, chat: Written | None) -> SplitInfo:
     dataset = IndexedDataset(prefix)
+    answers = prefix.with_name(prefix.name + ".answers")
     return SplitInfo(
         documents=len(dataset),
         tokens=dataset.token_count,
@@ -226,13 +312,16 @@ def _describe(prefix: Path, text_bytes: int) -> SplitInfo:
         bin_sha256=sha256_of_file(dataset.bin_path),
         idx_bytes=dataset.idx_path.stat().st_size,
         idx_sha256=sha256_of_file(dataset.idx_path),
+        answers=chat.answers if chat else None,
+        answers_sha256=sha256_of_file(answers) if chat else None,
     )
 
 
 @contextlib.contextmanager
 def _staging_folder(out: Path, overwrite: bool) -> Iterator[Path]:
     """A folder inside `out` for the files in the making; gone afterwards, and `out` with it if it is new and empty."""
-    names = [*(f"{split}.{kind}" for split in SPLITS for kind in ("bin", "idx")), "tokenizer.json", "manifest.json"]
+    kinds = ("bin", "idx", "answers")
+    names = [*(f"{split}.{kind}" for split in SPLITS for kind in kinds), "tokenizer.json", "manifest.json", *CHAT_FILES]
     present = [name for name in names if (out / name).exists()]
     if present and not overwrite:
         raise DataError(f"{out}: already holds {', '.join(present)}; choose another folder, or pass overwrite")
@@ -260,6 +349,8 @@ def _staging_folder(out: Path, overwrite: bool) -> Iterator[Path]:
 def _publish(staging: Path, out: Path, manifest: Manifest) -> None:
     """Move the files to `out`. A folder counts by its manifest: the old one goes first, the new one comes last."""
     (out / "manifest.json").unlink(missing_ok=True)
+    for name in (*CHAT_FILES, *(f"{split}.answers" for split in SPLITS)):  # of conversations that were here before
+        (out / name).unlink(missing_ok=True)
     for path in sorted(staging.iterdir()):
         os.replace(path, out / path.name)
     flush_folder(out)

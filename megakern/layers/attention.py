@@ -60,9 +60,11 @@ class LayerCache:
 class ParallelAttention(nn.Module):
     """Causal self-attention with fused qkv; H and G are whole-model numbers, each rank has H/R and G/R.
 
-    `forward(x, *, residual, rope, positions, cache, dropout_key)`: x (B, T, C) -> (B, T, C), plus residual when given
-    (all three (B, T/R, C) under sequence parallelism; positions are of all T tokens always);
+    `forward(x, *, residual, rope, positions, cache, cu_seqlens, dropout_key)`: x (B, T, C) -> (B, T, C), plus residual
+    when given (all three (B, T/R, C) under sequence parallelism; positions are of all T tokens always);
     rope (cos, sin) of mk.rope, positions (T,) or (B, T); with a cache the keys are its past and x's own.
+    cu_seqlens (n B + 1,) int32: offsets in the B T tokens of n documents a row, which do not see each other; rows with
+    fewer end with empty ones, and dropout takes document j of sample b for sample n b + j.
     `window`: a token sees itself and this many before it. `dropout` is that of the probabilities. `recompute_core`:
     keep qkv and o alone, and compute what lies between again in backward.
     Raises ValueError when tp does not divide `kv_heads`, and for dropout in training without a key.
@@ -128,17 +130,18 @@ class ParallelAttention(nn.Module):
         rope: tuple[torch.Tensor, torch.Tensor] | None = None,
         positions: torch.Tensor | None = None,
         cache: LayerCache | None = None,
+        cu_seqlens: torch.Tensor | None = None,
         dropout_key: DropoutKey | None = None,
     ) -> torch.Tensor:
         key = checked_key(dropout_key, self.dropout, self.training)
         qkv = self.qkv(x)
         if self.recompute_core:
-            o = run_again(self._core, qkv, rope, positions, cache, key)
+            o = run_again(self._core, qkv, rope, positions, cache, cu_seqlens, key)
         else:
-            o = self._core(qkv, rope, positions, cache, key)
+            o = self._core(qkv, rope, positions, cache, cu_seqlens, key)
         return self.proj(o, residual)
 
-    def _core(self, qkv, rope, positions, cache: LayerCache | None, key: DropoutKey | None) -> torch.Tensor:
+    def _core(self, qkv, rope, positions, cache: LayerCache | None, cu_seqlens, key: DropoutKey | None) -> torch.Tensor:
         """qkv (B, T, G (n + 2) D / R) -> o (B, T, H D / R)."""
         B, T, _ = qkv.shape
         n = self.heads // self.kv_heads
@@ -155,6 +158,10 @@ class ParallelAttention(nn.Module):
             k, v = k.contiguous(), v.contiguous()  # a view would keep all of qkv for backward, beside the new q
         if cache is not None:
             k, v = cache.append(k, v)
+        first_sample = 0 if key is None else key.first_sample
+        if cu_seqlens is not None:
+            q, k, v = (x.reshape(B * T, *x.shape[2:]) for x in (q, k, v))
+            first_sample *= (len(cu_seqlens) - 1) // B
         o = attention(
             q,
             k,
@@ -163,6 +170,7 @@ class ParallelAttention(nn.Module):
             window=self.window,
             dropout_p=0.0 if key is None else self.dropout,
             seed=None if key is None else key.seed_of("attention"),
-            dropout_offset=(0, 0) if key is None else (key.first_sample, self.first_head),
+            dropout_offset=(first_sample, 0 if key is None else self.first_head),
+            cu_seqlens=None if cu_seqlens is None else (cu_seqlens, cu_seqlens),
         )
         return o.view(B, T, -1)

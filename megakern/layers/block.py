@@ -39,8 +39,8 @@ def make_norm(config: GPTConfig, parallel: ParallelContext, *, device=None, dtyp
 class TransformerBlock(nn.Module):
     """Block `index` of the model that `config` describes.
 
-    `forward(hidden, *, rope, positions, cache, dropout_key)`: hidden (B, T, C) -> (B, T, C), both (B, T/R, C)
-    under sequence parallelism; the keywords are those of `ParallelAttention`.
+    `forward(hidden, *, rope, positions, cache, cu_seqlens, dropout_key)`: hidden (B, T, C) -> (B, T, C), both
+    (B, T/R, C) under sequence parallelism; the keywords are those of `ParallelAttention`.
     `recompute`: names of config.RECOMPUTE_MODULES that are computed again in backward.
     Raises ConfigError when the model cannot be split over tp.
     """
@@ -92,6 +92,7 @@ class TransformerBlock(nn.Module):
         rope: tuple[torch.Tensor, torch.Tensor] | None = None,
         positions: torch.Tensor | None = None,
         cache: LayerCache | None = None,
+        cu_seqlens: torch.Tensor | None = None,
         dropout_key: DropoutKey | None = None,
     ) -> torch.Tensor:
         key = checked_key(dropout_key, self.dropout, self.training)
@@ -102,7 +103,7 @@ class TransformerBlock(nn.Module):
                 return branch(x, residual=residual, **arguments)
             return drop_branch(branch(x, **arguments), self.dropout, key, site, self.region, residual=residual)
 
-        how = {"rope": rope, "positions": positions, "cache": cache, "dropout_key": key}
+        how = {"rope": rope, "positions": positions, "cache": cache, "cu_seqlens": cu_seqlens, "dropout_key": key}
         mlp = partial(run_again, self.mlp) if "mlp" in self.recompute else self.mlp
         normed, again = self._normed(self.norm1, hidden)
         with again:

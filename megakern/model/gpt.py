@@ -119,19 +119,25 @@ class GPT(nn.Module):
         *,
         positions: torch.Tensor | None = None,
         cache: KVCache | None = None,
+        cu_seqlens: torch.Tensor | None = None,
         dropout_key: DropoutKey | None = None,
         reduction: str = "mean",
         last_only: bool = False,
     ) -> torch.Tensor:
         """tokens (B, T) int64 -> logits (B, T, V), or with targets (B, T) int64 (-100 ignored) the fp32 loss.
 
-        positions (T,) or (B, T) int; None: 0 .. T-1, after what the cache holds. dropout_key is required where dropout
-        is on. reduction: "mean" over targets that count, "sum" or "none". last_only: logits (B, 1, V) of the last.
+        positions (T,) or (B, T) int; None: 0 .. T-1, after what the cache holds. cu_seqlens (n B + 1,) int32: rows hold
+        n documents each, which do not see each other and have positions of their own; see `ParallelAttention`.
+        dropout_key is required where dropout is on. reduction: "mean" over targets that count, "sum" or "none".
+        last_only: logits (B, 1, V) of the last.
         After the last backward of a step call `mk.finish_gradients(model.parameters())` (a no-op on one rank).
         Raises ValueError for sequences longer than the model's, other shapes, a cache while gradients are recorded, or
         (sequence parallelism, while gradients are recorded) a T that tp does not divide.
         """
         self._check(tokens, targets, positions, cache, last_only)
+        if cu_seqlens is not None:
+            _check_documents(tokens, cu_seqlens, cache)
+            positions = _restarting(tokens, cu_seqlens) if positions is None else positions
         key = checked_key(dropout_key, self.config.dropout, self.training)
         hidden = self._embed(tokens, positions, cache, key)
         rope = None
@@ -139,7 +145,7 @@ class GPT(nn.Module):
             rope = (self.rope_cos, self.rope_sin)
             positions = self._positions(tokens, cache) if positions is None and cache is not None else positions
         for index, block in enumerate(self.blocks):
-            how = {"rope": rope, "positions": positions, "dropout_key": key}
+            how = {"rope": rope, "positions": positions, "cu_seqlens": cu_seqlens, "dropout_key": key}
             if self.recompute == "full" and cache is None:
                 hidden = run_again(block, hidden, **how)
             else:
@@ -187,6 +193,28 @@ class GPT(nn.Module):
             )
         if cache is not None and torch.is_grad_enabled():
             raise ValueError("GPT: a cache is for generation; call the model under torch.no_grad()")
+
+
+def _check_documents(tokens: torch.Tensor, cu_seqlens: torch.Tensor, cache: KVCache | None) -> None:
+    B, T = tokens.shape
+    if cache is not None:
+        raise ValueError("GPT: cu_seqlens is for training and scoring; leave the cache out")
+    if cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32 or len(cu_seqlens) < 2 or (len(cu_seqlens) - 1) % B:
+        raise ValueError(
+            f"GPT: cu_seqlens must be (n B + 1,) int32, n documents for each of B = {B} rows, got "
+            f"{tuple(cu_seqlens.shape)} {cu_seqlens.dtype}; end rows that have fewer with empty documents"
+        )
+    if cu_seqlens.device.type == "cpu":
+        ends = cu_seqlens[:: (len(cu_seqlens) - 1) // B].tolist()
+        if ends != list(range(0, B * T + 1, T)):
+            raise ValueError(f"GPT: in cu_seqlens a document must start where each row of T = {T} does, got {ends}")
+
+
+def _restarting(tokens: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """(B, T): the place of each token in its document."""
+    place = torch.arange(tokens.numel(), device=tokens.device, dtype=cu_seqlens.dtype)
+    document = torch.searchsorted(cu_seqlens, place, right=True) - 1
+    return (place - cu_seqlens[document]).view_as(tokens).long()
 
 
 def parameter_count(model: GPT | GPTConfig, *, padding: bool = False) -> int:

@@ -3,6 +3,7 @@
 RUN/config.toml   every setting, resolved        RUN/metrics.jsonl   each step and evaluation
 RUN/tokenizer.json                               RUN/curve.png, RUN/summary.json   at the end
 RUN/ckpt/         checkpoints
+of conversations also chat_template.jinja, special_tokens.json, generation.json
 """
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ from pathlib import Path
 import torch
 
 from megakern.config import ConfigError, require
-from megakern.data.loader import Loader, check_vocabulary
+from megakern.data.chat import CHAT_FILES
+from megakern.data.loader import check_vocabulary
 from megakern.data.manifest import PreparedData
+from megakern.data.packing import PackedRows
 from megakern.data.tokenizer import Tokenizer
 from megakern.train import machine
+from megakern.train.batches import make_loader
 from megakern.train.config import RunConfig, dump_config, load_config
 from megakern.train.files import RunInUseError, RunLock, write_atomic
 from megakern.train.processes import apart
@@ -51,7 +55,10 @@ class NewRun:
     def create(self) -> None:
         try:
             (self.run / "ckpt").mkdir(parents=True, exist_ok=True)
-            PreparedData(self.config.data.path).tokenizer.save(self.run / "tokenizer.json")
+            data = PreparedData(self.config.data.path)
+            data.tokenizer.save(self.run / "tokenizer.json")
+            for name in CHAT_FILES if data.template else ():
+                write_atomic(self.run / name, (data.folder / name).read_bytes())
             # Last: a folder with config.toml is a complete run folder.
             write_atomic(self.run / "config.toml", dump_config(self.config).encode())
         except OSError as error:
@@ -81,7 +88,10 @@ def check_run(config: RunConfig, nproc: int) -> RunConfig:
     )
     # Seconds at most: later tokens are checked as they are read.
     check_vocabulary(data.train, config.model.vocab_size, limit=100_000_000)
-    Loader(data.train, config.model.sequence_length, config.train.seed)  # refuses data shorter than one sample
+    # Refuses data shorter than one sample, and conversations that are too long.
+    make_loader(data, config.model.sequence_length, config.train.seed)
+    if data.template:
+        PackedRows(data.validation, data.answers("validation"), config.model.sequence_length)
     precision = config.train.precision
     if precision == "auto":
         # Not in this process: after a multiplication on several threads it could not fork its workers.

@@ -29,18 +29,21 @@ class HeldOut:
 
     loss: float
     """nats a token."""
-    bits_per_byte: float
-    unigram: float
+    bits_per_byte: float | None
+    """Of text; None for conversations, as all that follows: their loss is of the answers alone."""
+    unigram: float | None
     """Entropy of the held-out tokens, each alone, nats a token."""
-    bigram: float
+    bigram: float | None
     """Cross entropy of a Kneser-Ney bigram model counted on the training text, nats a held-out token."""
-    own_pairs: float
+    own_pairs: float | None
     """Entropy of the held-out tokens given the token before, counted on the held-out tokens themselves: no fair rival,
     for it has seen the answers, and far too low when there are few tokens to a pair."""
 
     @classmethod
     def of(cls, loss: float, data: PreparedData, tokens: int | None = None) -> HeldOut:
         """`loss` is that of the first `tokens` held-out tokens; None: of all."""
+        if data.template is not None:
+            return cls(loss=loss, bits_per_byte=None, unigram=None, bigram=None, own_pairs=None)
         held_out, vocabulary = data.validation.tokens[:tokens], data.tokenizer.vocab_size
         return cls(
             loss=loss,
@@ -51,6 +54,10 @@ class HeldOut:
         )
 
     def lines(self) -> list[tuple[str, str]]:
+        if self.bits_per_byte is None:
+            return [
+                ("held-out loss", f"{self.loss:.4f} nats a token of the answers, perplexity {math.exp(self.loss):.3f}")
+            ]
         verdict = "better" if self.loss < self.bigram else "NOT better"
         return [
             ("held-out loss", f"{self.loss:.4f} nats a token, {self.bits_per_byte:.3f} bits a byte"),

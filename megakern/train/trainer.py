@@ -10,17 +10,16 @@ import torch
 import torch.distributed as dist
 
 from megakern.data.files import DataError
-from megakern.data.loader import Loader, validation_batches
 from megakern.data.manifest import PreparedData
 from megakern.layers.dropout import DropoutKey
 from megakern.model.flops import flops_per_token
-from megakern.model.gpt import GPT
 from megakern.ops.grad_norm import clip_coefficient, gradient_norm
 from megakern.parallel import trace
 from megakern.parallel.collectives import all_reduce, finish_gradients
 from megakern.parallel.context import ParallelContext
-from megakern.parallel.data import begin_pass, release
+from megakern.parallel.data import begin_pass
 from megakern.train import checkpoint, machine
+from megakern.train.batches import evaluate, loss_of, make_loader
 from megakern.train.build import make_model, make_optimizer, start_masters
 from megakern.train.config import RunConfig, as_table
 from megakern.train.launch import StopRequest
@@ -48,7 +47,7 @@ class Trainer:
         self.device = parallel.device() if parallel.mesh is not None else torch.device(machine.device_type())
         self.data = PreparedData(config.data.path)
         model, seed = config.model, config.train.seed
-        self.loader = Loader(self.data.train, model.sequence_length, seed, vocab_size=model.vocab_size)
+        self.loader = make_loader(self.data, model.sequence_length, seed, vocab_size=model.vocab_size)
         precision = machine.DTYPES[config.train.precision]
         self.model = make_model(config, parallel, self.device)
         self.optimizer = make_optimizer(self.model, config)
@@ -167,19 +166,25 @@ class Trainer:
     def _gradients(self) -> float:
         """Forward and backward over this rank's micro-batches of one step; returns their mean loss in nats a token.
 
+        Of conversations each answer token of the whole batch weighs the same, whatever the layout: the losses of the
+        ranks are parts of a sum, whose mean over dp is that of the step.
+
         Pass i of dp rank d takes the samples from (i dp + d) rows on, so that each layout trains on the same ones.
         """
         settings, dp = self.config.train, self.parallel.size("dp")
         rows = settings.rows(dp)
         passes = settings.batch // (rows * dp)
         total = torch.zeros((), device=self.device)
+        share, reduction = passes, "mean"
+        if self.data.template is not None:
+            share, reduction = self.loader.answers(self.samples, settings.batch) / dp, "sum"
         for index in range(passes):
             first = (index * dp + self.parallel.rank("dp")) * rows
-            tokens, targets = self.loader.batch(self.samples + first, rows)
+            batch = self.loader.batch(self.samples + first, rows)
             begin_pass(self.model, zero=self.config.parallel.zero, last=index == passes - 1)
             key = DropoutKey(seed=settings.seed, step=self.step, first_sample=first)
             trace.phase(f"forward of micro-batch {index + 1} of {passes}")
-            loss = self.model(tokens.to(self.device), targets.to(self.device), dropout_key=key) / passes
+            loss = loss_of(self.model, batch, self.device, reduction=reduction, dropout_key=key) / share
             trace.phase(f"backward of micro-batch {index + 1} of {passes}")
             (loss * self.scaler.scale if self.scaler else loss).backward()
             total += loss.detach()
@@ -311,32 +316,3 @@ class Trainer:
             self._log_evaluation(loss, unigram=summary.held_out.unigram, bigram=summary.held_out.bigram)
             self.metrics.close()
             summary.write(self.run)
-
-
-def evaluate(
-    model: GPT,
-    data: PreparedData,
-    rows: int,
-    device: torch.device,
-    *,
-    windows: int | None = None,
-    parallel: ParallelContext | None = None,
-) -> float:
-    """Mean loss of `model` in nats a token over the first `windows` held-out windows, None: all; the same on all ranks.
-
-    Each dp rank of `parallel` reads its part of them, `rows` at a time.
-    """
-    parallel = parallel or ParallelContext()
-    shard = parallel.rank("dp"), parallel.size("dp")
-    model.eval()
-    total, count = 0.0, 0
-    length = model.config.sequence_length
-    for tokens, targets in validation_batches(data.validation, length, rows, limit=windows, shard=shard):
-        total += model(tokens.to(device), targets.to(device), reduction="sum").item()
-        count += int((targets != -100).sum())
-    model.train()
-    release(model)
-    if parallel.group("dp") is not None:
-        sums = all_reduce(torch.tensor([total, count], dtype=torch.float64, device=device), parallel.group("dp"))
-        total, count = sums.tolist()
-    return total / count

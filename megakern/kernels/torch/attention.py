@@ -66,9 +66,10 @@ def attention_backward(
 
 
 def _sequences(q_offsets, k_offsets):
-    """(index, rows of q, rows of k) of each packed sequence."""
+    """(index, rows of q, rows of k) of each packed sequence that has any."""
     q_ends, k_ends = q_offsets.tolist(), k_offsets.tolist()
-    return [(i, slice(*q_ends[i : i + 2]), slice(*k_ends[i : i + 2])) for i in range(len(q_ends) - 1)]
+    found = [(i, slice(*q_ends[i : i + 2]), slice(*k_ends[i : i + 2])) for i in range(len(q_ends) - 1)]
+    return [(i, q, k) for i, q, k in found if q.start < q.stop or k.start < k.stop]
 
 
 def _lse_dtype(q):
