@@ -289,16 +289,20 @@ struct AttentionFeatures {
 };
 
 // q, out (B, T, H, D), k, v (B, S, Hkv, D), out contiguous, lse (B, H, T) fp32. A query sees at most `left` keys before and
-// `right` after the one beside it; -1: no limit. section: heads in flight at a time.
+// `right` after the one beside it; -1: no limit. Packed, with B 1: offsets (sequences + 1,) of the queries and the keys
+// of each sequence; else null. section: heads in flight at a time; blocks: multiprocessors to use.
 struct AttentionForward {
   const void *q, *k, *v;
+  const int32_t *q_offsets, *k_offsets;
   void* out;
   float* lse;
   Dtype dtype;
   AttentionSizes sizes;
+  int64_t sequences;
   AttentionStrides q_strides, k_strides, v_strides;
-  int64_t left, right, section;
+  int64_t left, right, section, blocks;
   float scale;
+  AttentionFeatures features;
 };
 void attention_forward(const AttentionForward&, Place);
 

@@ -2,10 +2,12 @@
 // megakern/ops/attention.py. Flash attention (arXiv 2205.14135) as on Hopper in arXiv 2407.08608.
 //
 // Writes: out and lse whole (=). Same bits at each run.
-// Parallel: a block owns 128 queries of one head, a consumer warpgroup 64 of them. One thread of the third warpgroup
-// fetches q, then k and v in tiles of 128 keys, last keys first, with TMA into two stages each. The scores of the next
-// keys run on the tensor cores beside the softmax of these; the warpgroups issue their products in turn.
-// Limits: sm_90a; bf16 and fp16; D 64 or 128; scale above 0; rows on multiples of 16 bytes.
+// Parallel: a block lives until its tiles are done; a tile is 128 queries of one head, of which a consumer warpgroup owns
+// 64. One thread of the producer warpgroup fetches q, then k and v in tiles of up to 128 keys, last keys first, with TMA
+// into two stages each, and goes on with the next tile while consumers write this one. The scores of the next keys run on
+// the tensor cores beside the softmax of these; the warpgroups issue their products in turn.
+// Limits: sm_90a; bf16 and fp16; D a multiple of 8 up to 256; rows on multiples of 16 bytes.
+#include <algorithm>
 #include <cmath>
 
 #include "device/attention.cuh"
@@ -19,67 +21,85 @@ namespace megakern {
 
 // What the kernel gets besides tensor maps.
 struct AttentionPlan {
-  float* lse;       // (B, H, T)
-  AttentionMask mask;
-  int T, H, group;
-  int heads;        // B H
-  int section;      // of them in flight at a time: their keys and values fit the L2 cache
-  int tiles;        // of 128 queries, a head
-  float scale;
+  float* lse;                       // (B, H, T), packed (H, T)
+  const int *q_offsets, *k_offsets;  // packed sequences, or null
+  int sequences;
+  int T, S, H, group;
+  int left, right;
+  int heads;    // B H
+  int section;  // of them in flight at a time: their keys and values fit the L2 cache
+  int tiles;    // a head
+  int count;    // of all tiles
+  AttentionScoring scoring;
 };
 
-template <int D>
+// Head dims up to D, Keys at a time. Products with v are whole slabs wide: D 96 computes 128 columns of out.
+template <int D, int Keys>
 struct AttentionTile {
-  static constexpr int rows = 128, keys = 128, stages = 2;
-  static constexpr int slabs = D / 64;  // of 64 columns: 128 bytes, the width of a swizzle
+  static constexpr int depth = D, keys = Keys, stages = 2;
+  static constexpr int consumers = 2, rows = 64 * consumers;
+  static constexpr int slabs = ceil_div(D, 64);  // of 64 columns: 128 bytes, the width of a swizzle
+  static constexpr int width = 64 * slabs;
   static constexpr int q_slab = rows * 128, kv_slab = keys * 128;
   static constexpr int q_bytes = slabs * q_slab, kv_bytes = slabs * kv_slab;
-  static constexpr int shared = 1024 + q_bytes + 2 * stages * kv_bytes + 16 * (1 + 4 * stages);
+  static constexpr int shared = 1024 + q_bytes + 2 * stages * kv_bytes + 16 * (2 + 4 * stages);
   static_assert(shared <= 227 * 1024, "shared memory of a block on sm_90");
+  static_assert(keys / 2 + keys / 4 + width / 2 <= 200, "scores, probabilities and sums of a thread; it has 240 registers");
 };
 
-// Where one block works: longest first, since under a causal mask the last queries see most keys.
+// Where a tile lies. Longest first: under a causal mask the last queries see most keys.
 struct AttentionPlace {
-  int sample, head, row, first, end;  // first row of the tile; key tiles first to end - 1
+  int sample, head, row;          // of the first query in its sample or sequence
+  int first, end;                 // key tiles first to end - 1
+  int T, q_start, k_start;        // queries of the sample or sequence; packed: where it starts
+  AttentionMask mask;
 
   MK_DEVICE AttentionPlace(const AttentionPlan& p, int index, int rows, int keys) {
     const int whole = p.section * p.tiles, from = index / whole * p.section, within = index % whole;
-    const int heads = min(p.heads - from, p.section), one = from + within % heads;
-    sample = one / p.H, head = one % p.H;
-    row = (p.tiles - 1 - within / heads) * rows;
-    const int key = p.mask.first_key(row), behind = p.mask.behind_key(min(row + rows, p.T) - 1);
+    const int heads = min(p.heads - from, p.section), one = from + within % heads, tile = p.tiles - 1 - within / heads;
+    if (p.q_offsets == nullptr) {
+      sample = one / p.H, head = one % p.H, row = tile * rows;
+      T = p.T, q_start = k_start = 0;
+      mask = {p.S, p.S - p.T, p.left, p.right};
+    } else {
+      const AttentionSequence at(p.q_offsets, p.k_offsets, p.sequences, tile, rows);
+      sample = at.sample, head = one, row = at.first;
+      T = at.length, q_start = at.start, k_start = at.other_start;
+      mask = {at.other_length, at.other_length - T, p.left, p.right};
+    }
+    const int key = mask.first_key(row), behind = mask.behind_key(min(row + rows, T) - 1);
     first = key / keys;
     end = behind > key ? ceil_div(behind, keys) : first;
   }
+
+  MK_DEVICE bool exists() const { return row < T; }  // packed sequences have fewer tiles than there is room for
 };
 
 // --- kernels ---
 
-// The scores of 64 queries and 128 keys, and what they have made so far. Thread t of 128 holds rows t / 32 * 16 + t % 32 / 4
-// and the eighth after it, in both of `s` and `o` the elements i with i / 2 % 2 = 0 and 1.
-template <class T, int D>
+// The scores of 64 queries and a tile of keys, and what they have made so far: fragments (fragment.cuh) of 16 rows a warp.
+template <class T, class Tile>
 struct AttentionRows {
-  float s[64], o[D / 2];
-  std::uint32_t p[8][4];  // exp of the scores, as operand A
-  float most[2], sum[2];  // of the row so far; sum: of this thread's columns
+  float s[Tile::keys / 2], o[Tile::width / 2];
+  std::uint32_t p[Tile::keys / 16][4];  // exp of the scores, as operand A
+  float most[2], sum[2];                // of the row so far; sum: of this thread's columns
 
   MK_DEVICE void start() {
 #pragma unroll
-    for (int i = 0; i < 64; ++i) s[i] = 0;
+    for (int i = 0; i < Tile::keys / 2; ++i) s[i] = 0;
 #pragma unroll
-    for (int i = 0; i < D / 2; ++i) o[i] = 0;
+    for (int i = 0; i < Tile::width / 2; ++i) o[i] = 0;
     most[0] = most[1] = -INFINITY;
     sum[0] = sum[1] = 0;
   }
 
   // s = q k^T.
   MK_DEVICE void scores(const unsigned char* q, const unsigned char* k) {
-    using Tile = AttentionTile<D>;
 #pragma unroll
-    for (int step = 0; step < D / 16; ++step) {
+    for (int step = 0; step < Tile::depth / 16; ++step) {
       const std::uint64_t rows = matrix_descriptor(q, step / 4 * Tile::q_slab + step % 4 * 32);
       const std::uint64_t keys = matrix_descriptor(k, step / 4 * Tile::kv_slab + step % 4 * 32);
-      wgmma_ss<T, 128, false, false>(s, rows, keys, step > 0);
+      wgmma_ss<T, Tile::keys, false, false>(s, rows, keys, step > 0);
     }
     wgmma_commit();
   }
@@ -87,45 +107,51 @@ struct AttentionRows {
   // o += p v.
   MK_DEVICE void weigh(const unsigned char* v) {
 #pragma unroll
-    for (int step = 0; step < 8; ++step) {
-      wgmma_rs<T, D, true>(o, p[step], matrix_descriptor(v, step * 2048, AttentionTile<D>::kv_slab), true);
+    for (int step = 0; step < Tile::keys / 16; ++step) {
+      wgmma_rs<T, Tile::width, true>(o, p[step], matrix_descriptor(v, step * 2048, Tile::kv_slab), true);
     }
     wgmma_commit();
   }
 
   MK_DEVICE void scale_rows(const float (&factor)[2]) {
 #pragma unroll
-    for (int i = 0; i < D / 8; ++i) {
-      o[4 * i] *= factor[0], o[4 * i + 1] *= factor[0];
-      o[4 * i + 2] *= factor[1], o[4 * i + 3] *= factor[1];
-    }
+    for (int i = 0; i < Tile::width / 2; ++i) o[i] *= factor[i / 2 % 2];
   }
 };
 
-template <class T, int D>
+// The tiles of a block, one a round: there and back over the blocks, so that the sums of falling lengths are alike.
+// -1: none in this round.
+MK_DEVICE int tile_of_round(int round, int blocks, int block, int count) {
+  const int index = round * blocks + (round % 2 == 0 ? block : blocks - 1 - block);
+  return index < count ? index : -1;
+}
+
+// Featured: with a cap, ALiBi, dropout, or a scale that is not above 0.
+template <class T, class Tile, bool Featured>
 MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
     attention_forward_kernel(const MK_GRID_CONSTANT TensorMap q_map, const MK_GRID_CONSTANT TensorMap k_map,
                              const MK_GRID_CONSTANT TensorMap v_map, const MK_GRID_CONSTANT TensorMap out_map,
                              const MK_GRID_CONSTANT AttentionPlan plan) {
 #if MK_SM90A
-  using Tile = AttentionTile<D>;
   SharedMemory shared;
   unsigned char* q = shared.take<unsigned char>(Tile::q_bytes, 1024);
   unsigned char* k = shared.take<unsigned char>(Tile::stages * Tile::kv_bytes, 1024);
   unsigned char* v = shared.take<unsigned char>(Tile::stages * Tile::kv_bytes, 1024);
   MBarrier* q_full = shared.take<MBarrier>(1);
+  MBarrier* q_empty = shared.take<MBarrier>(1);
   MBarrier* k_full = shared.take<MBarrier>(Tile::stages);
   MBarrier* k_empty = shared.take<MBarrier>(Tile::stages);
   MBarrier* v_full = shared.take<MBarrier>(Tile::stages);
   MBarrier* v_empty = shared.take<MBarrier>(Tile::stages);
 
   const int warpgroup = int(threadIdx.x) / 128, thread = int(threadIdx.x) % 128;
-  const AttentionPlace at(plan, int(blockIdx.x), Tile::rows, Tile::keys);
+  const int blocks = int(gridDim.x), rounds = ceil_div(plan.count, blocks);
+  const bool packed = plan.q_offsets != nullptr;
   if (threadIdx.x == 0) {
-    mbar_init(q_full, 1, "q full");
+    mbar_init(q_full, 1, "q full"), mbar_init(q_empty, Tile::consumers, "q empty");
     for (int s = 0; s < Tile::stages; ++s) {
       mbar_init(&k_full[s], 1, "k full"), mbar_init(&v_full[s], 1, "v full");
-      mbar_init(&k_empty[s], 8, "k empty"), mbar_init(&v_empty[s], 8, "v empty");  // one arrival a warp
+      mbar_init(&k_empty[s], 4 * Tile::consumers, "k empty"), mbar_init(&v_empty[s], 4 * Tile::consumers, "v empty");
     }
     mbar_init_fence();
     prefetch_map(&q_map), prefetch_map(&k_map), prefetch_map(&v_map), prefetch_map(&out_map);
@@ -133,142 +159,201 @@ MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
   sync_block();
 
   Ring<Tile::stages> ring;
+  int q_phase = 0;
   if (warpgroup == 0) {
     registers_shrink<kProducerRegisters>();
-    if (thread == 0 && at.first < at.end) {
-      const auto fetch = [&](unsigned char* to, const TensorMap* map, MBarrier* full, int slab, int row, int head) {
+    if (thread == 0) {
+      const auto fetch = [&](unsigned char* to, const TensorMap* map, MBarrier* full, int slab, const HeadBox& box) {
         mbar_expect(full, Tile::slabs * slab);
 #pragma unroll
-        for (int i = 0; i < Tile::slabs; ++i) tma_load_4d(to + i * slab, map, full, 64 * i, row, head, at.sample);
+        for (int i = 0; i < Tile::slabs; ++i) tma_load_4d(to + i * slab, map, full, 64 * i, box.y, box.z, box.w);
       };
-      fetch(q, &q_map, q_full, Tile::q_slab, at.row, at.head);
-      const int head = at.head / plan.group;
 #pragma unroll 1
-      for (int j = at.end - 1; j >= at.first; --j, ring.advance()) {
-        const int stage = ring.stage;
-        mbar_wait(&k_empty[stage], ring.phase ^ 1);
-        fetch(k + stage * Tile::kv_bytes, &k_map, &k_full[stage], Tile::kv_slab, j * Tile::keys, head);
-        mbar_wait(&v_empty[stage], ring.phase ^ 1);
-        fetch(v + stage * Tile::kv_bytes, &v_map, &v_full[stage], Tile::kv_slab, j * Tile::keys, head);
+      for (int round = 0; round < rounds; ++round) {
+        const int index = tile_of_round(round, blocks, int(blockIdx.x), plan.count);
+        if (index < 0) continue;
+        const AttentionPlace at(plan, index, Tile::rows, Tile::keys);
+        if (!at.exists()) continue;
+        mbar_wait(q_empty, q_phase ^ 1);
+        q_phase ^= 1;
+        fetch(q, &q_map, q_full, Tile::q_slab, {packed, at.sample, at.head, at.q_start, at.T, at.row, Tile::rows});
+        const int head = at.head / plan.group;
+#pragma unroll 1
+        for (int j = at.end - 1; j >= at.first; --j, ring.advance()) {
+          const int stage = ring.stage;
+          const HeadBox box(packed, at.sample, head, at.k_start, at.mask.S, j * Tile::keys, Tile::keys);
+          mbar_wait(&k_empty[stage], ring.phase ^ 1);
+          fetch(k + stage * Tile::kv_bytes, &k_map, &k_full[stage], Tile::kv_slab, box);
+          mbar_wait(&v_empty[stage], ring.phase ^ 1);
+          fetch(v + stage * Tile::kv_bytes, &v_map, &v_full[stage], Tile::kv_slab, box);
+        }
       }
     }
   } else {
     registers_grow<kConsumerRegisters>();
-    const int consumer = warpgroup - 1, lane = thread % 32, row = at.row + consumer * 64;
-    const int own = thread / 32 * 16 + lane / 4;  // row of s[0] among the 64
+    const int consumer = warpgroup - 1, lane = thread % 32;
+    const int own = consumer * 64 + thread / 32 * 16 + lane / 4;  // row of s[0] in the tile
     unsigned char* q_own = q + consumer * 64 * 128;
-    const float scale_log2 = plan.scale * kLog2E;
+    const AttentionScoring& scoring = plan.scoring;
+    const float unit = Featured ? 1.0f : scoring.scale;
     const auto release = [&](MBarrier* empty) {
       if (lane == 0) mbar_arrive(empty);
     };
-    // The other warpgroup's softmax runs beside this one's products. Consumer 0 begins; the last turn calls nobody.
+    // The other warpgroup's softmax runs beside this one's products. Consumer 0 begins.
     const auto take_turn = [&] { consumer_sync<3>(consumer, 256); };
-    const auto give_turn = [&](bool last) {
+    const auto give_turn = [&] {
       if (consumer == 0) barrier_arrive<4>(256);
-      else if (!last) barrier_arrive<3>(256);
+      else barrier_arrive<3>(256);
     };
-    const int first_key[2] = {plan.mask.first_key(row + own), plan.mask.first_key(row + own + 8)};
-    const int behind_key[2] = {plan.mask.behind_key(row + own), plan.mask.behind_key(row + own + 8)};
-    const auto mask = [&](auto& rows, int j) {
-      const int key = j * Tile::keys;
-      if (key + Tile::keys > plan.mask.behind_key(row) || key < plan.mask.first_key(row + 63)) {
-        mask_fragment(rows.s, first_key, behind_key, key + lane % 4 * 2);
-      }
-    };
-    AttentionRows<T, D> rows;
-    rows.start();
-    float fade[2];
-    if (at.first < at.end) {
-      if (consumer == 1) barrier_arrive<3>(256);
-      mbar_wait(q_full, 0);
-      mbar_wait(&k_full[0], 0);
-      take_turn();
-      wgmma_fence(rows.s);
-      rows.scores(q_own, k);
-      give_turn(at.end - at.first == 1);
-      wgmma_wait<0>(rows.s);
-      release(&k_empty[0]);
-      mask(rows, at.end - 1);
-      soften_fragment(rows.s, scale_log2, rows.most, rows.sum, fade);
-      pack_fragment<T>(rows.p, rows.s);
+    if (consumer == 1) give_turn();
+    AttentionRows<T, Tile> rows;
 #pragma unroll 1
-      for (int j = at.end - 2; j >= at.first; --j) {
-        const int stage = ring.stage, phase = ring.phase;
-        ring.advance();
+    for (int round = 0; round < rounds; ++round) {
+      const int index = tile_of_round(round, blocks, int(blockIdx.x), plan.count);
+      if (index < 0) continue;
+      const AttentionPlace at(plan, index, Tile::rows, Tile::keys);
+      if (!at.exists()) continue;
+      const int row = at.row + own, top = at.row + consumer * 64;
+      const int first_key[2] = {at.mask.first_key(row), at.mask.first_key(row + 8)};
+      const int behind_key[2] = {at.mask.behind_key(row), at.mask.behind_key(row + 8)};
+      const int own_key[2] = {row + at.mask.offset, row + 8 + at.mask.offset};
+      float slope[2] = {0, 0}, fade[2];
+      std::uint64_t row_key[2] = {0, 0};
+      if constexpr (Featured) {
+        slope[0] = slope[1] = scoring.slope(at.sample, at.head);
+        const std::uint64_t key = scoring.head_key(at.sample, at.head);
+        row_key[0] = fold(key, row), row_key[1] = fold(key, row + 8);
+      }
+      const auto soften = [&](int j) {  // the products of key tile j become probabilities
+        const int key = j * Tile::keys, column = key + lane % 4 * 2;
+        if constexpr (Featured) score_fragment(rows.s, scoring, own_key, slope, column);
+        if (key + Tile::keys > at.mask.behind_key(top) || key < at.mask.first_key(top + 63)) {
+          mask_fragment(rows.s, first_key, behind_key, column);
+        }
+        soften_fragment(rows.s, unit, rows.most, rows.sum, fade);
+        if constexpr (Featured) {
+          if (scoring.threshold != kDropNothing) drop_fragment(rows.s, row_key, scoring.threshold, column);
+        }
+      };
+      rows.start();
+      mbar_wait(q_full, q_phase);
+      q_phase ^= 1;
+      if (at.first < at.end) {
         mbar_wait(&k_full[ring.stage], ring.phase);
         take_turn();
         wgmma_fence(rows.s);
         rows.scores(q_own, k + ring.stage * Tile::kv_bytes);
-        mbar_wait(&v_full[stage], phase);
-        wgmma_fence(rows.o, rows.p);
-        rows.weigh(v + stage * Tile::kv_bytes);
-        give_turn(j == at.first);
-        wgmma_wait<1>(rows.s);
+        give_turn();
+        wgmma_wait<0>(rows.s);
         release(&k_empty[ring.stage]);
-        mask(rows, j);
-        soften_fragment(rows.s, scale_log2, rows.most, rows.sum, fade);
-        wgmma_wait<0>(rows.o, rows.s);
-        release(&v_empty[stage]);
-        rows.scale_rows(fade);
+        soften(at.end - 1);
         pack_fragment<T>(rows.p, rows.s);
+#pragma unroll 1
+        for (int j = at.end - 2; j >= at.first; --j) {
+          const int stage = ring.stage, phase = ring.phase;
+          ring.advance();
+          mbar_wait(&k_full[ring.stage], ring.phase);
+          take_turn();
+          wgmma_fence(rows.s);
+          rows.scores(q_own, k + ring.stage * Tile::kv_bytes);
+          mbar_wait(&v_full[stage], phase);
+          wgmma_fence(rows.o, rows.p);
+          rows.weigh(v + stage * Tile::kv_bytes);
+          give_turn();
+          wgmma_wait<1>(rows.s);
+          release(&k_empty[ring.stage]);
+          soften(j);
+          wgmma_wait<0>(rows.o, rows.s);
+          release(&v_empty[stage]);
+          rows.scale_rows(fade);
+          pack_fragment<T>(rows.p, rows.s);
+        }
+        mbar_wait(&v_full[ring.stage], ring.phase);
+        wgmma_fence(rows.o, rows.p);
+        rows.weigh(v + ring.stage * Tile::kv_bytes);
+        wgmma_wait<0>(rows.o);
+        release(&v_empty[ring.stage]);
+        ring.advance();
       }
-      mbar_wait(&v_full[ring.stage], ring.phase);
-      wgmma_fence(rows.o, rows.p);
-      rows.weigh(v + ring.stage * Tile::kv_bytes);
-      wgmma_wait<0>(rows.o);
-      release(&v_empty[ring.stage]);
-    }
 
-    float factor[2];
+      float factor[2];
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      float sum = rows.sum[h];
-      sum += shuffle_xor(sum, 1);
-      sum += shuffle_xor(sum, 2);
-      factor[h] = sum == 0 ? 0.0f : 1.0f / sum;
-      const int t = row + own + 8 * h;
-      if (lane % 4 == 0 && t < plan.T) {
-        const std::int64_t line = std::int64_t(at.sample) * plan.H + at.head;
-        plan.lse[line * plan.T + t] = sum == 0 ? -INFINITY : rows.most[h] * plan.scale + log2_approx(sum) * kLn2;
+      for (int h = 0; h < 2; ++h) {
+        float sum = rows.sum[h];
+        sum += shuffle_xor(sum, 1);
+        sum += shuffle_xor(sum, 2);
+        factor[h] = sum == 0 ? 0.0f : (Featured ? scoring.kept : 1.0f) / sum;
+        const int t = row + 8 * h;
+        if (lane % 4 == 0 && t < at.T) {
+          const std::int64_t line = packed ? at.head : std::int64_t(at.sample) * plan.H + at.head;
+          plan.lse[line * plan.T + at.q_start + t] = sum == 0 ? -INFINITY : (rows.most[h] * unit + log2_approx(sum)) * kLn2;
+        }
       }
-    }
-    rows.scale_rows(factor);
-    consumer_sync<1>(consumer, 128);  // all products that read this part of q are done
-#pragma unroll
-    for (int i = 0; i < Tile::slabs; ++i) {
-      write_fragment<T>(q_own + i * Tile::q_slab + thread / 32 * 16 * 128, rows.o + 32 * i, lane);
-    }
-    fence_async();
-    consumer_sync<1>(consumer, 128);
-    if (thread == 0 && row < plan.T) {
+      rows.scale_rows(factor);
+      consumer_sync<1>(consumer, 128);  // all products that read this part of q are done
 #pragma unroll
       for (int i = 0; i < Tile::slabs; ++i) {
-        tma_store_4d(&out_map, q_own + i * Tile::q_slab, 64 * i, row, at.head, at.sample);
+        write_fragment<T>(q_own + i * Tile::q_slab + thread / 32 * 16 * 128, rows.o + 32 * i, lane);
       }
-      tma_commit();
-      tma_wait<0>();
+      fence_async();
+      consumer_sync<1>(consumer, 128);
+      if (thread == 0) {
+        if (top < at.T) {
+          const HeadBox box(packed, at.sample, at.head, at.q_start, at.T, top, 64);
+#pragma unroll
+          for (int i = 0; i < Tile::slabs; ++i) {
+            tma_store_4d(&out_map, q_own + i * Tile::q_slab, 64 * i, box.y, box.z, box.w);
+          }
+          tma_commit();
+          tma_wait_read<0>();
+        }
+        mbar_arrive(q_empty);
+      }
     }
+    if (consumer == 0) take_turn();  // the one that nobody took
+    if (thread == 0) tma_wait<0>();
   }
 #endif
 }
 
 // --- launchers ---
 
-template <class T, int D>
+template <class T, class Tile>
 static void launch_attention(const AttentionForward& p, Place place) {
-  using Tile = AttentionTile<D>;
   const AttentionSizes& s = p.sizes;
+  const bool packed = p.q_offsets != nullptr;
   const AttentionStrides dense = {s.T * s.H * s.D, s.H * s.D, s.D};
-  const TensorMap q = head_map(p.q, p.dtype, s.B, s.T, s.H, s.D, p.q_strides, Tile::rows, false);
-  const TensorMap k = head_map(p.k, p.dtype, s.B, s.S, s.Hkv, s.D, p.k_strides, Tile::keys, false);
-  const TensorMap v = head_map(p.v, p.dtype, s.B, s.S, s.Hkv, s.D, p.v_strides, Tile::keys, false);
-  const TensorMap out = head_map(p.out, p.dtype, s.B, s.T, s.H, s.D, dense, 64, false);
-  const int tiles = int(ceil_div(s.T, int64_t(Tile::rows)));
-  const AttentionMask mask = {int(s.S), int(s.S - s.T), window_side(p.left), window_side(p.right)};
-  const AttentionPlan plan = {p.lse, mask, int(s.T), int(s.H), int(s.H / s.Hkv), int(s.B * s.H), int(p.section), tiles, p.scale};
+  const TensorMap q = head_map(p.q, p.dtype, s.B, s.T, s.H, s.D, p.q_strides, Tile::rows, packed);
+  const TensorMap k = head_map(p.k, p.dtype, s.B, s.S, s.Hkv, s.D, p.k_strides, Tile::keys, packed);
+  const TensorMap v = head_map(p.v, p.dtype, s.B, s.S, s.Hkv, s.D, p.v_strides, Tile::keys, packed);
+  const TensorMap out = head_map(p.out, p.dtype, s.B, s.T, s.H, s.D, dense, 64, packed);
   const Checks check("attention_forward");
-  MK_LAUNCH((attention_forward_kernel<T, D>), dim3(check.blocks(s.B * s.H * tiles)), dim3(kPipelineThreads), Tile::shared,
-            place, q, k, v, out, plan);
+  const int64_t tiles = packed ? s.T / Tile::rows + p.sequences : ceil_div(s.T, int64_t(Tile::rows));
+  check.size("tiles", s.B * s.H * tiles, 1, 1 << 30);
+  AttentionPlan plan = {};
+  plan.lse = p.lse, plan.q_offsets = p.q_offsets, plan.k_offsets = p.k_offsets, plan.sequences = int(p.sequences);
+  plan.T = int(s.T), plan.S = int(s.S), plan.H = int(s.H), plan.group = int(s.H / s.Hkv);
+  plan.left = window_side(p.left), plan.right = window_side(p.right);
+  plan.heads = int(s.B * s.H), plan.section = int(std::min(p.section, s.B * s.H));
+  plan.tiles = int(tiles), plan.count = int(s.B * s.H * tiles);
+  plan.scoring = attention_scoring(p.scale, p.features);
+  const dim3 grid(unsigned(std::min<int64_t>(plan.count, p.blocks))), block(kPipelineThreads);
+  const AttentionFeatures& f = p.features;
+  if (f.slopes != nullptr || f.softcap > 0 || f.threshold != kDropNothing || p.scale <= 0) {
+    MK_LAUNCH((attention_forward_kernel<T, Tile, true>), grid, block, Tile::shared, place, q, k, v, out, plan);
+  } else {
+    MK_LAUNCH((attention_forward_kernel<T, Tile, false>), grid, block, Tile::shared, place, q, k, v, out, plan);
+  }
+}
+
+template <class T>
+static void launch_for_depth(const AttentionForward& p, Place place) {
+  const int64_t D = p.sizes.D;
+  if (D <= 64) launch_attention<T, AttentionTile<64, 128>>(p, place);
+  else if (D <= 96) launch_attention<T, AttentionTile<96, 128>>(p, place);
+  else if (D <= 128) launch_attention<T, AttentionTile<128, 128>>(p, place);
+  else if (D <= 192) launch_attention<T, AttentionTile<192, 112>>(p, place);
+  else launch_attention<T, AttentionTile<256, 80>>(p, place);
 }
 
 void attention_forward(const AttentionForward& p, Place place) {
@@ -276,14 +361,29 @@ void attention_forward(const AttentionForward& p, Place place) {
   const AttentionSizes& s = p.sizes;
   check.require(p.dtype == Dtype::bf16 || p.dtype == Dtype::f16,
                 "dtype must be code 1 (bf16) or 2 (fp16), got " + std::to_string(int(p.dtype)));
-  check.require(s.D == 64 || s.D == 128, "D must be 64 or 128, got " + std::to_string(s.D));
+  check.require(s.D >= 8 && s.D <= 256 && s.D % 8 == 0, "D must be a multiple of 8 up to 256, got " + std::to_string(s.D));
   constexpr int64_t most = 1 << 28;
   check.size("B", s.B, 1, most), check.size("T", s.T, 1, most), check.size("S", s.S, 1, most);
   check.size("H", s.H, 1, most), check.size("Hkv", s.Hkv, 1, s.H), check.size("section", p.section, 1, most);
-  check.size("B H", s.B * s.H, 1, most);
+  check.size("B H", s.B * s.H, 1, most), check.size("blocks", p.blocks, 1, 1 << 16);
   check.size("left", p.left, -1, most), check.size("right", p.right, -1, most);
   check.require(s.H % s.Hkv == 0, "Hkv must divide H");
-  check.require(p.scale > 0 && std::isfinite(p.scale), "scale must be above 0 and finite");
+  check.require(std::isfinite(p.scale), "scale must be finite");
+  const bool packed = p.q_offsets != nullptr;
+  check.require(packed == (p.k_offsets != nullptr), "q_offsets and k_offsets come in pairs");
+  if (packed) {
+    check.require(s.B == 1, "B must be 1 with offsets, got " + std::to_string(s.B));
+    check.size("sequences", p.sequences, 1, most);
+    check.reads("q_offsets", p.q_offsets, Dtype::i32, p.sequences + 1);
+    check.reads("k_offsets", p.k_offsets, Dtype::i32, p.sequences + 1);
+  }
+  const AttentionFeatures& f = p.features;
+  check.require(f.softcap >= 0, "softcap must be at least 0");
+  if (f.slopes != nullptr) {
+    const int64_t samples = packed ? p.sequences : s.B;
+    check.require(f.slope_stride == 0 || f.slope_stride >= s.H, "slope_stride must be 0 or at least H");
+    check.reads("slopes", f.slopes, Dtype::f32, f.slope_stride == 0 ? 1 : samples, s.H, f.slope_stride);
+  }
   const auto reads = [&](const char* name, const void* x, const AttentionStrides& by, int64_t T, int64_t H) {
     check.require(vectors_fit(x, by.token * 2) && vectors_fit(x, by.head * 2) && vectors_fit(x, by.sample * 2),
                   std::string("the rows of ") + name + " must start on multiples of 16 bytes");
@@ -297,10 +397,8 @@ void attention_forward(const AttentionForward& p, Place place) {
   check.require(vectors_fit(p.out, 16), "out must start on a multiple of 16 bytes");
   check.writes("out", p.out, p.dtype, s.B * s.T * s.H * s.D);
   check.writes("lse", p.lse, Dtype::f32, s.B * s.H * s.T);
-  if (p.dtype == Dtype::bf16 && s.D == 64) launch_attention<bf16, 64>(p, place);
-  else if (p.dtype == Dtype::bf16) launch_attention<bf16, 128>(p, place);
-  else if (s.D == 64) launch_attention<fp16, 64>(p, place);
-  else launch_attention<fp16, 128>(p, place);
+  if (p.dtype == Dtype::bf16) launch_for_depth<bf16>(p, place);
+  else launch_for_depth<fp16>(p, place);
 }
 
 }  // namespace megakern

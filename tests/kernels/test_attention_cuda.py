@@ -1,6 +1,6 @@
 """The C++ attention for sm_90a against float64: masks, groups, ragged tiles. In the emulator, or on a GPU.
 
-Each consumer owns 64 queries of a tile of 128, and keys come in tiles of 128.
+Each consumer owns 64 queries of a tile of 128; keys come in tiles of 128, from head dim 136 on of 112, from 200 on of 80.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from tests.closeness import assert_close_to_ref, assert_gradients_close
 from tests.kernels.inputs import draw
 
 OP = "attention"
+SEED = 0x5EED_1234_5678
 pytestmark = pytest.mark.only("cuda", "simt")
 
 
@@ -56,9 +57,87 @@ def test_windows(window, backend, device):
     check(make(1, 150, 290, 2, 1, 64, torch.bfloat16, device), backend, causal=False, window=window)
 
 
-@pytest.mark.parametrize("scale", [0.3, 0.0, -0.2])
-def test_scales(scale, backend, device):
-    check(make(1, 70, 130, 1, 1, 64, torch.bfloat16, device), backend, scale=scale)
+# Multiples of 8 below, at and above the sizes that the kernel is compiled for; tiles of keys and one more.
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "D, S", [(8, 129), (72, 128), (96, 129), (104, 67), (136, 113), (160, 225), (192, 112), (200, 81), (256, 161)]
+)
+def test_head_dims(D, S, dtype, backend, device):
+    check(make(1, 70, S, 2, 1, D, dtype, device), backend)
+
+
+SLOPES = torch.tensor([[0.5, 0.25], [-0.1, 0.3]])
+FEATURES = [
+    {"scale": -0.2},
+    {"scale": 0.0},
+    {"softcap": 0.8, "scale": 0.7},
+    {"alibi_slopes": SLOPES[0]},
+    {"alibi_slopes": SLOPES, "window": (60, 12), "causal": False, "softcap": 1.5},
+    {"dropout_p": 0.3, "seed": SEED, "dropout_offset": (5, 7)},
+    {"dropout_p": 0.5, "seed": 3, "alibi_slopes": SLOPES, "softcap": 2.0, "window": (None, 70), "causal": False},
+]
+
+
+def on(device, options):
+    return {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+
+
+@pytest.mark.parametrize("options", FEATURES)
+def test_features(options, backend, device):
+    check(make(2, 140, 180, 2, 1, 64, torch.bfloat16, device), backend, **on(device, options))
+
+
+@pytest.mark.parametrize("D", [96, 128, 192, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_features_of_every_head_dim(D, dtype, backend, device):
+    check(make(2, 65, 130, 2, 2, D, dtype, device), backend, **on(device, FEATURES[-1]))
+
+
+# Sequences of 140, 0, 1, 133 and 5 queries with 150, 3, 0, 116 and 5 keys; the third sees nothing.
+ENDS = (0, 140, 140, 141, 274, 279), (0, 150, 153, 153, 269, 274)
+
+
+def packed_case(device, D=64):
+    inputs = {name: x[0] for name, x in make(1, ENDS[0][-1], ENDS[1][-1], 4, 2, D, torch.bfloat16, device).items()}
+    return inputs, tuple(torch.tensor(ends, dtype=torch.int32, device=device) for ends in ENDS)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"causal": False}, {"window": (50, 1), "causal": False, "softcap": 1.0}, FEATURES[-2]]
+)
+def test_packed(options, backend, device):
+    inputs, both = packed_case(device)
+    out, lse = check(inputs, backend, cu_seqlens=both, **options)
+    assert out[140].abs().max() == 0 and (lse[:, 140] == -torch.inf).all()
+
+
+def test_packed_is_each_sequence_alone(backend, device):
+    """To the bit, with slopes of its own; and a sequence of NaN spoils no other."""
+    inputs, both = packed_case(device, D=96)
+    slopes = draw(5, 4, device=device, seed=7, scale=0.1)
+    together, lse = attention(**inputs, cu_seqlens=both, alibi_slopes=slopes, return_lse=True, backend=backend)
+    for i in (0, 3, 4):
+        (q0, q1), (k0, k1) = (ends[i : i + 2] for ends in ENDS)
+        q, k, v = inputs["q"][None, q0:q1], inputs["k"][None, k0:k1], inputs["v"][None, k0:k1]
+        alone, its_lse = attention(q, k, v, alibi_slopes=slopes[i], return_lse=True, backend=backend)
+        assert torch.equal(together[q0:q1], alone[0]) and torch.equal(lse[:, q0:q1], its_lse[0])
+    inputs["q"][141:274] = inputs["k"][153:269] = inputs["v"][153:269] = torch.nan
+    spoilt = attention(**inputs, cu_seqlens=both, alibi_slopes=slopes, backend=backend)
+    assert spoilt[141:274].isnan().all()
+    assert torch.equal(spoilt[:141], together[:141]) and torch.equal(spoilt[274:], together[274:])
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 5])
+def test_any_number_of_blocks(blocks, backend, device, monkeypatch):
+    """Each has all its tiles in turn, here up to 12, of which some see no key; the bits do not depend on it."""
+    inputs = make(2, 300, 140, 2, 1, 64, torch.bfloat16, device)
+    whole = check(inputs, backend)
+    packed, both = packed_case(device)
+    packed_whole = attention(**packed, cu_seqlens=both, backend=backend)
+    monkeypatch.setattr(launchers, "multiprocessors", lambda device: blocks)
+    for one, other in zip(whole, check(inputs, backend), strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(packed_whole, attention(**packed, cu_seqlens=both, backend=backend))
 
 
 def test_heads_in_sections_of_any_size(backend, device, monkeypatch):
@@ -114,13 +193,16 @@ def test_gradients_and_repeats(backend, device):
     assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize(
-    "options, D, reason",
-    [({"softcap": 5.0}, 64, "has no softcap"), ({"dropout_p": 0.1, "seed": 1}, 64, "has no dropout"),
-     ({}, 80, "for head dims 64 and 128, got 80")],
-)  # fmt: skip
-def test_what_it_refuses(options, D, reason, backend, device):
-    inputs = make(1, 8, 8, 1, 1, D, torch.bfloat16, device)
+@pytest.mark.parametrize("D, S, reason", [(84, 8, "multiples of 8 up to 256, got 84"), (264, 8, "up to 256, got 264"),
+                                          (64, 0, "at least one query and one key")])  # fmt: skip
+def test_what_it_refuses(D, S, reason, backend, device):
+    inputs = make(1, 8, S, 1, 1, D, torch.bfloat16, device)
     with pytest.raises(ValueError, match=reason):
-        attention(**inputs, backend=backend, **options)
-    assert reason in mk.explain("attention", **inputs, **options).reasons[backend]
+        attention(**inputs, backend=backend)
+    assert reason in mk.explain("attention", **inputs).reasons[backend]
+
+
+def test_no_sample(backend, device):
+    inputs = make(0, 8, 8, 2, 1, 64, torch.bfloat16, device)
+    out, lse = attention(**inputs, return_lse=True, backend=backend)
+    assert out.shape == (0, 8, 2, 64) and lse.shape == (0, 2, 8)

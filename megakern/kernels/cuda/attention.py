@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import torch
 
-from megakern.kernels.cuda.module import DTYPES, call
+from megakern.kernels.cuda.dropout import threshold_of
+from megakern.kernels.cuda.linear import multiprocessors
+from megakern.kernels.cuda.module import DTYPES, call, pointer
 from megakern.kernels.memory import empty, empty_like
 
 KEYS_IN_CACHE = 32 << 20
@@ -17,21 +19,32 @@ KEYS_IN_CACHE = 32 << 20
 def attention_forward(
     q, k, v, q_offsets, k_offsets, slopes, window, scale, softcap, dropout_p, dropout_key, deterministic
 ):
-    """-> out like q, lse (B, H, T) in fp32. `limits.py` refuses what is not computed here."""
-    if scale < 0:
-        q, scale = -q, -scale
-    elif scale == 0:
-        q, scale = torch.zeros_like(q), 1.0
-    (B, T, H, D), (S, Hkv) = q.shape, k.shape[1:3]
+    """-> out like q, lse (B, H, T), packed (H, T), in fp32. `limits.py` refuses what is not computed here."""
+    (T, H, D), (S, Hkv) = q.shape[-3:], k.shape[-3:-1]
     out = empty_like(q)
-    lse = empty((B, H, T), torch.float32, q.device)
+    lse = empty((*q.shape[:-3], H, T), torch.float32, q.device)
+    if q.numel() == 0:
+        return out, lse
     q, k, v = (_copyable(x) for x in (q, k, v))
+    sequences = 0
+    if q_offsets is not None:
+        q, k, v = q[None], k[None], v[None]
+        q_offsets, k_offsets, sequences = q_offsets.contiguous(), k_offsets.contiguous(), q_offsets.shape[0] - 1
     strides = [x.stride(dim) for x in (q, k, v) for dim in (0, 1, 2)]
+    slopes, features = features_of(slopes, softcap, dropout_p, dropout_key)
     call(
-        "attention_forward", q, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(),
-        DTYPES[q.dtype], B, T, S, H, Hkv, D, *strides, *window, heads_at_a_time(S, H, Hkv, D), scale,
+        "attention_forward", q, q.data_ptr(), k.data_ptr(), v.data_ptr(), pointer(q_offsets), pointer(k_offsets),
+        out.data_ptr(), lse.data_ptr(), DTYPES[q.dtype], q.shape[0], T, S, H, Hkv, D, sequences, *strides, *window,
+        heads_at_a_time(S, H, Hkv, D), multiprocessors(q.device), scale, *features,
     )  # fmt: skip
     return out, lse
+
+
+def features_of(slopes, softcap: float, dropout_p: float, dropout_key) -> tuple[torch.Tensor | None, tuple]:
+    """Slopes whose memory the second result names, to be kept alive, and the fields of api.h's AttentionFeatures."""
+    slopes = None if slopes is None else slopes.contiguous()
+    stride = 0 if slopes is None or slopes.ndim == 1 else slopes.shape[1]
+    return slopes, (pointer(slopes), stride, softcap, *dropout_key, threshold_of(dropout_p), 1.0 / (1.0 - dropout_p))
 
 
 def heads_at_a_time(S: int, H: int, Hkv: int, D: int) -> int:
@@ -42,7 +55,7 @@ def heads_at_a_time(S: int, H: int, Hkv: int, D: int) -> int:
 def _copyable(x: torch.Tensor) -> torch.Tensor:
     """x, or a copy of it where the copy engine cannot take its rows as they lie."""
     fits = x.data_ptr() % 16 == 0 and x.stride(-1) == 1 and all(n > 0 and n % 8 == 0 for n in x.stride()[:-1])
-    return x if fits else x.contiguous()
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
 def attention_backward(

@@ -82,21 +82,27 @@ _NORM = Op(_norm, most={"C": 2**31 - 1})
 
 
 def _attention(problem) -> str | None:
-    sizes, options = problem.sizes, problem.options
-    if sizes["D"] not in (64, 128):
-        return f"its C++ kernel is for head dims 64 and 128, got {sizes['D']}"
-    absent = [name for name in ("packed", "softcap", "alibi", "dropout") if options.get(name)]
-    if absent:
-        return f"its C++ kernel has no {', '.join(absent)}"
-    if not all(sizes[name] for name in ("T", "S", "H")):
+    D = problem.sizes["D"]
+    if D % 8 or D > 256:
+        return f"its C++ kernel is for head dims that are multiples of 8 up to 256, got {D}"
+    if not problem.sizes["S"] or not problem.sizes["T"]:
         return "its C++ kernel wants at least one query and one key"
     return _not_hopper() if problem.device == "cuda" else None
+
+
+def _attention_tile(problem) -> str:
+    D = problem.sizes["D"]
+    keys = 128 if D <= 128 else 112 if D <= 192 else 80
+    return (
+        f"forward with TMA and wgmma, 128 queries x {keys} keys, two consumer warpgroups in turn, persistent blocks; "
+        "backward by Triton"
+    )
 
 
 OPS: dict[str, Op] = {
     "AdamW": _TENSORS,
     "attention": Op(
-        "forward with TMA and wgmma, 128 queries x 128 keys, two consumer warpgroups in turn; backward by Triton",
+        _attention_tile,
         dtypes=(torch.bfloat16, torch.float16),
         refusal=_attention,
     ),
