@@ -1,6 +1,6 @@
 """The C++ attention for sm_90a against float64: masks, groups, ragged tiles. In the emulator, or on a GPU.
 
-Each consumer owns 64 queries of a tile of 128; keys come in tiles of 128, from head dim 136 on of 112, from 200 on of 80.
+Each consumer owns 64 queries of a tile of 128; keys come in tiles of 128, from head dim 136 on 112, from 200 on 80.
 """
 
 from __future__ import annotations
