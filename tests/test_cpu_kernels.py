@@ -28,6 +28,11 @@ def draw(*shape, dtype=torch.float32, seed=0, scale=3.0):
     return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
 
 
+def require(feature):
+    if feature not in native.features():
+        pytest.skip(f"this processor lacks {feature}")
+
+
 @contextlib.contextmanager
 def threads(count):
     before = torch.get_num_threads()
@@ -120,6 +125,154 @@ def test_linear_launcher_against_its_composite(dtype):
     with native.composites_only():
         composite, _ = linear.linear_forward(x, weight, bias, residual, "gelu", False)
     assert_close_to_ref(ours, wide, composite)
+
+
+# (M, N, K): less than a tile, a tile, primes, more than one block of rows, of columns, and of the summed dimension.
+PRODUCT_SHAPES = [(3, 5, 7), (32, 32, 32), (67, 37, 101), (300, 40, 1050), (1100, 550, 33), (520, 290, 530)]
+
+
+@needs_kernels
+@pytest.mark.parametrize("shape", PRODUCT_SHAPES)
+@pytest.mark.parametrize("weight_dtype", DTYPES)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_product_on_tiles(shape, weight_dtype, transposed):
+    """All of the epilogue, each activation with one shape; x is a view of wider rows, y and pre lie between guards."""
+    require("amx_bf16")
+    M, N, K = shape
+    kind = ["", *KINDS][(M + N) % 5]
+    x = draw(M, K + 3, dtype=torch.bfloat16, scale=1.0)[:, :K]
+    weight = draw(*((N, K) if transposed else (K, N)), dtype=weight_dtype, seed=1, scale=K**-0.5)
+    bias, residual = draw(N, seed=2, scale=1.0), draw(M, N, seed=3, dtype=torch.bfloat16)
+
+    def formula(dtype):
+        w = weight.to(torch.bfloat16).to(dtype)
+        pre = x.to(dtype) @ (w.t() if transposed else w) + bias.to(dtype)
+        return (activation_reference(pre, kind) if kind else pre) + residual.to(dtype), pre
+
+    def ours():
+        memory = torch.full((2, M * N + 2), 7.0, dtype=torch.bfloat16)
+        y, pre = (row[1:-1].view(M, N) for row in memory)
+        native.product(x, weight, transposed, bias, residual, kind, y, pre)
+        assert (memory[:, 0] == 7.0).all() and (memory[:, -1] == 7.0).all()
+        return y, pre
+
+    results = same_bits_with_three_threads(ours)
+    for name, *values in zip(["y", "pre"], results, formula(torch.float64), formula(torch.bfloat16), strict=True):
+        assert_close_to_ref(*values, name=name)
+    plain = native.product(x, weight, transposed, None, None, "", torch.empty(M, N, dtype=torch.bfloat16))
+    w = weight.to(torch.bfloat16).double()
+    same = x @ (weight.t() if transposed else weight).to(torch.bfloat16)
+    assert_close_to_ref(plain, x.double() @ (w.t() if transposed else w), same)
+
+
+@needs_kernels
+@pytest.mark.parametrize("shape", PRODUCT_SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("add", [False, True])
+def test_weight_gradient_on_tiles(shape, dtype, add):
+    require("amx_bf16")
+    M, N, K = shape
+    dy, x = draw(M, N + 1, dtype=torch.bfloat16)[:, :N], draw(M, K + 5, dtype=torch.bfloat16, seed=1)[:, 2 : K + 2]
+    before = draw(N, K, dtype=dtype, seed=2)
+
+    def ours():
+        out = before.clone() if add else torch.full_like(before, torch.nan)
+        return out, native.weight_gradient(dy, x, out, add, with_sums=True)
+
+    out, sums = same_bits_with_three_threads(ours)
+    reference = dy.double().t() @ x.double() + (before.double() if add else 0)
+    same = (dy.float().t() @ x.float() + (before.float() if add else 0)).to(dtype)
+    assert_close_to_ref(out, reference, same, name="dweight")
+    assert_close_to_ref(sums, dy.double().sum(0), dy.sum(0, dtype=torch.float32), name="sums")
+    assert native.weight_gradient(dy, x, out, add, with_sums=False) is None
+
+
+@needs_kernels
+def test_products_do_not_hide_nan():
+    """And read nothing else: beside the rows of x lies NaN, which zeros of the padding would not make harmless."""
+    require("amx_bf16")
+    wide = torch.full((70, 64), torch.nan, dtype=torch.bfloat16)
+    wide[:, :40] = 1.0
+    x, weight = wide[:, :40], torch.ones(33, 40)
+    y = native.product(x, weight, True, None, None, "", torch.empty(70, 33, dtype=torch.bfloat16))
+    assert (y == 40.0).all()
+    wide[5, 7] = torch.nan
+    y = native.product(x, weight, True, None, None, "", y)
+    assert y[5].isnan().all() and (y[:5] == 40.0).all() and (y[6:] == 40.0).all()
+
+
+@needs_kernels
+def test_linear_takes_tiles_and_runs_without_them(monkeypatch):
+    """`mk.linear` calls the AMX kernels where there are some, not inside `without_tiles`; both are right."""
+    require("amx_bf16")
+    called = []
+    for name in TILE_KERNELS:
+        kernel = getattr(native, name)
+        monkeypatch.setattr(
+            native, name, lambda *a, kernel=kernel, name=name, **k: called.append(name) or kernel(*a, **k)
+        )
+    x, weight, bias = draw(5, 16, 24, scale=1.0), draw(40, 24, seed=1, scale=0.2), draw(40, seed=2)
+    dy = draw(5, 16, 40, seed=3)
+
+    def run(dtype, wide):
+        leaves = [x.to(dtype).requires_grad_(), weight.to(wide).requires_grad_(), bias.to(wide).requires_grad_()]
+        y = mk.linear(*leaves, activation="gelu")
+        return [y.detach(), *torch.autograd.grad(y, leaves, dy.to(dtype))]
+
+    ours = run(torch.bfloat16, torch.float32)
+    assert called == TILE_KERNELS
+    with native.without_tiles():
+        other = run(torch.bfloat16, torch.float32)
+    assert called == TILE_KERNELS
+    for name, *values in zip(
+        ["y", "dx", "dweight", "dbias"], ours, run(torch.float64, torch.float64), other, strict=True
+    ):
+        assert_close_to_ref(*values, name=name)
+
+
+TILE_KERNELS = ["weight_gradient"]
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"M": 0}, "M must be positive, got 0"),
+        ({"x_stride": 3}, "the row stride of x must be at least K = 4, got 3"),
+        ({"weight_dtype": 2}, r"dtype code must be 0 \(fp32\) or 1 \(bf16\), got 2"),
+        ({"activation": 5}, "activation code must be 0 to 4, got 5"),
+        ({"x": 0}, "the address of x is null"),
+        ({"weight": 2}, "the address of weight must be a multiple of 4, got 2"),
+        ({"y": 1 << 20}, "x must not be an output"),
+    ],
+)
+def test_the_product_binding_refuses(change, message):
+    from megakern import _cpu
+
+    a = {"M": 4, "x_stride": 4, "weight_dtype": 0, "activation": 0, "x": 1 << 20, "weight": 1 << 21, "y": 1 << 22}
+    a |= change
+    problem = _cpu.LinearProblem(a["M"], 4, 4, a["x_stride"], a["weight_dtype"], True, a["activation"], 1)
+    with pytest.raises(ValueError, match=message):
+        _cpu.linear(problem, a["x"], a["weight"], 0, 0, 0, a["y"])
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"K": 0}, "K must be positive, got 0"),
+        ({"dy_stride": 3}, "row strides must be at least N and K"),
+        ({"dtype": 2}, r"dtype code must be 0 \(fp32\) or 1 \(bf16\), got 2"),
+        ({"out": 2}, "the address of out must be a multiple of 4, got 2"),
+    ],
+)
+def test_the_weight_gradient_binding_refuses(change, message):
+    from megakern import _cpu
+
+    a = {"K": 4, "dy_stride": 4, "dtype": 0, "out": 1 << 22} | change
+    problem = _cpu.WeightGradientProblem(4, 4, a["K"], a["dy_stride"], 4, a["dtype"], False, 1)
+    with pytest.raises(ValueError, match=message):
+        _cpu.weight_gradient(problem, 1 << 20, 1 << 21, a["out"], 0)
 
 
 # --- activation ---
@@ -254,7 +407,12 @@ ATTENTION_SHAPES = [
     (1, 40, 40, 1, 1, 13),
     (1, 40, 72, 2, 1, 96),
 ]
-PRODUCTS = [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)]
+PRODUCTS = [
+    (torch.float32, torch.float32, "avx512"),
+    (torch.bfloat16, torch.float32, "avx512"),
+    (torch.bfloat16, torch.bfloat16, "avx512_bf16"),
+    (torch.bfloat16, torch.bfloat16, "amx_bf16"),
+]
 ATTENTION_OPTIONS = [
     {},
     {"causal": False},
@@ -268,13 +426,12 @@ ATTENTION_OPTIONS = [
 @needs_kernels
 @pytest.mark.parametrize("options", ATTENTION_OPTIONS)
 @pytest.mark.parametrize("shape", ATTENTION_SHAPES)
-@pytest.mark.parametrize(
-    "dtype, product", [(torch.float32,) * 2, (torch.bfloat16, torch.float32), (torch.bfloat16,) * 2]
-)
-def test_attention(monkeypatch, shape, options, dtype, product):
+@pytest.mark.parametrize("dtype, product, feature", PRODUCTS)
+def test_attention(monkeypatch, shape, options, dtype, product, feature):
     """Against float64 composites, whose masks and gradients test_attention.py checks; as good as fp32 or bf16 ones."""
-    if product == torch.bfloat16 and "avx512_bf16" not in native.features():
-        pytest.skip("this processor lacks AVX512-BF16")
+    require(feature)
+    if feature != "amx_bf16":
+        monkeypatch.setattr(native, "has_tiles", lambda: False)
     monkeypatch.setattr(attention, "product_dtype", lambda dtype: dtype if dtype == torch.float64 else product)
     B, T, S, H, Hkv, D = shape
     inputs = [draw(B, T, H, D, scale=1.5), draw(B, S, Hkv, D, seed=1), draw(B, S, Hkv, D, seed=2)]

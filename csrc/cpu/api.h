@@ -16,7 +16,7 @@ using Address = std::uintptr_t;  // 0: no tensor
 enum DType : int { kFloat32 = 0, kBFloat16 = 1 };
 enum Activation : int { kNone = 0, kGelu = 1, kGeluTanh = 2, kReluSquared = 3, kSilu = 4 };
 
-// Names of the instruction sets that this processor has and that a kernel uses: "avx512", "avx512_bf16".
+// Names of the instruction sets that this processor has and that a kernel uses: "avx512", "avx512_bf16", "amx_bf16".
 std::vector<std::string> features();
 
 // y = act(z + bias) + residual, z, residual, y (M, N) contiguous. pre = z + bias; pre and y may be z. bias (N,) fp32.
@@ -25,6 +25,27 @@ void linear_epilogue(Address z, Address bias, Address residual, Address pre, Add
 
 // out (N,) fp32 = sums over the rows of x (M, N), whose rows are `stride` apart.
 void column_sum(Address x, Address out, int dtype, int64_t M, int64_t N, int64_t stride, int threads);
+
+// Products of bf16 matrices with fp32 sums, for processors with "amx_bf16".
+struct LinearProblem {
+  int64_t M, N, K;
+  int64_t x_stride;   // from one row of x (M, K) to the next
+  int weight_dtype;   // fp32 is rounded to bf16
+  bool transposed;    // weight is (N, K); otherwise (K, N)
+  int activation;
+  int threads;
+};
+struct WeightGradientProblem {
+  int64_t M, N, K;
+  int64_t dy_stride, x_stride;
+  int dtype;  // of out
+  bool add;
+  int threads;
+};
+// y (M, N) = act(x weight + bias) + residual, pre = x weight + bias if not 0. x, residual, pre, y bf16; bias (N,) fp32.
+void linear(const LinearProblem&, Address x, Address weight, Address bias, Address residual, Address pre, Address y);
+// out (N, K) = dy^T x, or += with `add`; sums (N,) fp32 = the sums over the rows of dy, if not 0.
+void weight_gradient(const WeightGradientProblem&, Address dy, Address x, Address out, Address sums);
 
 // dx = dy act'(x), all contiguous with `elements` elements; dx may be dy or x.
 void activation_backward(Address dy, Address x, Address dx, int dtype, int activation, int64_t elements, int threads);
@@ -49,7 +70,7 @@ void norm_forward(Address x, Address residual, Address weight, Address bias, Add
 void norm_backward(Address dy, Address dh, Address h, Address weight, Address mean, Address rstd, Address dx,
                    Address dweight, Address dbias, int dtype, int64_t M, int64_t C, bool centre, int threads);
 
-// out, lse of attention; product: the dtype of the matrix products. dq, dk, dv of attention, from out and lse.
+// out, lse of attention; product: how the matrix products are made. dq, dk, dv of attention, from out and lse.
 struct AttentionProblem;
 struct AttentionForward;
 struct AttentionBackward;

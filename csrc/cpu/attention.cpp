@@ -10,8 +10,9 @@ constexpr int64_t kLargestHead = 512;
 
 void check_problem(const char* op, const AttentionProblem& a, int dtype, int product) {
   require_dtype(op, dtype);
-  require_dtype(op, product);
-  require(product == kFloat32 || dtype == kBFloat16, std::string(op) + ": products in bf16 need bf16 tensors");
+  require(product >= kInFloat32 && product <= kInTilesOfBFloat16,
+          std::string(op) + ": product code must be 0 to 2, got " + std::to_string(product));
+  require(product == kInFloat32 || dtype == kBFloat16, std::string(op) + ": products in bf16 need bf16 tensors");
   const std::pair<const char*, int64_t> sizes[] = {{"B", a.B}, {"T", a.T},     {"S", a.S},
                                                    {"H", a.H}, {"Hkv", a.Hkv}, {"D", a.D}};
   for (const auto& [name, size] : sizes) require_positive(op, name, size);
@@ -47,7 +48,8 @@ void attention_forward(const AttentionProblem& a, const AttentionForward& x, int
   require_address(op, "lse", x.lse, 4);
   require(x.out != x.q.data && x.out != x.k.data && x.out != x.v.data, "attention_forward: out must not be an input");
 #if defined(__x86_64__)
-  if (product == kBFloat16) return attention_forward_bf16(a, x, dtype);
+  if (product == kInTilesOfBFloat16) return attention_forward_amx(a, x, dtype);
+  if (product == kInBFloat16) return attention_forward_bf16(a, x, dtype);
   return attention_forward_fp32(a, x, dtype);
 #else
   require(false, "attention_forward: compiled for x86-64 only");
@@ -67,7 +69,8 @@ void attention_backward(const AttentionProblem& a, const AttentionBackward& x, i
   require_address(op, "dk", x.dk, element_size(dtype));
   require_address(op, "dv", x.dv, element_size(dtype));
 #if defined(__x86_64__)
-  if (product == kBFloat16) return attention_backward_bf16(a, x, dtype);
+  if (product == kInTilesOfBFloat16) return attention_backward_amx(a, x, dtype);
+  if (product == kInBFloat16) return attention_backward_bf16(a, x, dtype);
   return attention_backward_fp32(a, x, dtype);
 #else
   require(false, "attention_backward: compiled for x86-64 only");

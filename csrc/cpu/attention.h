@@ -35,10 +35,15 @@ struct AttentionBackward {
   Address lse, dq, dk, dv;  // contiguous
 };
 
-// dtype is that of the tensors; the products are made in the dtype of the name.
+// How the matrix products are made; bf16 ones need bf16 tensors.
+enum Product : int { kInFloat32 = 0, kInBFloat16 = 1, kInTilesOfBFloat16 = 2 };
+
+// dtype is that of the tensors; the products are made as the name says.
 void attention_forward_fp32(const AttentionProblem&, const AttentionForward&, int dtype);
 void attention_forward_bf16(const AttentionProblem&, const AttentionForward&, int dtype);
 void attention_backward_fp32(const AttentionProblem&, const AttentionBackward&, int dtype);
 void attention_backward_bf16(const AttentionProblem&, const AttentionBackward&, int dtype);
+void attention_forward_amx(const AttentionProblem&, const AttentionForward&, int dtype);
+void attention_backward_amx(const AttentionProblem&, const AttentionBackward&, int dtype);
 
 }  // namespace megakern

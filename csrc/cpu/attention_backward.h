@@ -56,14 +56,20 @@ class BackwardWorker {
   static constexpr int kGroup = Product::kGroup;
 
   BackwardWorker(const AttentionProblem& a, const AttentionBackward& x)
-      : a_(a), x_(x), D_(round_up(a.D, kLanes)), S_(round_up(a.S, kRowStep)), keys_(S_ * D_ / kGroup),
-        key_columns_(S_ * D_ / kGroup), values_(S_ * D_ / kGroup), query_rows_(kQueries * D_ / kGroup),
+      : a_(a), x_(x), D_(round_up(a.D, Product::kDepthStep)), S_(round_up(a.S, Product::kKeyStep)),
+        keys_(S_ * D_ / kGroup), key_columns_(S_ * D_ / kGroup), values_(S_ * D_ / kGroup),
+        query_rows_(kQueries * D_ / kGroup),
         queries_(kQueries * D_ / kGroup), query_columns_(kQueries * D_ / kGroup), douts_(kQueries * D_ / kGroup),
         dout_columns_(kQueries * D_ / kGroup), dq_(kQueries * D_), dk_(S_ * D_), dv_(S_ * D_) {}
 
   void run(int64_t sample, int64_t kv_head) {
     pack_rows<Product>(head_of<T>(x_.k, sample, kv_head), x_.k.by_row, a_.S, a_.S, S_, a_.D, keys_);
-    pack_columns<Product>(keys_, S_, D_, key_columns_);
+    if constexpr (Product::kTiles) {  // k^T (D, S)
+      pack_columns<Product>(keys_, S_, D_, values_);
+      transpose(values_, D_, S_ / kGroup, D_, key_columns_, S_ / kGroup);
+    } else {
+      pack_columns<Product>(keys_, S_, D_, key_columns_);
+    }
     pack_rows<Product>(head_of<T>(x_.v, sample, kv_head), x_.v.by_row, a_.S, a_.S, S_, a_.D, values_);
     std::fill_n(dk_.floats(), S_ * D_, 0.0f);
     std::fill_n(dv_.floats(), S_ * D_, 0.0f);
@@ -81,8 +87,8 @@ class BackwardWorker {
     pack_queries(block, sample, head);
     float* dq = dq_.floats();
     std::fill_n(dq, kQueries * D_, 0.0f);
-    const int64_t width = D_ / kGroup, end = round_up(block.keys.high, kRowStep);
-    for (int64_t j = block.keys.low / kRowStep * kRowStep; j < end; j += kKeys) {
+    const int64_t width = D_ / kGroup, end = round_up(block.keys.high, Product::kKeyStep);
+    for (int64_t j = block.keys.low / Product::kKeyStep * Product::kKeyStep; j < end; j += kKeys) {
       const int64_t keys = std::min<int64_t>(kKeys, end - j);
       const Left key_rows{keys_ + j * width, width, 1}, value_rows{values_ + j * width, width, 1};
       product<Product, kSet>(key_rows, queries_, kQueries, tile_.scores, kQueries, keys, kQueries, width);
@@ -91,8 +97,17 @@ class BackwardWorker {
       const Left p{tile_.p, kQueries / kGroup, 1}, ds{tile_.ds, kQueries / kGroup, 1};
       product<Product, kAdd>(p, dout_columns_, D_, dv_.floats() + j * D_, D_, keys, D_, kQueries / kGroup);
       product<Product, kAdd>(ds, query_columns_, D_, dk_.floats() + j * D_, D_, keys, D_, kQueries / kGroup);
-      product<Product, kAdd>(Left{tile_.left_of_dq(), 1, kQueries}, key_columns_ + j / kGroup * D_, D_, dq, D_,
-                             kQueries, D_, keys / kGroup);
+      if constexpr (Product::kTiles) {  // dq^T (D, kQueries) += k^T ds^T
+        product<Product, kAdd>(Left{key_columns_ + j / kGroup, S_ / kGroup, 1}, tile_.ds_pairs, kQueries, dq, kQueries,
+                               D_, kQueries, keys / kGroup);
+      } else {
+        product<Product, kAdd>(Left{tile_.left_of_dq(), 1, kQueries}, key_columns_ + j / kGroup * D_, D_, dq, D_,
+                               kQueries, D_, keys / kGroup);
+      }
+    }
+    if constexpr (Product::kTiles) {
+      transpose(dq_, kQueries, D_, kQueries, rows_of_dq_, D_);
+      dq = rows_of_dq_.floats();
     }
     T* out = reinterpret_cast<T*>(x_.dq) + ((sample * a_.T + first) * a_.H + head) * a_.D;
     store_rows(dq, D_, block.count, a_.D, nullptr, a_.scale, out, a_.H * a_.D);
@@ -102,11 +117,11 @@ class BackwardWorker {
     const int64_t width = D_ / kGroup;
     const T* q = head_of<T>(x_.q, sample, head) + block.first * x_.q.by_row;
     pack_rows<Product>(q, x_.q.by_row, block.count, a_.T - block.first, kQueries, a_.D, query_rows_);
-    transpose(query_rows_, width, queries_);
+    transpose(query_rows_, width, kQueries, width, queries_, kQueries);
     pack_columns<Product>(query_rows_, kQueries, D_, query_columns_);
     const T* dout = head_of<T>(x_.dout, sample, head) + block.first * x_.dout.by_row;
     pack_rows<Product>(dout, x_.dout.by_row, block.count, a_.T - block.first, kQueries, a_.D, query_rows_);
-    transpose(query_rows_, width, douts_);
+    transpose(query_rows_, width, kQueries, width, douts_, kQueries);
     pack_columns<Product>(query_rows_, kQueries, D_, dout_columns_);
     const T* out = head_of<T>(x_.out, sample, head) + block.first * x_.out.by_row;
     const float* lse = reinterpret_cast<const float*>(x_.lse) + (sample * a_.H + head) * a_.T + block.first;
@@ -126,7 +141,8 @@ class BackwardWorker {
   const AttentionProblem& a_;
   const AttentionBackward& x_;
   const int64_t D_, S_;  // padded
-  Scratch keys_, key_columns_, values_, query_rows_, queries_, query_columns_, douts_, dout_columns_, dq_, dk_, dv_;
+  Scratch keys_, key_columns_, values_, query_rows_, queries_, query_columns_, douts_, dout_columns_, dq_, dk_, dv_,
+      rows_of_dq_{Product::kTiles ? kQueries * D_ : 1};
   BackwardTile<Product> tile_;
 };
 
@@ -134,6 +150,7 @@ template <class Product, typename T>
 void attention_backward(const AttentionProblem& a, const AttentionBackward& x) {
 #pragma omp parallel num_threads(a.threads)
   {
+    [[maybe_unused]] const typename Product::Config config{};
     BackwardWorker<Product, T> worker(a, x);
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < a.B * a.Hkv; ++i) worker.run(i / a.Hkv, i % a.Hkv);

@@ -4,6 +4,9 @@
 // of a vector, so that softmax needs no sum over lanes. Operands of a product are arrays of 32-bit units, 1 fp32 or 2
 // bf16 along the summed dimension. The left operand of a product is read one unit at a time and broadcast, from any
 // layout; the right one is packed with the lanes last. Head dims are padded with zeros to a multiple of 16.
+//
+// Products on AMX tiles read 16 rows of 16 units of the left operand, so its units must be neighbours. Where a tile of
+// probabilities would be the left operand with rows of queries, the transposed product is made instead.
 #pragma once
 
 #include <cmath>
@@ -11,18 +14,19 @@
 #include <new>
 
 #include "attention.h"
+#if defined(MEGAKERN_AMX)
+#include "amx.h"
+#endif
 #include "simd.h"
 
 namespace megakern {
 namespace {
 
-using Unit = std::uint32_t;
-
 constexpr int kQueries = 32;
 constexpr int kQueryVectors = kQueries / kLanes;
 constexpr int kKeys = 64;
 constexpr int kAhead = 32;   // rows fetched ahead while packing
-constexpr int kRowStep = 8;  // row counts of products are multiples of it
+constexpr int kRowStep = 8;  // rows of a product that are made at a time
 
 constexpr float kLog2E = 1.44269504f;
 constexpr float kLn2 = 0.69314718f;
@@ -49,7 +53,11 @@ class Scratch {
 // --- products in fp32 and in bf16 ---
 
 struct InFloat32 {
-  static constexpr int kGroup = 1;  // elements in a unit
+  static constexpr bool kTiles = false;
+  static constexpr int kGroup = 1;      // elements in a unit
+  static constexpr int kKeyStep = 8;    // key counts are padded to a multiple of it
+  static constexpr int kDepthStep = 16;  // head dims too
+  struct Config {};
   static constexpr Accuracy kAccuracy = kExact;
   static MEGAKERN_INLINE Vec multiply_add(Vec c, Unit a, __m512i b) {
     return fma(_mm512_castsi512_ps(_mm512_set1_epi32(a)), _mm512_castsi512_ps(b), c);
@@ -58,11 +66,26 @@ struct InFloat32 {
 
 #if defined(MEGAKERN_AVX512_BF16)
 struct InBfloat16 {
+  static constexpr bool kTiles = false;
   static constexpr int kGroup = 2;
+  static constexpr int kKeyStep = 8;
+  static constexpr int kDepthStep = 16;
+  struct Config {};
   static constexpr Accuracy kAccuracy = kFast;
   static MEGAKERN_INLINE Vec multiply_add(Vec c, Unit a, __m512i b) {
     return _mm512_dpbf16_ps(c, (__m512bh)_mm512_set1_epi32(a), (__m512bh)b);
   }
+};
+#endif
+
+#if defined(MEGAKERN_AMX)
+struct InTiles {
+  static constexpr bool kTiles = true;
+  static constexpr int kGroup = 2;
+  static constexpr int kKeyStep = 32;
+  static constexpr int kDepthStep = 32;
+  static constexpr Accuracy kAccuracy = kFast;
+  using Config = TileConfig;  // of the thread
 };
 #endif
 
@@ -111,10 +134,45 @@ inline void product_columns(Left a, const Unit* b, int64_t b_step, float* c, int
   }
 }
 
+#if defined(MEGAKERN_AMX)
+// rows, columns: multiples of 32; units: of 16. a.by_unit: 1.
+template <Write write>
+inline void product_of_tiles(Left a, const Unit* b, int64_t b_step, float* c, int64_t c_step, int64_t rows,
+                             int64_t columns, int64_t units) {
+  static_assert(write != kScaleAndAdd);
+  const int64_t a_bytes = a.by_row * sizeof(Unit), b_bytes = b_step * sizeof(Unit), c_bytes = c_step * sizeof(float);
+  for (int64_t m = 0; m < rows; m += 2 * kTileRows)
+    for (int64_t n = 0; n < columns; n += 2 * kTileUnits) {
+      float *upper = c + m * c_step + n, *lower = upper + kTileRows * c_step;
+      if constexpr (write == kAdd) {
+        tile_load<0>(upper, c_bytes), tile_load<1>(upper + kTileUnits, c_bytes);
+        tile_load<2>(lower, c_bytes), tile_load<3>(lower + kTileUnits, c_bytes);
+      } else {
+        tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
+      }
+      for (int64_t u = 0; u < units; u += kTileUnits) {
+        const Unit *left = a.data + m * a.by_row + u, *right = b + u * b_step + n;
+        tile_load<4>(left, a_bytes), tile_load<6>(right, b_bytes);
+        tile_multiply_add<0, 4, 6>();
+        tile_load<7>(right + kTileUnits, b_bytes);
+        tile_multiply_add<1, 4, 7>();
+        tile_load<5>(left + kTileRows * a.by_row, a_bytes);
+        tile_multiply_add<2, 5, 6>();
+        tile_multiply_add<3, 5, 7>();
+      }
+      tile_store<0>(upper, c_bytes), tile_store<1>(upper + kTileUnits, c_bytes);
+      tile_store<2>(lower, c_bytes), tile_store<3>(lower + kTileUnits, c_bytes);
+    }
+}
+#endif
+
 // c (rows, columns) from a (rows, units) and b (units, columns). rows: a multiple of 8, columns: of 16.
 template <class Product, Write write>
 inline void product(Left a, const Unit* b, int64_t b_step, float* c, int64_t c_step, int64_t rows, int64_t columns,
-                    int64_t units, const float* factor = nullptr) {
+                    int64_t units, [[maybe_unused]] const float* factor = nullptr) {
+#if defined(MEGAKERN_AMX)
+  if constexpr (Product::kTiles) return product_of_tiles<write>(a, b, b_step, c, c_step, rows, columns, units);
+#else
   for (int64_t n = 0; n < columns;) {
     const int64_t left = (columns - n) / kLanes;
     const auto run = [&](auto function) { function(a, b + n, b_step, c + n, c_step, rows, units, factor); };
@@ -127,6 +185,7 @@ inline void product(Left a, const Unit* b, int64_t b_step, float* c, int64_t c_s
     }
     n += vectors * kLanes;
   }
+#endif
 }
 
 // --- packing ---
@@ -153,17 +212,18 @@ MEGAKERN_INLINE void fetch_row(const T* row, int64_t depth) {
     _mm_prefetch(reinterpret_cast<const char*>(row + d), _MM_HINT_T0);
 }
 
-// to (padded, D / group): rows of x, zeros from row `rows` on and from element `depth` on. D is depth rounded up to 16.
+// to (padded, D / group): rows of x, zeros from row `rows` on and from element `depth` on. D is depth rounded up.
 // x has `following` rows, of which those after `rows` are fetched for the next call.
 template <class Product, typename T>
 inline void pack_rows(const T* x, int64_t by_row, int64_t rows, int64_t following, int64_t padded, int64_t depth,
                       Unit* to) {
-  const int64_t D = round_up(depth, kLanes), width = D / Product::kGroup;
+  const int64_t D = round_up(depth, Product::kDepthStep), width = D / Product::kGroup;
   for (int64_t r = 0; r < padded; ++r) {
     if (r + kAhead < following) fetch_row(x + (r + kAhead) * by_row, depth);
     for (int64_t d = 0; d < D; d += kLanes) {
-      const Mask m = r < rows ? first_lanes(depth - d) : Mask(0);
-      pack_16<Product>(r < rows ? x + r * by_row + d : x, m, to + r * width + d / Product::kGroup);
+      const bool real = r < rows && d < depth;
+      const Mask m = real ? first_lanes(depth - d) : Mask(0);
+      pack_16<Product>(real ? x + r * by_row + d : x, m, to + r * width + d / Product::kGroup);
     }
   }
 }
@@ -183,15 +243,6 @@ inline void pack_columns(const Unit* packed, int64_t rows, int64_t D, Unit* to) 
   } else {
     for (int64_t i = 0; i < rows * D; i += kLanes) _mm512_store_si512(to + i, _mm512_load_si512(packed + i));
   }
-}
-
-// to (width, kQueries) = the transpose of x (kQueries, width), units. width: a multiple of 8.
-inline void transpose(const Unit* x, int64_t width, Unit* to) {
-  const __m512i rows = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
-                                          _mm512_set1_epi32(static_cast<int>(width)));
-  for (int64_t u = 0; u < width; ++u)
-    for (int64_t q = 0; q < kQueries; q += kLanes)
-      _mm512_store_si512(to + u * kQueries + q, _mm512_i32gather_epi32(rows, x + q * width + u, 4));
 }
 
 // --- a tile of probabilities or their gradients as operands ---

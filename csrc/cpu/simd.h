@@ -37,6 +37,8 @@ using Mask = __mmask16;
 
 constexpr int kLanes = 16;
 
+using Unit = std::uint32_t;  // 1 fp32 or 2 bf16: neighbours along the summed dimension of a matrix product
+
 MEGAKERN_INLINE Mask first_lanes(std::int64_t count) {
   return count >= kLanes ? Mask(0xFFFF) : Mask((1u << count) - 1);
 }
@@ -111,6 +113,47 @@ template <Accuracy accuracy>
 MEGAKERN_INLINE Vec reciprocal(Vec x) {
   if constexpr (accuracy == kFast) return _mm512_rcp14_ps(x);
   return _mm512_div_ps(set1(1.0f), x);
+}
+
+// rows[i][j] becomes rows[j][i].
+MEGAKERN_INLINE void transpose_16(__m512i (&rows)[16]) {
+  __m512i pairs[16], fours[16], eights[16];
+  for (int i = 0; i < 16; i += 2) {
+    pairs[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+    pairs[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 2; ++j) {
+      fours[i + 2 * j] = _mm512_unpacklo_epi64(pairs[i + j], pairs[i + 2 + j]);
+      fours[i + 2 * j + 1] = _mm512_unpackhi_epi64(pairs[i + j], pairs[i + 2 + j]);
+    }
+  // fours[4 g + c] has, in its 128-bit lane l, column 4 l + c of rows 4 g to 4 g + 3.
+  for (int c = 0; c < 4; ++c) {
+    eights[c] = _mm512_shuffle_i32x4(fours[c], fours[4 + c], 0x88);
+    eights[4 + c] = _mm512_shuffle_i32x4(fours[c], fours[4 + c], 0xDD);
+    eights[8 + c] = _mm512_shuffle_i32x4(fours[8 + c], fours[12 + c], 0x88);
+    eights[12 + c] = _mm512_shuffle_i32x4(fours[8 + c], fours[12 + c], 0xDD);
+  }
+  for (int c = 0; c < 4; ++c) {
+    rows[c] = _mm512_shuffle_i32x4(eights[c], eights[8 + c], 0x88);
+    rows[8 + c] = _mm512_shuffle_i32x4(eights[c], eights[8 + c], 0xDD);
+    rows[4 + c] = _mm512_shuffle_i32x4(eights[4 + c], eights[12 + c], 0x88);
+    rows[12 + c] = _mm512_shuffle_i32x4(eights[4 + c], eights[12 + c], 0xDD);
+  }
+}
+
+// to (columns, rows), rows `to_step` apart, = the transpose of x (rows, columns), rows `step` apart; rows: a multiple of
+// 16.
+inline void transpose(const Unit* x, int64_t step, int64_t rows, int64_t columns, Unit* to, int64_t to_step) {
+  for (int64_t r = 0; r < rows; r += 16)
+    for (int64_t c = 0; c < columns; c += 16) {
+      __m512i lines[16];
+      for (int64_t i = 0; i < 16; ++i)
+        lines[i] = _mm512_maskz_loadu_epi32(first_lanes(columns - c), x + (r + i) * step + c);
+      transpose_16(lines);
+      for (int64_t i = 0; i < 16; ++i)
+        if (c + i < columns) _mm512_storeu_si512(to + (c + i) * to_step + r, lines[i]);
+    }
 }
 
 }  // namespace

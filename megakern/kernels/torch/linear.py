@@ -56,6 +56,10 @@ def linear_weight_gradient(dy, x, weight_dtype, bias_dtype):
     dweight = dy.new_empty(0)
     if weight_dtype is not None:
         columns = x.reshape(-1, x.shape[-1])
+        if native.takes_weight_gradient(rows, columns, weight_dtype):
+            dweight = torch.empty(rows.shape[1], columns.shape[1], dtype=weight_dtype)
+            dbias = native.weight_gradient(rows, columns, dweight, add=False, with_sums=bias_dtype is not None)
+            return dweight, dy.new_empty(0) if bias_dtype is None else dbias.to(bias_dtype)
         if _unrounded(rows, weight_dtype):
             dweight = torch.mm(rows.t(), columns, out_dtype=weight_dtype)
         else:
@@ -69,7 +73,9 @@ def linear_weight_gradient(dy, x, weight_dtype, bias_dtype):
 def linear_accumulate_weight_gradient(into, dy, x):
     """into (N, K) += dy^T x, in the dtype of `into`."""
     rows, columns = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-    if into.dtype == rows.dtype:
+    if into.is_contiguous() and native.takes_weight_gradient(rows, columns, into.dtype):
+        native.weight_gradient(rows, columns, into, add=True, with_sums=False)
+    elif into.dtype == rows.dtype:
         into.addmm_(rows.t(), columns)
     elif _unrounded(rows, into.dtype):
         torch.addmm(into, rows.t(), columns, out_dtype=into.dtype, out=into)

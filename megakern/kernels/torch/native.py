@@ -24,9 +24,14 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 ACTIVATIONS = {"": 0, "gelu": 1, "gelu_tanh": 2, "relu_squared": 3, "silu": 4}
 
 LARGEST_HEAD = 512  # head dim; kLargestHead in csrc/cpu/attention.cpp
+FEWEST_PRODUCT_ROWS = 64  # below, packing the weight costs more than the product
 FEWEST_ROWS = 8  # of q: with fewer, most of a tile of 32 queries would be padding
 
+# How attention makes its products; csrc/cpu/attention.h.
+IN_FP32, IN_BF16, IN_TILES_OF_BF16 = 0, 1, 2
+
 _switched_off = False
+_without_tiles = False
 
 
 @functools.cache
@@ -54,6 +59,22 @@ def composites_only() -> Iterator[None]:
         yield
     finally:
         _switched_off = before
+
+
+@contextmanager
+def without_tiles() -> Iterator[None]:
+    """Within the block launchers do as on a processor without AMX. For tests and comparisons."""
+    global _without_tiles
+    before, _without_tiles = _without_tiles, True
+    try:
+        yield
+    finally:
+        _without_tiles = before
+
+
+def has_tiles() -> bool:
+    """May kernels use AMX?"""
+    return "amx_bf16" in features() and not _without_tiles
 
 
 def takes(*tensors: torch.Tensor | None) -> bool:
@@ -88,6 +109,40 @@ def linear_epilogue(z, bias, residual, activation: str, y, pre=None):
         torch.get_num_threads(),
     )
     return y
+
+
+def takes_product(x, weight, *more) -> bool:
+    """May the AMX kernel multiply bf16 x (2-D) by `weight`, bf16 or fp32, and add and write `more`?"""
+    enough = x.shape[0] >= FEWEST_PRODUCT_ROWS
+    return enough and has_tiles() and x.dtype == torch.bfloat16 and takes(weight) and takes(x, *more)
+
+
+def product(x, weight, transposed: bool, bias, residual, activation: str, y, pre=None):
+    """y = act(x w + bias) + residual; with `pre`, also pre = x w + bias. x (M, K), w (K, N), or (N, K) transposed."""
+    x, weight = _dense_rows(x), weight.contiguous()
+    (M, K), N = x.shape, y.shape[1]
+    bias = None if bias is None else bias.float().contiguous()
+    residual = None if residual is None else residual.contiguous()
+    how = (_rows_apart(x), DTYPES[weight.dtype], transposed, ACTIVATIONS[activation], torch.get_num_threads())
+    _cpu.linear(
+        _cpu.LinearProblem(M, N, K, *how), x.data_ptr(), *(_address(t) for t in (weight, bias, residual, pre, y))
+    )
+    return y
+
+
+def takes_weight_gradient(dy, x, dtype: torch.dtype) -> bool:
+    """May the AMX kernel make dy^T x (2-D) in `dtype`?"""
+    return has_tiles() and dy.dtype == torch.bfloat16 and dtype in DTYPES and takes(dy, x)
+
+
+def weight_gradient(dy, x, out, add: bool, with_sums: bool) -> torch.Tensor | None:
+    """out (N, K) = dy^T x, or += with `add`; dy (M, N), x (M, K) -> the sums over rows of dy, fp32 (N,), if wanted."""
+    dy, x = _dense_rows(dy), _dense_rows(x)
+    sums = torch.empty(dy.shape[1], dtype=torch.float32) if with_sums else None
+    sizes = (*dy.shape, x.shape[1], _rows_apart(dy), _rows_apart(x))
+    problem = _cpu.WeightGradientProblem(*sizes, DTYPES[out.dtype], add, torch.get_num_threads())
+    _cpu.weight_gradient(problem, dy.data_ptr(), x.data_ptr(), _address(out), _address(sums))
+    return sums
 
 
 def column_sum(x) -> torch.Tensor:
@@ -195,6 +250,12 @@ def takes_attention(q, k, v, product: torch.dtype, softcap: float) -> bool:
     return takes(q, k, v) and (product != torch.bfloat16 or "avx512_bf16" in features())
 
 
+def _products(dtype: torch.dtype) -> int:
+    if dtype == torch.float32:
+        return IN_FP32
+    return IN_TILES_OF_BF16 if has_tiles() else IN_BF16
+
+
 def _attention_problem(q, k, window, scale, dropout_p, threshold, seed, first_sample, first_head):
     B, T, H, D = q.shape
     S, Hkv = k.shape[1:3]
@@ -218,7 +279,7 @@ def attention_forward(q, k, v, out, lse, product: torch.dtype, *how) -> None:
     threshold, seed, first sample, first head."""
     keep = []
     tensors = _cpu.AttentionForward(*(_attention_input(x, keep) for x in (q, k, v)), _address(out), _address(lse))
-    _cpu.attention_forward(_attention_problem(q, k, *how), tensors, DTYPES[q.dtype], DTYPES[product])
+    _cpu.attention_forward(_attention_problem(q, k, *how), tensors, DTYPES[q.dtype], _products(product))
 
 
 def attention_backward(dout, q, k, v, out, lse, dq, dk, dv, product: torch.dtype, *how) -> None:
@@ -228,7 +289,7 @@ def attention_backward(dout, q, k, v, out, lse, dq, dk, dv, product: torch.dtype
         *(_attention_input(x, keep) for x in (dout, q, k, v, out)),
         *(_address(x) for x in (keep[0], dq, dk, dv)),
     )
-    _cpu.attention_backward(_attention_problem(q, k, *how), tensors, DTYPES[q.dtype], DTYPES[product])
+    _cpu.attention_backward(_attention_problem(q, k, *how), tensors, DTYPES[q.dtype], _products(product))
 
 
 def describe() -> str:
