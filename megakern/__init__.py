@@ -38,6 +38,9 @@ _WHERE = {
     "use_backend": "ops.dispatch",
     "explain": "ops.dispatch",
     "autotune": "kernels.triton.tune",
+    "patch": "patching.patch",
+    "unpatch": "patching.patch",
+    "SpeedCallback": "patching.speed",
 }
 
 __all__ = ["__version__", *_WHERE]
