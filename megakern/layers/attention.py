@@ -1,4 +1,4 @@
-"""The attention half of a block, whole key-value groups a rank, and the cache that generation uses.
+"""The attention half of a block, whole key-value groups a rank.
 
 Letters: B batch, T new tokens, S keys, C channels, H query heads, G key-value heads, n = H/G, D head dim, R ranks.
 
@@ -19,6 +19,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from megakern.layers.cache import LayerCache
 from megakern.layers.dropout import DropoutKey, checked_key
 from megakern.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megakern.layers.norm import RMSNorm
@@ -30,39 +31,13 @@ from megakern.ops.rope import rope as apply_rope
 from megakern.parallel.context import ParallelContext
 
 
-class LayerCache:
-    """Keys and values of one layer's past tokens: (B, S, G/R, D) each, `length` of S in use."""
-
-    def __init__(self, batch: int, capacity: int, kv_heads: int, head_dim: int, *, device=None, dtype=None):
-        shape = (batch, capacity, kv_heads, head_dim)
-        self.keys = torch.empty(shape, device=device, dtype=dtype)
-        self.values = torch.empty(shape, device=device, dtype=dtype)
-        self.length = 0
-
-    def append(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """k, v (B, T, G/R, D) -> all keys and values so far, views of the cache.
-
-        Raises ValueError when they do not fit.
-        """
-        B, T = k.shape[:2]
-        end = self.length + T
-        if end > self.keys.shape[1] or self.keys.shape[0] != B:
-            raise ValueError(
-                f"cache: {B} samples of {self.length} + {T} tokens do not fit; it was made for {self.keys.shape[0]} "
-                f"samples of {self.keys.shape[1]} tokens"
-            )
-        self.keys[:, self.length : end] = k
-        self.values[:, self.length : end] = v
-        self.length = end
-        return self.keys[:, :end], self.values[:, :end]
-
-
 class ParallelAttention(nn.Module):
     """Causal self-attention with fused qkv; H and G are whole-model numbers, each rank has H/R and G/R.
 
     `forward(x, *, residual, rope, positions, cache, cu_seqlens, dropout_key)`: x (B, T, C) -> (B, T, C), plus residual
     when given (all three (B, T/R, C) under sequence parallelism; positions are of all T tokens always);
-    rope (cos, sin) of mk.rope, positions (T,) or (B, T); with a cache the keys are its past and x's own.
+    rope (cos, sin) of mk.rope, positions (T,) or (B, T); with a cache the keys are its past and x's own,
+    and there is no dropout.
     cu_seqlens (n B + 1,) int32: offsets in the B T tokens of n documents a row, which do not see each other; rows with
     fewer end with empty ones, and dropout takes document j of sample b for sample n b + j.
     `window`: a token sees itself and this many before it. `dropout` is that of the probabilities. `recompute_core`:
@@ -157,7 +132,7 @@ class ParallelAttention(nn.Module):
         if qkv.requires_grad and self.q_norm is None and (rope is not None or n > 1):
             k, v = k.contiguous(), v.contiguous()  # a view would keep all of qkv for backward, beside the new q
         if cache is not None:
-            k, v = cache.append(k, v)
+            return cache.attend(q, k, v, self.window).view(B, T, -1)
         first_sample = 0 if key is None else key.first_sample
         if cu_seqlens is not None:
             q, k, v = (x.reshape(B * T, *x.shape[2:]) for x in (q, k, v))

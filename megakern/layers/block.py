@@ -20,7 +20,8 @@ import torch
 from torch import nn
 
 from megakern.config import GPTConfig
-from megakern.layers.attention import LayerCache, ParallelAttention
+from megakern.layers.attention import ParallelAttention
+from megakern.layers.cache import LayerCache
 from megakern.layers.dropout import DropoutKey, checked_key, drop_branch
 from megakern.layers.mlp import ParallelMLP
 from megakern.layers.norm import LayerNorm, RMSNorm

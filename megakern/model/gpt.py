@@ -126,8 +126,8 @@ class GPT(nn.Module):
     ) -> torch.Tensor:
         """tokens (B, T) int64 -> logits (B, T, V), or with targets (B, T) int64 (-100 ignored) the fp32 loss.
 
-        positions (T,) or (B, T) int; None: 0 .. T-1, after what the cache holds. cu_seqlens (n B + 1,) int32: rows hold
-        n documents each, which do not see each other and have positions of their own; see `ParallelAttention`.
+        positions (T,) or (B, T) int; None: 0 .. T-1, with a cache those of its new tokens. cu_seqlens (n B + 1,) int32:
+        rows hold n documents each, which do not see each other and have positions of their own; see `ParallelAttention`.
         dropout_key is required where dropout is on. reduction: "mean" over targets that count, "sum" or "none".
         last_only: logits (B, 1, V) of the last.
         After the last backward of a step call `mk.finish_gradients(model.parameters())` (a no-op on one rank).
@@ -138,12 +138,12 @@ class GPT(nn.Module):
         if cu_seqlens is not None:
             _check_documents(tokens, cu_seqlens, cache)
             positions = _restarting(tokens, cu_seqlens) if positions is None else positions
+        positions = cache.positions if positions is None and cache is not None else positions
         key = checked_key(dropout_key, self.config.dropout, self.training)
-        hidden = self._embed(tokens, positions, cache, key)
+        hidden = self._embed(tokens, positions, key)
         rope = None
         if self.config.positions == "rope":
             rope = (self.rope_cos, self.rope_sin)
-            positions = self._positions(tokens, cache) if positions is None and cache is not None else positions
         for index, block in enumerate(self.blocks):
             how = {"rope": rope, "positions": positions, "cu_seqlens": cu_seqlens, "dropout_key": key}
             if self.recompute == "full" and cache is None:
@@ -157,14 +157,12 @@ class GPT(nn.Module):
             return vocab_parallel_logits(hidden, weight, **how)
         return vocab_parallel_loss(hidden, weight, targets, reduction=reduction, **how)
 
-    def _positions(self, tokens: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
-        past = 0 if cache is None else cache.length
-        return torch.arange(past, past + tokens.shape[1], device=tokens.device)
-
-    def _embed(self, tokens, positions, cache, key: DropoutKey | None) -> torch.Tensor:
+    def _embed(self, tokens, positions, key: DropoutKey | None) -> torch.Tensor:
         hidden = self.embedding(tokens)
         if self.positions is not None:
-            hidden = hidden + self.positions(self._positions(tokens, cache) if positions is None else positions)
+            if positions is None:
+                positions = torch.arange(tokens.shape[1], device=tokens.device)
+            hidden = hidden + self.positions(positions)
         hidden = hidden.to(self.compute_dtype)
         return hidden if key is None else drop_branch(hidden, self.config.dropout, key, "embedding", self.region)
 
@@ -172,10 +170,9 @@ class GPT(nn.Module):
         if tokens.ndim != 2 or tokens.dtype != torch.int64:
             raise ValueError(f"GPT: tokens must be (B, T) int64, got {tuple(tokens.shape)} {tokens.dtype}")
         B, T = tokens.shape
-        past = 0 if cache is None else cache.length
-        if past + T > self.config.sequence_length:
+        if T > self.config.sequence_length:
             raise ValueError(
-                f"GPT: {past + T} tokens are more than the model's sequence_length of {self.config.sequence_length}; "
+                f"GPT: {T} tokens are more than the model's sequence_length of {self.config.sequence_length}; "
                 f"cut the text, or use a model with longer sequences"
             )
         if targets is not None and (targets.shape != tokens.shape or targets.dtype != torch.int64):
@@ -193,6 +190,8 @@ class GPT(nn.Module):
             )
         if cache is not None and torch.is_grad_enabled():
             raise ValueError("GPT: a cache is for generation; call the model under torch.no_grad()")
+        if cache is not None and cache.shape != (B, T):
+            raise ValueError(f"GPT: the cache was made for tokens of shape {cache.shape}, got {(B, T)}")
 
 
 def _check_documents(tokens: torch.Tensor, cu_seqlens: torch.Tensor, cache: KVCache | None) -> None:
