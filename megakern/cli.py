@@ -124,13 +124,15 @@ def _parser() -> argparse.ArgumentParser:
 
     generate = add("generate", _generate, "continue a prompt with a run's model")
     generate.add_argument("run", type=Path, metavar="RUN")
-    generate.add_argument("--prompt", required=True, help="text to continue; - reads it from the standard input")
+    generate.add_argument(
+        "--prompt", required=True, action="append", help="text to continue; - reads it from the standard input; "
+        "given again, all are written at once, a line of JSON each"
+    )  # fmt: skip
+    _add_sampling(generate, temperature=0.0)
     generate.add_argument("--max-tokens", type=int, default=200)
-    generate.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token")
-    generate.add_argument("--top-k", type=int, help="sample among the k likeliest tokens")
-    generate.add_argument("--top-p", type=float, help="sample among the likeliest tokens with this much probability")
     generate.add_argument("--stop", action="append", default=[], help="end before this text; may be given again")
-    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--beams", type=int, help="search for the likeliest text with this many beams")
+    generate.add_argument("--length-penalty", type=float, default=1.0, help="of --beams; above 1 favours long texts")
     generate.add_argument("--step", type=int, help="checkpoint to use (default: the newest valid one)")
 
     plan = add("plan", _plan, "memory of one process under a layout that this machine does not have; any setting")
@@ -256,25 +258,48 @@ def _eval(options: argparse.Namespace) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from megakern.inference import check_sampling, load_run, write_text
+    from megakern.config import require
+    from megakern.inference import load_run
+    from megakern.serve import generate
 
-    check_sampling(options.temperature, options.top_k, options.top_p, options.max_tokens)
+    drawn = options.temperature or options.top_k or options.top_p or options.stop
+    require(options.beams is None or not drawn, "--beams takes no --temperature, --top-k, --top-p and --stop")
+    sampling, prompts = _sampling(options), generate.read_prompts(options.prompt)
     loaded = load_run(options.run, step=options.step)
-    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
-    pieces = write_text(
-        loaded,
-        prompt,
-        max_tokens=options.max_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        stop=tuple(options.stop),
-        seed=options.seed,
-    )
-    print(prompt, end="", flush=True)
-    for piece in pieces:
-        print(piece, end="", flush=True)
-    print()
+    if options.beams is not None:
+        generate.write_best(
+            loaded,
+            prompts,
+            beams=options.beams,
+            max_tokens=options.max_tokens,
+            length_penalty=options.length_penalty,
+            repetition_penalty=options.repetition_penalty,
+        )
+    else:
+        how = {"max_tokens": options.max_tokens, "sampling": sampling, "stop": tuple(options.stop)}
+        generate.write_prompts(loaded, prompts, **how)
+
+
+def _add_sampling(command: argparse.ArgumentParser, *, temperature: float) -> None:
+    zero = "0 takes the likeliest token"
+    command.add_argument("--temperature", type=float, default=temperature, help=f"{zero} (default {temperature:g})")
+    command.add_argument("--top-k", type=int, help="sample among the k likeliest tokens")
+    command.add_argument("--top-p", type=float, help="sample among the likeliest tokens with this much probability")
+    command.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: tokens of the text get rarer")
+    command.add_argument("--seed", type=int, default=0)
+
+
+def _sampling(options: argparse.Namespace):
+    """Raises ConfigError that names the option."""
+    from megakern.config import ConfigError
+    from megakern.model.sampling import Sampling
+
+    names = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
+    try:
+        return Sampling(**{name: getattr(options, name) for name in names})
+    except ConfigError as error:
+        name, rest = str(error).split(" ", 1)
+        raise ConfigError(f"--{name.replace('_', '-')} {rest}") from error
 
 
 def _bench(options: argparse.Namespace) -> int:

@@ -105,7 +105,9 @@ def test_the_models_length_ends_generation():
 
 def test_logprobs_are_those_of_the_whole_text():
     model = make("qwen3")
-    for prompt, each in zip(PROMPTS, complete(model, PROMPTS, max_new_tokens=6, logprobs=3, sampling=DRAWN), strict=True):
+    for prompt, each in zip(
+        PROMPTS, complete(model, PROMPTS, max_new_tokens=6, logprobs=3, sampling=DRAWN), strict=True
+    ):
         text = torch.tensor([prompt + each.tokens])
         with torch.no_grad():
             table = torch.log_softmax(model(text)[0].double(), dim=-1)[len(prompt) - 1 : -1]

@@ -13,7 +13,6 @@ import megakern as mk
 from benchmarks.peers.plain_gpt import PlainGPT
 from megakern.config import ConfigError, GPTConfig, RopeScaling
 from megakern.layers.dropout import DropoutKey
-from megakern.model.cache import KVCache
 from megakern.model.gpt import rope_tables
 from megakern.ops.dropout import keep_reference
 
@@ -253,10 +252,6 @@ def test_wrong_use_is_named():
         model(tokens, targets, last_only=True)
     with pytest.raises(ValueError, match=r"positions must be \(T,\) = \(9,\) or \(B, T\) = \(2, 9\), got \(1, 9\)"):
         model(tokens, positions=torch.zeros(1, 9, dtype=torch.int64))
-    with pytest.raises(ValueError, match="a cache is for generation; call the model under"):
-        model(tokens, cache=KVCache(GPT2, batch=2, capacity=9))
-    with pytest.raises(ValueError, match="capacity of 65 tokens is above the model's sequence_length of 64"):
-        KVCache(GPT2, batch=2, capacity=65)
     with pytest.raises(ValueError, match="recompute must be one of none, selective, full, got 'some'"):
         mk.GPT(GPT2, recompute="some")
     with pytest.raises(ValueError, match="recompute_modules must be some of attention, mlp, norm, got attn"):

@@ -69,12 +69,14 @@ def test_bf16_training_lowers_the_loss(tiny_data, tmp_path):
     assert values[-1] < values[0] - 0.3
 
 
-def test_greedy_generation_is_that_of_the_cpu():
-    from megakern.model.generate import generate
+def test_generation_is_that_of_the_cpu():
+    from megakern.model.generate import complete
+    from megakern.model.sampling import Sampling
 
-    prompt = torch.randint(0, 250, (2, 7), generator=torch.Generator().manual_seed(1))
-    out = {}
-    for device in ("cpu", "cuda"):
-        model = mk.GPT(presets["tiny-llama"], device=device).eval()
-        out[device] = torch.stack(list(generate(model, prompt.to(device), max_new_tokens=20))).cpu()
-    assert torch.equal(out["cpu"], out["cuda"])
+    prompts = [torch.randint(0, 250, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (7, 40, 1)]
+    for sampling in (Sampling(), Sampling(temperature=1.0, top_p=0.9, seed=1)):
+        out = {}
+        for device in ("cpu", "cuda"):
+            model = mk.GPT(presets["tiny-llama"], device=device).eval()
+            out[device] = [each.tokens for each in complete(model, prompts, max_new_tokens=20, sampling=sampling)]
+        assert out["cpu"] == out["cuda"]

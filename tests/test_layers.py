@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 import megakern as mk
 from megakern.config import ConfigError, GPTConfig
-from megakern.layers.attention import LayerCache
 from megakern.layers.dropout import DropoutKey
 from megakern.layers.parameter import Normal, add_parameter, initialize
 
@@ -265,10 +264,3 @@ def test_wrong_use_is_named():
     with pytest.raises(ValueError, match=r"dropout = 0.1 in training mode needs a dropout_key, got None; pass"):
         attention(torch.zeros(1, 2, C))
     attention.eval()(torch.zeros(1, 2, C))
-    cache = LayerCache(1, 3, 2, 4)
-    with pytest.raises(
-        ValueError, match=r"1 samples of 0 \+ 4 tokens do not fit; it was made for 1 samples of 3 tokens"
-    ):
-        cache.append(torch.zeros(1, 4, 2, 4), torch.zeros(1, 4, 2, 4))
-    with pytest.raises(ValueError, match=r"2 samples of 0 \+ 1 tokens do not fit"):
-        cache.append(torch.zeros(2, 1, 2, 4), torch.zeros(2, 1, 2, 4))

@@ -1,7 +1,7 @@
-"""Texts continued by a model: several at once, or the likeliest continuation by beam search.
+"""Texts continued by a model: several at once, to their ends or step by step.
 
-    for step in generate(model, [[5, 7], [1]], max_new_tokens=20): print(step.key, step.token)
-    complete(model, [[5, 7], [1]], max_new_tokens=20)[0].tokens
+for step in generate(model, [[5, 7], [1]], max_new_tokens=20): print(step.key, step.token)
+complete(model, [[5, 7], [1]], max_new_tokens=20)[0].tokens
 """
 
 from __future__ import annotations
@@ -39,12 +39,17 @@ def generate(
         )
         for prompt in prompts
     ]
+    return _steps(engine_for(model, requests))
+
+
+def engine_for(model: GPT, requests: Sequence[Request]) -> Engine:
+    """An engine with room for just these, added in order: a request's key is its index. Raises ConfigError."""
     longest = model.config.sequence_length
-    pages = sum(-(-min(len(each.prompt) + max(1, max_new_tokens), longest) // PAGE_SIZE) for each in requests)
+    pages = sum(-(-min(len(each.prompt) + max(1, each.max_new_tokens), longest) // PAGE_SIZE) for each in requests)
     engine = Engine(model, tokens=max(1, pages) * PAGE_SIZE, max_batch=max(1, len(requests)))
     for request in requests:
         engine.add(request)
-    return _steps(engine)
+    return engine
 
 
 def _steps(engine: Engine) -> Iterator[Step]:

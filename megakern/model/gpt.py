@@ -170,7 +170,7 @@ class GPT(nn.Module):
         if tokens.ndim != 2 or tokens.dtype != torch.int64:
             raise ValueError(f"GPT: tokens must be (B, T) int64, got {tuple(tokens.shape)} {tokens.dtype}")
         B, T = tokens.shape
-        if T > self.config.sequence_length:
+        if self.config.sequence_length < T:
             raise ValueError(
                 f"GPT: {T} tokens are more than the model's sequence_length of {self.config.sequence_length}; "
                 f"cut the text, or use a model with longer sequences"
