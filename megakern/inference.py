@@ -66,13 +66,10 @@ def _stop_tokens(path: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read as JSON: {error}") from error
     ids = table.get("eos_token_ids") if isinstance(table, dict) else None
-    right = (
-        isinstance(ids, list) and ids and all(type(each) is int and 0 <= each < tokenizer.vocab_size for each in ids)
-    )
-    if not right:
-        raise DataError(
-            f'{path}: must hold {{"eos_token_ids": [...]}} with ids from 0 to {tokenizer.vocab_size - 1}, got {table!r:.100}'
-        )
+    V = tokenizer.vocab_size
+    if not (isinstance(ids, list) and ids and all(type(each) is int and 0 <= each < V for each in ids)):
+        wanted = f'{{"eos_token_ids": [...]}} with ids from 0 to {V - 1}'
+        raise DataError(f"{path}: must hold {wanted}, got {table!r:.100}")
     return tuple(ids)
 
 

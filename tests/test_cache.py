@@ -66,7 +66,7 @@ def test_wrong_use_is_named():
     pool = PagePool(model.config, tokens=16, page_size=4)
     first, second = Sequence(pool), Sequence(pool)
     cache = KVCache(pool, [first], [9])
-    with pytest.raises(ValueError, match="2 more pages of 4 tokens are needed and 1 of 4 are free; end a sequence"):
+    with pytest.raises(ValueError, match="2 more pages of 4 tokens are needed, 1 of 4 are free; end a sequence"):
         KVCache(pool, [second], [5])
     assert second.length == 0 and pool.free == 1
     with pytest.raises(ValueError, match=r"sequence_length of 64, got \[56\] after \[9\]"):

@@ -1,4 +1,4 @@
-"""Generation: with the paged cache as without one, rows of a batch as alone, stopping, and two gloo ranks against one."""
+"""Generation: with the paged cache as without one, rows of a batch as alone, stopping, two gloo ranks against one."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_the_models_length_ends_generation():
     first, second = complete(model, [long, PROMPTS[0]], max_new_tokens=50)
     assert first.tokens == without_cache(model, long, 4) and first.finish == "length"
     assert len(second.tokens) == 50
-    (only,) = complete(model, [long + [1, 2, 3]], max_new_tokens=50)
+    (only,) = complete(model, [[*long, 1, 2, 3]], max_new_tokens=50)
     assert len(only.tokens) == 1
 
 
@@ -146,7 +146,7 @@ def test_two_ranks_write_what_one_writes(ranks):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"prompts": [[1], [0] * 64]}, "prompt of 64 tokens leaves no room in the model's sequence_length of 64; give it 63"),
+        ({"prompts": [[1], [0] * 64]}, "64 tokens leaves no room in the model's sequence_length of 64; give it 63"),
         ({"prompts": [[]]}, "the prompt is empty"),
         ({"prompts": [[3, 250]]}, "the prompt has the token 250, the model's vocabulary is 0 to 249"),
         ({"max_new_tokens": 0}, "max_new_tokens must be 1 or more, got 0"),

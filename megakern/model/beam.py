@@ -1,6 +1,6 @@
 """Beam search: the likeliest continuations of one prompt, as far as a bounded search finds them.
 
-Each step keeps the `beams` likeliest unfinished texts and extends every one by every token. A text that ends with a stop
+Each step keeps the `beams` likeliest unfinished texts and extends each by every token. A text that ends with a stop
 token is finished, with score = sum of log-probabilities / (new tokens)^length_penalty; the best `beams` of these stay.
 The search ends when no unfinished text could score better at its present length, as in transformers' default
 (early_stopping=False). Beams share the pages of what they have in common.

@@ -73,7 +73,7 @@ class PagePool:
 
     def lacking(self, count: int) -> str:
         return (
-            f"cache: {count} more pages of {self.page_size} tokens are needed and {self.free} of {self.count} are free; "
+            f"cache: {count} more pages of {self.page_size} tokens are needed, {self.free} of {self.count} are free; "
             f"end a sequence first, or make the pool larger"
         )
 
@@ -145,7 +145,7 @@ class KVCache:
         for sequence, end in zip(sequences, ends, strict=True):
             sequence.reserve(end)
             sequence.length = end
-        B, T = self.shape
+        T = self.shape[1]
         rows = [sequence.pages[: pool.pages_for(end)] for sequence, end in zip(sequences, ends, strict=True)]
         most = max(map(len, rows))
         table = torch.tensor([row + [0] * (most - len(row)) for row in rows], dtype=torch.int64)

@@ -1,6 +1,6 @@
 """Many texts continued at once by one model: requests join and leave between steps (continuous batching).
 
-A step runs the model at most twice: over a piece of the prompts that are not read yet, `prefill_tokens` in all, and over
+A step runs the model at most twice: over a piece of the prompts not read yet, `prefill_tokens` in all, and over
 the last token of every text that is being written. So a long prompt delays the others by one piece at a time. A request
 is taken up, first come first served, when the pages for all it may become are free: once it runs, nothing stops it.
 
@@ -30,7 +30,7 @@ class Request:
     prompt: tuple[int, ...]
     max_new_tokens: int
     """0 is allowed with `prompt_logprobs`: then nothing is written."""
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
     stop_tokens: tuple[int, ...] = ()
     """A token of these is the last one."""
     logprobs: int | None = None
@@ -118,7 +118,7 @@ class Engine:
         room = longest if request.max_new_tokens == 0 else longest - 1
         require(
             room >= T,
-            f"a prompt of {T} tokens leaves no room in the model's sequence_length of {longest}; give it {room} or fewer",
+            f"a prompt of {T} tokens leaves no room in the model's sequence_length of {longest}; give it {room} or less",
         )
         wrong = next((token for token in request.prompt if not 0 <= token < vocabulary), None)
         require(wrong is None, f"the prompt has the token {wrong}, the model's vocabulary is 0 to {vocabulary - 1}")

@@ -127,8 +127,8 @@ class GPT(nn.Module):
         """tokens (B, T) int64 -> logits (B, T, V), or with targets (B, T) int64 (-100 ignored) the fp32 loss.
 
         positions (T,) or (B, T) int; None: 0 .. T-1, with a cache those of its new tokens. cu_seqlens (n B + 1,) int32:
-        rows hold n documents each, which do not see each other and have positions of their own; see `ParallelAttention`.
-        dropout_key is required where dropout is on. reduction: "mean" over targets that count, "sum" or "none".
+        rows hold n documents each, which do not see each other and have positions of their own; `ParallelAttention` has
+        more. dropout_key is required where dropout is on. reduction: "mean" over targets that count, "sum" or "none".
         last_only: logits (B, 1, V) of the last.
         After the last backward of a step call `mk.finish_gradients(model.parameters())` (a no-op on one rank).
         Raises ValueError for sequences longer than the model's, other shapes, a cache while gradients are recorded, or
