@@ -146,7 +146,7 @@ def test_two_ranks_write_what_one_writes(ranks):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"prompts": [[1], [0] * 64]}, "64 tokens leaves no room in the model's sequence_length of 64; give it 63"),
+        ({"prompts": [[1], [0] * 64]}, "64 tokens leaves no room in the model's sequence_length of 64; give 63"),
         ({"prompts": [[]]}, "the prompt is empty"),
         ({"prompts": [[3, 250]]}, "the prompt has the token 250, the model's vocabulary is 0 to 249"),
         ({"max_new_tokens": 0}, "max_new_tokens must be 1 or more, got 0"),

@@ -118,7 +118,7 @@ class Engine:
         room = longest if request.max_new_tokens == 0 else longest - 1
         require(
             room >= T,
-            f"a prompt of {T} tokens leaves no room in the model's sequence_length of {longest}; give it {room} or less",
+            f"a prompt of {T} tokens leaves no room in the model's sequence_length of {longest}; give {room} or less",
         )
         wrong = next((token for token in request.prompt if not 0 <= token < vocabulary), None)
         require(wrong is None, f"the prompt has the token {wrong}, the model's vocabulary is 0 to {vocabulary - 1}")
