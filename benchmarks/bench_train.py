@@ -196,11 +196,11 @@ def _disagreement(name: str, losses: list[float], others: list[float] | None) ->
 
 
 def _turns(ready: list[Contestant], slowest: float, deadline: float) -> dict[str, list[float]]:
-    """Seconds a step, turn by turn, until time is up: three turns or more, of a step or two thirds of a second."""
+    """Seconds a step, turn by turn, until time is up: one turn or more, of a step or two thirds of a second."""
     each = max(1, min(8, int(0.67 / max(slowest, 1e-9))))
     seconds: dict[str, list[float]] = {contestant.name: [] for contestant in ready}
     reserve = 6 * slowest + 3  # profiles and rates come after
-    while ready and (len(seconds[ready[0].name]) < 3 or time.monotonic() < deadline - reserve):
+    while ready and (not seconds[ready[0].name] or time.monotonic() < deadline - reserve):
         started = time.monotonic()
         for contestant in ready:
             seconds[contestant.name].append(contestant.call("run", each)[0] / each)
@@ -240,7 +240,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workload", nargs="+", choices=workloads, default=list(workloads))
     parser.add_argument("--only", nargs="+", metavar="NAME", help="contestants; ratios divide by the first")
-    parser.add_argument("--seconds", type=float, default=400.0, help="for everything; three turns are made at least")
+    parser.add_argument("--seconds", type=float, default=400.0, help="no turn begins after that, but the first")
     parser.add_argument("--quick", action="store_true", help="the first workload, no contestant that compiles")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     options = parser.parse_args(arguments)

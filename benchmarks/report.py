@@ -233,10 +233,20 @@ def growth_table(results: Row) -> str:
     lines = [
         [row["op"], row["by"], f"{row['sizes'][0]:,} to {row['sizes'][-1]:,}",
          ", ".join(f"{ms:.2f}" for ms in row["ms"]), f"{row['exponent']:.2f}", f"{row['last_exponent']:.2f}",
-         f"{row['expected']:g}", row["verdict"]]
+         f"{row['expected']:g}", f"{row['memory_exponent']:.2f}", row["verdict"]]
         for row in results["rows"]
     ]  # fmt: skip
-    head = ["cost of", "grows with", "from to", "ms", "exponent", "of the last step", "expected", "verdict"]
+    head = [
+        "cost of",
+        "grows with",
+        "from to",
+        "ms",
+        "exponent",
+        "of the last step",
+        "expected",
+        "of memory",
+        "verdict",
+    ]
     return grid(head, lines)
 
 

@@ -17,7 +17,9 @@ from torch.nn import functional as F
 import megakern as mk
 from benchmarks.contestants import NotHereError
 from benchmarks.peers.libraries import why_not
+from megakern.layers.parameter import accumulate_in_fp32
 from megakern.ops.grad_norm import clip_coefficient, gradient_norm
+from megakern.parallel.collectives import finish_gradients
 from megakern.parallel.context import ParallelContext
 from megakern.train import build, machine
 from megakern.train.config import RunConfig, make_config
@@ -86,26 +88,35 @@ def our_step(how: str, config: mk.GPTConfig, device: torch.device) -> Step:
     """The model and optimizer that `megakern train` makes, and its step."""
     machine.keep_freed_memory()
     settings = run_config(config, how)
-    model = build.make_model(settings, ParallelContext(), device)
-    optimizer = build.make_optimizer(model, settings)
+    model = build.make_model(settings, ParallelContext(), "meta")
     values = our_weights(config, device)
+    if config.positions == "rope":  # with tables that are no parameters
+        build.fill_model(model, settings, device)
+    else:  # without the initial values, which take seconds and are written over
+        model.to_empty(device=device)
+        if settings.optimizer.master != "none":
+            accumulate_in_fp32(model)
+    optimizer = build.make_optimizer(model, settings)
     if values is None:
         build.start_masters(model, optimizer, settings)
     else:
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                value = values.pop(name)
-                parameter.copy_(value)
-                if settings.optimizer.master != "none":
-                    optimizer.set_master(parameter, value.to(device, torch.float32))
+        copy_weights(model, values)
+        for name, parameter in model.named_parameters() if settings.optimizer.master != "none" else ():
+            optimizer.set_master(parameter, values[name].to(device, torch.float32))
     for group in optimizer.param_groups:
         group["lr"] = ADAMW["lr"] * group.get("lr_scale", 1.0)
         group["betas"] = ADAMW["betas"]
+    return step_of(model, optimizer)
+
+
+def step_of(model: torch.nn.Module, optimizer: mk.AdamW) -> Step:
+    """A step of `megakern train` without its log: clipping is a factor of the update, on any layout."""
     parameters = list(model.parameters())
 
     def step(tokens, targets) -> float:
         loss = model(tokens, targets)
         loss.backward()
+        finish_gradients(parameters)
         norm = gradient_norm(parameters)
         optimizer.step(grad_scale=clip_coefficient(norm, 1.0) if norm.item() > 1.0 else None)
         optimizer.zero_grad(set_to_none=True)
@@ -115,6 +126,14 @@ def our_step(how: str, config: mk.GPTConfig, device: torch.device) -> Step:
 
 
 # --- the same weights ---
+
+
+@torch.no_grad()
+def copy_weights(model: torch.nn.Module, values: dict[str, torch.Tensor]) -> None:
+    ours = dict(model.named_parameters())
+    assert ours.keys() == values.keys(), sorted(ours.keys() ^ values.keys())
+    for name, parameter in ours.items():
+        parameter.copy_(values[name])
 
 
 def plain_shape(config: mk.GPTConfig) -> dict[str, int]:

@@ -1,0 +1,152 @@
+"""Generation at batch 1, greedy, with a cache of keys and values: megakern beside transformers, in tokens a second.
+
+    python -m benchmarks.bench_generate [--seconds N] [--quick] [--json FILE]
+
+The same GPT-2 124M with the same random weights; each contestant is a process with all cores, and they take turns. In
+fp32 all must choose the same tokens; bf16 rounds, so there the table says how many are those of the first contestant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import megakern as mk
+from benchmarks import report, steps
+from benchmarks.bench_train import gpt2
+from benchmarks.common import describe_machine, write_results
+from benchmarks.contestants import Contestant, FailedError, NotHereError, goal, ratio_to
+from benchmarks.peers.libraries import why_not
+from megakern.train import machine
+
+CONTESTANTS = ("transformers fp32", "transformers bf16", "megakern fp32", "megakern bf16")
+GOALS = (
+    ("fp32 beside transformers' fp32", "megakern fp32", ("transformers fp32",), 2.0),
+    ("bf16 beside transformers' best", "megakern bf16", ("transformers fp32", "transformers bf16"), 2.0),
+)
+PROMPT, TOKENS, QUICK_TOKENS = 32, 96, 24
+
+
+def weights(config: mk.GPTConfig) -> dict[str, torch.Tensor]:
+    """Initial weights, those of the blocks larger: else a tied head says the last token again, for ever."""
+    plain = steps.plain_weights(config)
+    return {name: value * 8 if "blocks" in name and value.ndim == 2 else value for name, value in plain.items()}
+
+
+class Generation:
+    """One contestant, in its process. `setting` is the model's GPTConfig."""
+
+    def __init__(self, name: str, setting: mk.GPTConfig) -> None:
+        torch.set_num_threads(machine.cores())
+        machine.keep_freed_memory()
+        maker, _, precision = name.partition(" ")
+        self.device, self.dtype = torch.device(machine.device_type()), machine.DTYPES[precision]
+        self.prompt = torch.randint(
+            0, setting.vocab_size, (1, PROMPT), generator=torch.Generator().manual_seed(1)
+        ).to(self.device)  # fmt: skip
+        self.generate = {"transformers": self._transformers, "megakern": self._megakern}[maker](setting)
+
+    def _transformers(self, config: mk.GPTConfig):
+        if reason := why_not("transformers", self.device.type):
+            raise NotHereError(reason)
+        from benchmarks.peers import hugging_face
+
+        model = hugging_face.model_of(config, self.device, weights(config)).to(self.dtype).eval()
+        mask = torch.ones_like(self.prompt)
+
+        def generate(count: int) -> list[int]:
+            with torch.inference_mode():
+                ids = model.generate(
+                    self.prompt, attention_mask=mask, max_new_tokens=count, min_new_tokens=count, do_sample=False,
+                    use_cache=True, pad_token_id=0,
+                )  # fmt: skip
+            return ids[0, PROMPT:].tolist()
+
+        return generate
+
+    def _megakern(self, config: mk.GPTConfig):
+        from megakern.model.generate import generate
+
+        model = mk.GPT(config, device="meta", dtype=self.dtype, compute_dtype=self.dtype).eval()
+        steps.copy_weights(model.to_empty(device=self.device), steps.from_plain(weights(config), config))
+        return lambda count: [int(token) for token in generate(model, self.prompt, max_new_tokens=count)]
+
+    def run(self, count: int) -> tuple[float, list[int]]:
+        """-> seconds and the tokens; they have been read, so the device is done."""
+        start = time.perf_counter()
+        tokens = self.generate(count)
+        return time.perf_counter() - start, tokens
+
+    def peak_bytes(self) -> int:
+        return machine.peak_memory(self.device)
+
+
+def measure(config: mk.GPTConfig, count: int, deadline: float) -> dict[str, Any]:
+    """Results as generate.json keeps them. Seconds a token are those of `count` tokens less those of the first."""
+    contestants = [Contestant(Generation, name, config) for name in CONTESTANTS]
+    rows: dict[str, dict[str, Any]] = {}
+    ready, expected = [], None
+    try:
+        for contestant in contestants:
+            row = rows[contestant.name] = {"contestant": contestant.name}
+            try:
+                _, tokens = contestant.call("run", count)
+                expected = expected or tokens
+                row["same_tokens"] = sum(a == b for a, b in zip(tokens, expected, strict=True))
+                if "fp32" in contestant.name and tokens != expected:
+                    at = next(i for i, (a, b) in enumerate(zip(tokens, expected, strict=True)) if a != b)
+                    row["error"] = f"token {at} is {tokens[at]}, the first contestant has {expected[at]}"
+                    continue
+                ready.append(contestant)
+            except NotHereError as reason:
+                row["missing"] = str(reason)
+            except FailedError as error:
+                row["error"] = str(error)
+        turns: dict[str, list[tuple[float, float]]] = {contestant.name: [] for contestant in ready}
+        while ready and (not turns[ready[0].name] or time.monotonic() < deadline):
+            for contestant in ready:
+                first = contestant.call("run", 1)[0]
+                turns[contestant.name].append((first, (contestant.call("run", count)[0] - first) / (count - 1)))
+            if len(turns[ready[0].name]) >= 9:
+                break
+        for contestant in ready:
+            own = [each for _, each in turns[contestant.name]]
+            rows[contestant.name] |= {
+                "tokens_per_second": 1 / statistics.median(own),
+                "fastest": 1 / min(own),
+                "slowest": 1 / max(own),
+                "ms_to_first": statistics.median(first for first, _ in turns[contestant.name]) * 1e3,
+                "ratio_to_first": ratio_to([each for _, each in turns[ready[0].name]], own),
+                "tokens": count,
+                "peak_bytes": contestant.call("peak_bytes"),
+            }
+    finally:
+        for contestant in contestants:
+            contestant.end()
+    found = [goal(list(rows.values()), *each, "tokens_per_second") for each in GOALS]
+    return {"model": "GPT-2 124M", "prompt": PROMPT, "rows": list(rows.values()), "goals": [g for g in found if g]}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=70.0, help="no turn begins after that, but the first")
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK_TOKENS} tokens instead of {TOKENS}")
+    parser.add_argument("--json", type=Path, help="write the figures here too")
+    options = parser.parse_args(arguments)
+    deadline = time.monotonic() + options.seconds
+    print(describe_machine(), flush=True)
+    results = measure(gpt2("gpt2-124m"), QUICK_TOKENS if options.quick else TOKENS, deadline)
+    print(f"\n{report.generate_table(results)}", flush=True)
+    if options.json:
+        write_results(options.json, results)
+    return 1 if report.failures(results["rows"]) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

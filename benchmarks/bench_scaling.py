@@ -1,0 +1,154 @@
+"""A training step over processes of this machine: tensor, sequence and data parallel beside one core and all cores.
+
+    python -m benchmarks.bench_scaling [--seconds N] [--quick] [--json FILE]
+
+The work is the same for all (strong scaling); a process has its share of the cores. `efficiency` is the speed beside
+one process on one core, over the cores that are used: 100 % is ideal. One layout runs at a time, `communication` is
+what a profile of rank 0 has in collectives, waiting for the others included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import multiprocessing
+import os
+import socket
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import megakern as mk
+from benchmarks import report, steps
+from benchmarks.breakdown import breakdown
+from benchmarks.common import describe_machine, write_results
+from megakern.train import build, launch, machine
+from megakern.train.config import ParallelConfig
+
+MODEL = {"layers": 4, "width": 384, "heads": 6, "vocab_size": 1024, "vocab_multiple": 2, "sequence_length": 256}
+BATCH = 8
+
+
+def layouts(cores: int) -> dict[str, tuple[int, int, dict[str, Any]]]:
+    """Name -> processes, threads of each, settings of `[parallel]`."""
+    found: dict[str, tuple[int, int, dict[str, Any]]] = {"1 core": (1, 1, {})}
+    if cores > 1:
+        found |= {
+            f"{cores} threads": (1, cores, {}),
+            "tp = 2": (2, cores // 2, {"tp": 2}),
+            "tp = 2, sequence parallel": (2, cores // 2, {"tp": 2, "sequence_parallel": True}),
+            "dp = 2": (2, cores // 2, {"dp": 2}),
+            "dp = 2, zero 3": (2, cores // 2, {"dp": 2, "zero": 3}),
+        }
+    return found
+
+
+def rank_main(rank: int, world: int, threads: int, settings: dict, port: int, shape: dict, turns: int, pipe) -> None:
+    """One rank: warm up, time `turns` steps, profile two; rank 0 tells."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world),
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS=str(threads))  # fmt: skip
+    torch.set_num_threads(threads)
+    parallel = launch.join(ParallelConfig(**settings))
+    config = mk.GPTConfig(**shape)
+    run = steps.run_config(config, "fp32")
+    run = dataclasses.replace(run, parallel=ParallelConfig(**settings).over(world))
+    model = build.make_model(run, parallel, machine.device_type())
+    step = steps.step_of(model, build.make_optimizer(model, run))
+    rows = BATCH // parallel.size("dp")
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, config.vocab_size, (BATCH, config.sequence_length + 1), generator=generator)
+    ids = ids[parallel.rank("dp") * rows :][:rows]
+    tokens, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    loss = step(tokens, targets)
+    step(tokens, targets)
+    seconds = []
+    for _ in range(turns):
+        parallel.barrier()
+        start = time.perf_counter()
+        step(tokens, targets)
+        seconds.append(time.perf_counter() - start)
+    found = breakdown(lambda: step(tokens, targets), 2)
+    if rank == 0:
+        pipe.send((seconds, loss, found, machine.peak_memory(parallel.device())))
+    if dist.is_initialized():
+        parallel.barrier()
+        dist.destroy_process_group()
+
+
+def measure_layout(name: str, processes: int, threads: int, settings: dict, shape: dict, turns: int) -> dict[str, Any]:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [
+        context.Process(
+            target=rank_main, args=(r, processes, threads, settings, port, shape, turns, theirs), daemon=True
+        )
+        for r in range(processes)
+    ]
+    for rank in ranks:
+        rank.start()
+    theirs.close()
+    try:
+        seconds, loss, found, peak = ours.recv()
+    except EOFError:
+        raise RuntimeError(f"{name}: a rank ended without a result; what it said is above") from None
+    finally:
+        for rank in ranks:
+            rank.join(20)
+            rank.kill()
+    middle = statistics.median(seconds)
+    return {
+        "layout": name,
+        "processes": processes,
+        "threads": threads,
+        "ms": middle * 1e3,
+        "fastest_ms": min(seconds) * 1e3,
+        "slowest_ms": max(seconds) * 1e3,
+        "tokens_per_second": BATCH * shape["sequence_length"] / middle,
+        "communication_ms": found["ms"]["communication"],
+        "breakdown": found,
+        "peak_bytes": peak,
+        "loss": loss,
+    }
+
+
+def measure(shape: dict, turns: int, deadline: float) -> dict[str, Any]:
+    """Results as scaling.json keeps them. Raises RuntimeError when a layout has another loss than one process."""
+    rows: list[dict[str, Any]] = []
+    for name, (processes, threads, settings) in layouts(machine.cores()).items():
+        if rows and time.monotonic() > deadline:
+            print(f"{name}: LEFT OUT, no time left", flush=True)
+            continue
+        row = measure_layout(name, processes, threads, settings, shape, turns)
+        rows.append(row)
+        row["speedup"] = rows[0]["ms"] / row["ms"]
+        row["efficiency"] = row["speedup"] / (processes * threads)
+        if "dp" not in settings and not abs(row["loss"] - rows[0]["loss"]) <= 1e-5 * rows[0]["loss"]:
+            raise RuntimeError(f"{name}: first loss {row['loss']:.6f}, one process has {rows[0]['loss']:.6f}")
+    return {"model": shape, "batch": BATCH, "rows": rows}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=60.0, help="no layout begins after that")
+    parser.add_argument("--quick", action="store_true", help="three steps a layout")
+    parser.add_argument("--json", type=Path, help="write the figures here too")
+    options = parser.parse_args(arguments)
+    deadline = time.monotonic() + options.seconds
+    print(describe_machine(), flush=True)
+    results = measure(MODEL, 3 if options.quick else 9, deadline)
+    print(f"\n{report.scaling_table(results)}", flush=True)
+    if options.json:
+        write_results(options.json, results)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
