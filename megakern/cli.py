@@ -180,11 +180,17 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--shard-size", type=float, metavar="GB", help="from a run: largest file (default 5)")
     convert.add_argument("--no-proof", action="store_true", help="do not compare what was written with what was read")
 
-    ckpt = add("ckpt", _ckpt, "list, describe or verify checkpoints; merge one into a file, and split it again")
-    ckpt.add_argument("action", choices=("ls", "show", "verify", "merge", "split"))
+    ckpt = add(
+        "ckpt",
+        _ckpt,
+        "list, describe or verify checkpoints; merge one into a file, split it again; merge adapters",
+    )
+    ckpt.add_argument("action", choices=("ls", "show", "verify", "merge", "split", "merge-lora"))
     ckpt.add_argument("path", type=Path, metavar="RUN", help="a run, or one checkpoint folder of it; split: the file")
     ckpt.add_argument(
-        "--out", type=Path, help="merge: file to make, .safetensors; split: folder to put step-XXXXXXXX in"
+        "--out",
+        type=Path,
+        help="merge: file to make, .safetensors; split: folder for step-XXXXXXXX; merge-lora: run",
     )
     ckpt.add_argument("--only", choices=("model", "optimizer"), help="merge: only these tensors")
     ckpt.add_argument("--ranks", type=int, help="split: cut for this many ranks (default 1); any layout can load it")
@@ -377,12 +383,22 @@ def _ckpt(options: argparse.Namespace) -> int:
     from megakern.train.checkpoint_merge import merge, split
 
     action = options.action
-    for name, actions in (("out", ("merge", "split")), ("only", ("merge",)), ("ranks", ("split",))):
+    for name, actions in (("out", ("merge", "split", "merge-lora")), ("only", ("merge",)), ("ranks", ("split",))):
         given = getattr(options, name) is not None
         require(not given or action in actions, f"ckpt {action} takes no --{name}; it is for {' and '.join(actions)}")
-    require(action not in ("merge", "split") or options.out is not None, f"ckpt {action}: name what to make with --out")
+    require(
+        action not in ("merge", "split", "merge-lora") or options.out is not None,
+        f"ckpt {action}: name what to make with --out",
+    )
     if action == "merge":
         print(merge(options.path, options.out, only=options.only))
+        return 0
+    if action == "merge-lora":
+        from megakern.train.run import open_run
+        from megakern.train.start import merge_run
+
+        open_run(options.path)
+        print(merge_run(options.path, options.out))
         return 0
     if action == "split":
         print(f"made {split(options.path, options.out, ranks=1 if options.ranks is None else options.ranks)}")

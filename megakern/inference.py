@@ -22,6 +22,7 @@ from megakern.parallel.context import ParallelContext
 from megakern.train import checkpoint, machine
 from megakern.train.config import RunConfig
 from megakern.train.run import open_run
+from megakern.train.start import load_model
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,7 @@ def load_run(run: Path, *, step: int | None = None, parallel: ParallelContext | 
     dtype = machine.DTYPES[config.train.precision]
     stored = machine.DTYPES[config.parameter_precision]
     model = GPT(config.model, parallel, device=device, dtype=stored, compute_dtype=dtype)
-    tensors = {f"model.{name}": parameter for name, parameter in model.named_parameters()}
-    state = checkpoint.load(path, tensors, parallel, only="model.")
+    state = load_model(model, config, path)
     checkpoint.require_tokenizer(state, tokenizer.sha256, path)
     return Loaded(model.eval(), tokenizer, config, path, device, stop_tokens)
 

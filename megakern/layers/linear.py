@@ -25,11 +25,15 @@ weight's own dtype.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
+from megakern.layers.lora import LowRank
 from megakern.layers.parallel_linear import column_parallel_linear, row_parallel_linear
 from megakern.layers.parameter import Constant, Normal, add_parameter, initialize_standalone, local
+from megakern.ops.activation import activate
 from megakern.ops.linear import linear
 from megakern.parallel.collectives import gather_from_tensor_parallel, scatter_to_tensor_parallel
 from megakern.parallel.context import ParallelContext
@@ -40,8 +44,11 @@ class ColumnParallelLinear(nn.Module):
 
     `forward(x)`: x (..., K) in the residual stream's layout, the same on every rank or a rank's tokens -> (..., N/R) of
     all tokens, or (..., N) on every rank with `gather_output`.
-    activation: None, "gelu", "gelu_tanh", "relu_squared" or "silu". Raises ValueError when tp does not divide N.
+    activation: None, "gelu", "gelu_tanh", "relu_squared" or "silu". adapter: a LowRank, or None.
+    Raises ValueError when tp does not divide N.
     """
+
+    row_parallel = False
 
     def __init__(
         self,
@@ -65,12 +72,29 @@ class ColumnParallelLinear(nn.Module):
             add_parameter(self, "bias", (out_features,), Constant(0.0), parallel, **how)
         else:
             self.register_parameter("bias", None)
+        self.adapter: LowRank | None = None
         initialize_standalone(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        pairs = [(local(self.weight), local(self.bias))]
-        (y,) = column_parallel_linear(x, pairs, self.region, activation=self.activation)
+        (y,) = column_outputs(x, [self])
         return gather_from_tensor_parallel(y, self.region.group) if self.gather_output else y
+
+
+def column_outputs(x: torch.Tensor, layers: Sequence[ColumnParallelLinear]) -> list[torch.Tensor]:
+    """activation(x W^T + b), with what adapters add, of layers that read one x: they share its gathered copy."""
+    region, activation = layers[0].region, layers[0].activation
+    pairs = [(local(layer.weight), local(layer.bias)) for layer in layers]
+    adapters = [layer.adapter for layer in layers if layer.adapter is not None]
+    if not adapters:
+        return list(column_parallel_linear(x, pairs, region, activation=activation))
+    pairs += [(local(adapter.a, partial=region.group is not None), None) for adapter in adapters]
+    outputs = column_parallel_linear(x, pairs, region)
+    hidden = iter(outputs[len(layers) :])
+    outputs = [
+        y if layer.adapter is None else layer.adapter(next(hidden), y)
+        for layer, y in zip(layers, outputs[: len(layers)], strict=True)
+    ]
+    return outputs if activation is None else [activate(y, activation) for y in outputs]
 
 
 class RowParallelLinear(nn.Module):
@@ -80,6 +104,8 @@ class RowParallelLinear(nn.Module):
     `input_is_parallel=False`; residual and result (..., N) in the residual stream's layout.
     Raises ValueError when tp does not divide K.
     """
+
+    row_parallel = True
 
     def __init__(
         self,
@@ -102,6 +128,7 @@ class RowParallelLinear(nn.Module):
             add_parameter(self, "bias", (out_features,), Constant(0.0), parallel, **how)
         else:
             self.register_parameter("bias", None)
+        self.adapter: LowRank | None = None
         initialize_standalone(self)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
@@ -109,7 +136,11 @@ class RowParallelLinear(nn.Module):
             x = scatter_to_tensor_parallel(x, self.region.group)
         weight, bias = local(self.weight), local(self.bias, partial=self.region.shards_sequence)
         if self.region.group is None:
-            return linear(x, weight, bias, residual=residual)
-        y = row_parallel_linear(x, weight, self.region)
-        y = y if bias is None else y + bias.to(y.dtype)
-        return y if residual is None else y + residual
+            y = linear(x, weight, bias, residual=residual)
+        else:
+            y = row_parallel_linear(x, weight, self.region)
+            y = y if bias is None else y + bias.to(y.dtype)
+            y = y if residual is None else y + residual
+        if self.adapter is None:
+            return y
+        return self.adapter(row_parallel_linear(x, local(self.adapter.a), self.region), y)

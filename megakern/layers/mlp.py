@@ -14,9 +14,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from megakern.layers.linear import ColumnParallelLinear, RowParallelLinear
-from megakern.layers.parallel_linear import column_parallel_linear
-from megakern.layers.parameter import local
+from megakern.layers.linear import ColumnParallelLinear, RowParallelLinear, column_outputs
 from megakern.ops.activation import swiglu
 from megakern.parallel.context import ParallelContext
 
@@ -45,7 +43,7 @@ class ParallelMLP(nn.Module):
         super().__init__()
         parallel = parallel or ParallelContext()
         parallel.shard(ffn_size, "ffn_size")
-        self.region, self.gated = parallel.tensor_region, activation == "swiglu"
+        self.gated = activation == "swiglu"
         how = {"bias": bias, "parallel": parallel, "device": device, "dtype": dtype}
         if self.gated:
             self.gate = ColumnParallelLinear(width, ffn_size, init_std=init_std, **how)
@@ -57,8 +55,7 @@ class ParallelMLP(nn.Module):
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         if self.gated:
-            pairs = [(local(layer.weight), local(layer.bias)) for layer in (self.gate, self.up)]
-            inner = swiglu(*column_parallel_linear(x, pairs, self.region))
+            inner = swiglu(*column_outputs(x, [self.gate, self.up]))
         else:
             inner = self.fc1(x)
         return self.fc2(inner, residual)

@@ -144,6 +144,11 @@ def gelu(x: torch.Tensor, *, approximate: str = "none", backend: str | None = No
     return _activation(x, "gelu_tanh" if approximate == "tanh" else "gelu", chosen)
 
 
+def activate(x: torch.Tensor, kind: str) -> torch.Tensor:
+    """The activation "gelu", "gelu_tanh", "relu_squared" or "silu" of each element, which `linear` has built in."""
+    return _activation(x, kind, resolve(_gelu_problem(x)))
+
+
 def swiglu(gate: torch.Tensor, up: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
     """silu(gate) * up.
 

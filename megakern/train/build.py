@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from megakern.layers.lora import add_adapters
 from megakern.layers.parameter import accumulate_in_fp32, initial_values
 from megakern.model.gpt import GPT
 from megakern.ops.adamw import AdamW
 from megakern.parallel.context import ParallelContext
 from megakern.parallel.data import shard_data_parallel
-from megakern.train.config import RunConfig
+from megakern.train.config import LoraConfig, RunConfig
 from megakern.train.machine import DTYPES
 
 
@@ -24,10 +25,17 @@ def make_model(config: RunConfig, parallel: ParallelContext, device: torch.devic
         recompute=config.train.recompute,
         recompute_modules=config.train.recompute_modules,
     )
+    adapt(model, config.lora)
     shard_data_parallel(model, parallel, model.blocks, zero=config.parallel.zero)
     if torch.device(device).type != "meta":
         fill_model(model, config, device)
     return model
+
+
+def adapt(model: GPT, lora: LoraConfig) -> None:
+    """Adapters as the settings say; with rank 0 the model stays as it is."""
+    if lora.rank:
+        add_adapters(model, model.parallel, rank=lora.rank, alpha=lora.alpha, targets=lora.targets)
 
 
 def fill_model(model: GPT, config: RunConfig, device: torch.device | str) -> None:
@@ -42,15 +50,16 @@ def make_optimizer(model: GPT, config: RunConfig) -> AdamW:
     """AdamW with weight decay on matrices and embeddings only, and the token embedding's own learning rate."""
     settings = config.optimizer
     embedding = model.embedding.weight
-    rest = [p for p in model.parameters() if p is not embedding]
+    learning = [p for p in model.parameters() if p.requires_grad]
+    rest = [p for p in learning if p is not embedding]
     decay = {"weight_decay": settings.weight_decay}
     groups = [
-        {"params": [embedding], "lr_scale": settings.embedding_lr_scale, **decay},
+        {"params": [p for p in learning if p is embedding], "lr_scale": settings.embedding_lr_scale, **decay},
         {"params": [p for p in rest if p.ndim >= 2], "lr_scale": 1.0, **decay},
         {"params": [p for p in rest if p.ndim < 2], "lr_scale": 1.0, "weight_decay": 0.0},
     ]
     return AdamW(
-        groups,
+        [group for group in groups if group["params"]],
         lr=settings.lr,
         betas=(settings.beta1, settings.beta2),
         eps=settings.eps,
@@ -63,4 +72,5 @@ def start_masters(model: GPT, optimizer: AdamW, config: RunConfig) -> None:
     """Start the masters of narrow parameters from the fp32 initial values, not from their rounding."""
     if config.optimizer.master != "none":
         for parameter, values in initial_values(model, config.train.seed):
-            optimizer.set_master(parameter, values)
+            if parameter.requires_grad:
+                optimizer.set_master(parameter, values)

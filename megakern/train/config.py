@@ -21,6 +21,7 @@ from megakern.config import (
     refuse_unknown,
     require,
 )
+from megakern.layers.lora import TARGETS
 from megakern.model.presets import presets
 from megakern.parallel.data import ZERO
 
@@ -162,6 +163,8 @@ class TrainConfig:
     """What backward computes again to save memory: none, selective (`recompute_modules`), or full (each block)."""
     recompute_modules: tuple[str, ...] = RECOMPUTE_DEFAULT
     """selective recomputes these: attention (its core), mlp, norm."""
+    init_from: str = ""
+    """Run, or checkpoint of one, whose weights to start from, and whose model is the default; see also [lora]."""
     seed: int = 1234
     """Seed of the initial weights, dropout and data order."""
     log_every: int = 10
@@ -215,6 +218,26 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters: the weights of `train.init_from` stay, and products of small matrices learn."""
+
+    rank: int = 0
+    """Rank of each adapter. 0: none, all weights learn."""
+    alpha: float = 16.0
+    """What an adapter adds is multiplied by alpha / rank."""
+    targets: tuple[str, ...] = tuple(TARGETS)
+    """Linear layers that have one: qkv, proj (both of attention), fc (all of the MLP)."""
+
+    def __post_init__(self) -> None:
+        require(self.rank >= 0, f"lora.rank must be 0 or more, got {self.rank}")
+        require(self.alpha > 0, f"lora.alpha must be above 0, got {self.alpha}")
+        require(
+            bool(self.targets) and set(self.targets) <= set(TARGETS),
+            f"lora.targets must be some of {', '.join(TARGETS)}, got {list(self.targets)}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Everything a run depends on, except the data itself."""
 
@@ -223,8 +246,13 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
+        require(
+            self.lora.rank == 0 or bool(self.train.init_from),
+            "lora.rank needs train.init_from: the run whose weights the adapters are added to",
+        )
         master, precision = self.optimizer.master, self.train.precision
         allowed = {"none": PRECISIONS, "fp32": ("auto", "bf16", "fp16"), "split": ("auto", "bf16")}[master]
         require(
@@ -258,7 +286,7 @@ def make_config(table: dict[str, Any], overrides: list[str], source: str) -> Run
     changes = parse_overrides(overrides)
     for where, layer in ((source, table), ("command line", changes)):
         _check_alone(layer, where)
-    return from_table(RunConfig, _with_preset(_merge(table, changes), source), source)
+    return from_table(RunConfig, _with_base(_with_preset(_merge(table, changes), source), source), source)
 
 
 def parse_overrides(words: list[str]) -> dict[str, Any]:
@@ -328,6 +356,21 @@ def _with_preset(table: dict[str, Any], source: str) -> dict[str, Any]:
     except KeyError as error:
         raise ConfigError(f"{source}: {error.args[0]}") from error
     return {**table, "model": {**as_table(preset), **model}}
+
+
+def base_run(named: Path) -> Path:
+    """The run that `train.init_from` names, itself or by a checkpoint of it."""
+    return named.parent.parent if named.parent.name == "ckpt" else named
+
+
+def _with_base(table: dict[str, Any], source: str) -> dict[str, Any]:
+    """The model of `train.init_from`, under what the table says of it."""
+    train = table.get("train", {})
+    named = train.get("init_from") if isinstance(train, dict) else None
+    path = base_run(Path(named)) / "config.toml" if isinstance(named, str) and named else None
+    if path is None or not path.exists():  # a run goes on without it; a new one is refused later
+        return table
+    return {**table, "model": {**as_table(load_config(path).model), **table.get("model", {})}}
 
 
 def as_table(config: Any) -> dict[str, Any]:

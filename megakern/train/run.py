@@ -28,6 +28,7 @@ from megakern.train.batches import make_loader
 from megakern.train.config import RunConfig, dump_config, load_config
 from megakern.train.files import RunInUseError, RunLock, write_atomic
 from megakern.train.processes import apart
+from megakern.train.start import find_base
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,9 @@ def new_run(config: RunConfig, run: Path, nproc: int) -> NewRun:
     """Raises ConfigError when the settings are wrong or RUN is in use."""
     if (run / "config.toml").exists():
         raise ConfigError(f"{run} is a run already; go on with: megakern train --resume {run}, or name another --out")
+    if config.train.init_from:
+        base = find_base(config, PreparedData(config.data.path).tokenizer)
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, init_from=base))
     return NewRun(check_run(config, nproc), run)
 
 

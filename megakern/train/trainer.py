@@ -20,13 +20,14 @@ from megakern.parallel.context import ParallelContext
 from megakern.parallel.data import begin_pass
 from megakern.train import checkpoint, machine
 from megakern.train.batches import evaluate, loss_of, make_loader
-from megakern.train.build import make_model, make_optimizer, start_masters
+from megakern.train.build import make_model, make_optimizer
 from megakern.train.config import RunConfig, as_table
 from megakern.train.launch import StopRequest
 from megakern.train.metrics import MetricsFile, ProgressLine
 from megakern.train.saver import Saver
 from megakern.train.scaler import LossScaler
 from megakern.train.schedule import learning_rate
+from megakern.train.start import Base, check_base, load_base, start
 from megakern.train.state_bytes import state_bytes
 from megakern.train.summary import Summary
 
@@ -56,13 +57,14 @@ class Trainer:
         self.updates = 0  # steps that were not skipped
         self.samples = 0  # sequences consumed: the position in the data, and all the state the loader has
         self.skipped_in_a_row = 0
+        self.base = Base.of(config) if config.lora.rank else None
         self.saver = Saver(run / "ckpt", parallel, config.train, config.parallel, self._log_failed_save)
         self._restore()
         first = parallel.world_rank == 0
         if first:
             layout = {"tp": parallel.tp_size, "dp": parallel.size("dp"), "replicas": config.parallel.replicas}
             states = state_bytes(config.model, config.optimizer, **layout)
-            print(f"states: {states}", flush=True)
+            print(f"states: {adapters_of(self.model) if config.lora.rank else states}", flush=True)
         self.metrics = MetricsFile(run / "metrics.jsonl", self.step) if first else None
         self.progress = ProgressLine(config.train.steps, config.train.log_every) if first else None
         peak, self.peak_source = machine.peak_rate(precision, self.device)
@@ -204,8 +206,9 @@ class Trainer:
     # --- checkpoints ---
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        tensors = {f"model.{name}": parameter for name, parameter in self.model.named_parameters()}
-        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        """What learns: all weights, or the adapters alone."""
+        names = {parameter: name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        tensors = {f"model.{name}": parameter for parameter, name in names.items()}
         for parameter, state in self.optimizer.state.items():
             for key, value in state.items():
                 if isinstance(value, torch.Tensor) and value.ndim == parameter.ndim and value.shape == parameter.shape:
@@ -228,6 +231,7 @@ class Trainer:
             "scaler": self.scaler.state() if self.scaler else None,
             "config": {name: part for name, part in as_table(self.config).items() if name != "data"},  # no local paths
             "tokenizer_sha256": self.data.tokenizer.sha256,
+            **({"base": self.base.state()} if self.base else {}),
         }
         self.saver.save(self.step, self._tensors(), state, last=last)
 
@@ -236,11 +240,14 @@ class Trainer:
         try:
             path = checkpoint.newest(self.run / "ckpt", self.parallel)
         except checkpoint.NoCheckpointError:
-            start_masters(self.model, self.optimizer, self.config)
+            start(self.model, self.optimizer, self.config)
             return  # a new run
         self.optimizer.start_state(0)
         state = checkpoint.load(path, self._tensors(), self.parallel)
         checkpoint.require_tokenizer(state, self.data.tokenizer.sha256, path)
+        if self.base:
+            check_base(state, self.base, path)
+            load_base(self.model, self.base.path)
         self.optimizer.start_state(state["updates"])
         self.step, self.samples, self.updates = state["step"], state["samples"], state["updates"]
         self.skipped_in_a_row = state["skipped_in_a_row"]
@@ -316,3 +323,8 @@ class Trainer:
             self._log_evaluation(loss, unigram=summary.held_out.unigram, bigram=summary.held_out.bigram)
             self.metrics.close()
             summary.write(self.run)
+
+
+def adapters_of(model: torch.nn.Module) -> str:
+    counts = [sum(p.numel() for p in model.parameters() if p.requires_grad or not learns) for learns in (True, False)]
+    return f"{counts[0]:,} of {counts[1]:,} parameters learn, in adapters; the others are as in train.init_from"

@@ -1,0 +1,274 @@
+"""Runs that start from other runs, whole or by adapters: against a dense reference, under tp, resumed, merged."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+
+from megakern.config import ConfigError, GPTConfig
+from megakern.data.tokenizer import train_bpe
+from megakern.inference import load_run
+from megakern.layers.lora import LowRank, add_adapters, merge_adapters
+from megakern.model.gpt import GPT
+from megakern.parallel.collectives import finish_gradients
+from megakern.parallel.context import ParallelContext
+from megakern.train import checkpoint
+from megakern.train.config import LoraConfig, load_config
+from megakern.train.run import new_run
+from megakern.train.start import merge_run
+from tests import runs
+from tests.closeness import assert_close_to_ref
+
+MODELS = {
+    "gpt2": GPTConfig(layers=2, width=32, heads=4, vocab_size=257, sequence_length=16),
+    "llama": GPTConfig(
+        layers=2, width=32, heads=4, kv_heads=2, ffn_size=48, vocab_size=257, sequence_length=16, norm="rmsnorm",
+        activation="swiglu", positions="rope", bias=False, tied_embeddings=False,
+    ),
+}  # fmt: skip
+LORA = {"rank": 4, "alpha": 8.0, "targets": ("qkv", "proj", "fc")}
+
+
+def batch(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randint(257, (2, 16), generator=draw), torch.randint(257, (2, 16), generator=draw)
+
+
+def adapted(model: GPTConfig, parallel: ParallelContext | None = None, *, zero: bool = False, **lora) -> GPT:
+    """With adapters whose B is not zero, the same under every layout: as if trained."""
+    parallel = parallel or ParallelContext()
+    made = GPT(model, parallel, seed=1, device="meta")
+    add_adapters(made, parallel, **{**LORA, **lora})
+    made.materialize("cpu", seed=1)
+    for path, layer in made.named_modules():
+        if isinstance(layer, LowRank) and not zero:
+            whole = torch.randn(layer.b.shape, generator=torch.Generator().manual_seed(len(path))) * 0.1
+            b = layer.b.to_local() if isinstance(layer.b, DTensor) else layer.b
+            if b.shape != whole.shape:
+                whole = whole.chunk(parallel.tp_size)[parallel.tp_rank]
+            b.data.copy_(whole)
+    return made
+
+
+def dense(model: GPT, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """logits, loss and the adapters' gradients of explicit weights W + (alpha / r) B A, by autograd in `dtype`."""
+    plain = GPT(model.config, seed=1, dtype=dtype)
+    leaves, weights = {}, {}
+    for path, layer in model.named_modules():
+        if isinstance(layer, LowRank):
+            a, b = (tensor.detach().to(dtype).requires_grad_() for tensor in (layer.a, layer.b))
+            leaves |= {f"{path}.a": a, f"{path}.b": b}
+            name = path.rpartition(".")[0] + ".weight"
+            weights[name] = plain.get_parameter(name).detach() + LORA["alpha"] / a.shape[0] * (b @ a)
+    tokens, targets = batch()
+    logits = torch.func.functional_call(plain, weights, (tokens,))
+    loss = torch.func.functional_call(plain, weights, (tokens, targets))
+    gradients = torch.autograd.grad(loss, list(leaves.values()))
+    return logits.detach(), loss.detach(), dict(zip(leaves, gradients, strict=True))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_adapters_are_the_dense_weights(name):
+    """Logits, loss and gradients against W + (alpha / r) B A in float64; nothing else has a gradient."""
+    model = adapted(MODELS[name])
+    tokens, targets = batch()
+    loss = model(tokens, targets)
+    loss.backward()
+    learning = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {key for key, parameter in model.named_parameters() if parameter.grad is not None} == learning
+    wide, same = dense(model, torch.float64), dense(model, torch.float32)
+    assert set(wide[2]) == learning and len(learning) == 2 * 2 * (5 if name == "llama" else 4)
+    assert_close_to_ref(model(tokens).detach(), wide[0], same[0], name="logits")
+    assert_close_to_ref(loss.detach(), wide[1], same[1], name="loss")
+    for key in learning:
+        assert_close_to_ref(model.get_parameter(key).grad, wide[2][key], same[2][key], name=key)
+    merge_adapters(model)
+    assert all(not isinstance(module, LowRank) for module in model.modules())
+    assert_close_to_ref(model(tokens).detach(), wide[0], same[0], name="merged logits")
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fresh_adapters_change_no_bit(name, dtype):
+    plain = GPT(MODELS[name], seed=1, compute_dtype=dtype)
+    model = adapted(MODELS[name], zero=True)
+    model.compute_dtype = dtype
+    assert model(*batch()).item() == plain(*batch()).item()
+
+
+def test_targets_choose_the_layers():
+    for targets, layers in ((("qkv",), {"qkv"}), (("proj", "fc"), {"proj", "gate", "up", "fc2"})):
+        model = adapted(MODELS["llama"], targets=targets)
+        found = {path.split(".")[-2] for path, module in model.named_modules() if isinstance(module, LowRank)}
+        assert found == layers
+
+
+def gradients_of(name: str, sequence_parallel: bool) -> tuple[float, float, dict[str, torch.Tensor]]:
+    parallel = ParallelContext.create(tp=2, sequence_parallel=sequence_parallel)
+    model = adapted(MODELS[name], parallel)
+    loss = model(*batch())
+    loss.backward()
+    finish_gradients(model.parameters())
+    found = {key: p.grad.full_tensor() for key, p in model.named_parameters() if p.grad is not None}
+    merge_adapters(model)
+    with torch.no_grad():
+        merged = model(*batch())
+    return loss.item(), merged.item(), found
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_two_ranks_are_one(ranks, name, sequence_parallel):
+    model = adapted(MODELS[name])
+    wide, same = dense(model, torch.float64), dense(model, torch.float32)
+    for loss, merged, gradients in ranks.run(gradients_of, 2, name, sequence_parallel):
+        assert loss == pytest.approx(float(wide[1]), rel=1e-6)
+        assert merged == pytest.approx(float(wide[1]), rel=1e-6)
+        assert gradients.keys() == wide[2].keys()
+        for key, gradient in gradients.items():
+            assert_close_to_ref(gradient, wide[2][key], same[2][key], name=key, floor=4e-6)
+
+
+# --- runs ---
+
+
+@pytest.fixture(scope="module")
+def base(tiny_data, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("base") / "run"
+    runs.train(run, runs.config_of(tiny_data, MODELS["llama"], steps=3, save_every=0))
+    return run
+
+
+def tuned(data: Path, base: Path, *, master: str = "none", rank: int = 4, **train):
+    config = runs.config_of(data, MODELS["llama"], init_from=str(checkpoint.newest(base / "ckpt")), **train)
+    optimizer = dataclasses.replace(config.optimizer, master=master)
+    return dataclasses.replace(config, lora=LoraConfig(rank=rank, alpha=8.0), optimizer=optimizer)
+
+
+def test_a_run_of_adapters_from_start_to_merged(tiny_data, base, tmp_path):
+    first = runs.open_trainer(tmp_path / "whole", tuned(tiny_data, base, rank=0, steps=6))
+    first.train_step()
+    trainer = runs.train(tmp_path / "run", tuned(tiny_data, base))
+    losses = runs.losses(trainer.run)
+    assert losses[0] == runs.losses(tmp_path / "whole")[0]  # the base's own, to the last bit
+    assert losses[5] < losses[0]
+    manifest = checkpoint.read_manifest(trainer.saved)
+    learning = {f"model.{name}" for name, p in trainer.model.named_parameters() if p.requires_grad}
+    moments = {name.replace("model.", f"optimizer.{key}.") for name in learning for key in ("exp_avg", "exp_avg_sq")}
+    assert set(manifest.tensors) == learning | moments and all(".adapter." in name for name in learning)
+    assert manifest.state["base"]["checkpoint"] == "step-00000003"
+    frozen = load_run(base).model.state_dict()
+    own = {name: value for name, value in trainer.model.state_dict().items() if ".adapter." not in name}
+    assert own.keys() == frozen.keys() and all(torch.equal(own[name], frozen[name]) for name in own)
+
+    tokens = batch()[0]
+    logits = trainer.model.eval()(tokens).detach()
+    loaded = load_run(trainer.run)
+    torch.testing.assert_close(loaded.model(tokens), logits, rtol=1e-5, atol=2e-6)
+    assert merge_run(trainer.run, tmp_path / "merged").endswith("step-00000006")
+    merged = load_run(tmp_path / "merged")
+    assert merged.config.lora.rank == 0 and merged.config.train.init_from == ""
+    assert torch.equal(merged.model(tokens), loaded.model(tokens))
+
+
+@pytest.mark.parametrize("master", ["none", "split"])
+def test_resume_of_adapters_is_exact(tiny_data, base, tmp_path, master):
+    config = tuned(tiny_data, base, master=master, precision="fp32" if master == "none" else "bf16", micro_batch=2)
+    runs.train(tmp_path / "whole", config)
+    left_out = shutil.ignore_patterns("ckpt", "metrics.jsonl")
+    shutil.copytree(tmp_path / "whole", tmp_path / "half", ignore=left_out)
+    shutil.copytree(tmp_path / "whole/ckpt/step-00000003", tmp_path / "half/ckpt/step-00000003")
+    runs.train(tmp_path / "half", config)
+    last = "step-00000006"
+    assert runs.digests(tmp_path / "half")[last] == runs.digests(tmp_path / "whole")[last]
+
+
+def train_under(folder: Path, data: Path, base: Path, tp: int, sequence_parallel: bool) -> dict[int, float]:
+    parallel = ParallelContext.create(tp=tp, sequence_parallel=sequence_parallel)
+    run = folder / f"{tp}-{sequence_parallel}"
+    runs.train(run, tuned(data, base, save_every=0, steps=4), parallel)
+    return runs.losses(run)
+
+
+def test_adapters_train_the_same_under_every_layout(ranks, tiny_data, base, tmp_path):
+    wanted = runs.losses(runs.train(tmp_path / "alone", tuned(tiny_data, base, save_every=0, steps=4)).run)
+    for layout in ((2, False), (2, True), (1, False)):
+        found, _ = ranks.run(train_under, 2, tmp_path, tiny_data, base, *layout)
+        assert found == pytest.approx(wanted, rel=2e-6), layout
+
+
+@pytest.mark.parametrize("master", ["none", "fp32", "split"])
+def test_whole_weights_start_where_the_other_run_ended(tiny_data, base, tmp_path, master):
+    """Also masters: exactly the fp32 weights that were saved, not their rounding."""
+    config = tuned(tiny_data, base, rank=0, master=master, precision="fp32" if master == "none" else "bf16")
+    trainer = runs.open_trainer(tmp_path / "run", config)
+    saved = load_run(base).model.state_dict()
+    for name, parameter in trainer.model.named_parameters():
+        state = trainer.optimizer.state[parameter]
+        if master == "none":
+            assert torch.equal(parameter, saved[name]), name
+        elif master == "fp32":
+            assert torch.equal(state["master"], saved[name]), name
+        else:
+            bits = (parameter.detach().view(torch.int16).to(torch.int32) << 16) + state["low"].to(torch.int32)
+            assert torch.equal(bits.view(torch.float32), saved[name]), name
+
+
+def test_the_model_is_the_base_s_own(tiny_data, base, tmp_path):
+    """A configuration names no model; what it does name is a change of it. The newest checkpoint is fixed by name."""
+    path = tmp_path / "tune.toml"
+    path.write_text(f'[train]\ninit_from = "{base}"\nsteps = 2\nprecision = "fp32"\n[data]\npath = "{tiny_data}"\n')
+    config = load_config(path, ["--model.dropout", "0.1", "--lora.rank", "2"])
+    assert config.model == dataclasses.replace(MODELS["llama"], dropout=0.1)
+    new = new_run(config, tmp_path / "run", 1)
+    assert new.config.train.init_from == str((base / "ckpt/step-00000003").resolve())
+
+
+def test_what_is_refused(tiny_data, base, tmp_path):
+    config = tuned(tiny_data, base)
+    lost = dataclasses.replace(config, train=dataclasses.replace(config.train, init_from=str(tmp_path / "none")))
+    with pytest.raises(ConfigError, match="is neither a run nor a checkpoint of one; name a folder"):
+        new_run(lost, tmp_path / "run", 1)
+    with pytest.raises(ConfigError, match=r"lora.rank needs train.init_from"):
+        dataclasses.replace(config, train=dataclasses.replace(config.train, init_from=""))
+    for how, wanted in (
+        ({"rank": -1}, "lora.rank must be 0 or more, got -1"),
+        ({"alpha": 0.0}, "lora.alpha must be above 0, got 0"),
+        ({"targets": ("q",)}, r"lora.targets must be some of qkv, proj, fc, got \['q'\]"),
+    ):
+        with pytest.raises(ConfigError, match=wanted):
+            LoraConfig(**how)
+    with pytest.raises(ConfigError, match="has no adapters to merge"):
+        merge_run(base, tmp_path / "merged")
+    adapters = runs.train(tmp_path / "adapters", tuned(tiny_data, base, steps=1)).run
+    with pytest.raises(ConfigError, match="exists already, and is not overwritten"):
+        merge_run(adapters, base)
+    nested = dataclasses.replace(config, train=dataclasses.replace(config.train, init_from=str(adapters)))
+    with pytest.raises(ConfigError, match="is a run of adapters; make a whole model of it first"):
+        new_run(nested, tmp_path / "run", 1)
+    other = tmp_path / "other"
+    shutil.copytree(base, other)
+    moved = load_config(adapters / "config.toml")
+    again = runs.train(other, runs.config_of(tiny_data, MODELS["llama"], steps=4))
+    path = adapters / "config.toml"
+    path.write_text(path.read_text().replace(moved.train.init_from, str(again.saved)))
+    with pytest.raises(checkpoint.CheckpointError, match=r"belong to step-00000003 of .*, but .*step-00000004 has"):
+        load_run(adapters)
+    shutil.rmtree(other)
+    with pytest.raises(checkpoint.CheckpointError, match=r"manifest.json is missing"):
+        load_run(adapters)
+
+
+def test_another_tokenizer_is_refused(tiny_data, base, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(base, other)
+    train_bpe(["a b c"], 260).save(other / "tokenizer.json")
+    config = tuned(tiny_data, base)
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, init_from=str(other)))
+    with pytest.raises(ConfigError, match=r"has another tokenizer \(.*\) than the data"):
+        new_run(config, tmp_path / "run", 1)
