@@ -306,4 +306,29 @@ struct AttentionForward {
 };
 void attention_forward(const AttentionForward&, Place);
 
+// --- attention_backward.cu: math in megakern/ops/attention.py ---
+
+// dq, dk, dv, contiguous, of q, k, v, dout, out (B, T, H, D) as above and lse (B, H, T). Packed sequences: B = 1, int32 offsets of
+// `sequences` + 1 elements; null: none. Scratch, with `lines` = B H tiles, tiles of R = 128 queries (D up to 64) or 64: T / R
+// rounded up, packed T / R rounded down + sequences. dq_sums (lines, R, 64 or 128), statistics (lines, 2, R); with dropout
+// row_keys (lines, R), else null; for the same bits at each run turns (lines,), else null. section: heads of keys in flight.
+struct AttentionBackward {
+  const void *q, *k, *v, *dout, *out;
+  const float* lse;
+  void *dq, *dk, *dv;
+  float *dq_sums, *statistics;
+  int64_t* row_keys;
+  int* turns;
+  int64_t lines;
+  const int *q_offsets, *k_offsets;
+  int64_t sequences;
+  Dtype dtype;
+  AttentionSizes sizes;
+  AttentionStrides q_strides, k_strides, v_strides, dout_strides, out_strides;
+  int64_t left, right, section;
+  float scale;
+  AttentionFeatures features;
+};
+void attention_backward(const AttentionBackward&, Place);
+
 }  // namespace megakern

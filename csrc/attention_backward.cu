@@ -1,0 +1,484 @@
+// Attention, backward: dq, dk, dv; the math is in megakern/ops/attention.py. Flash attention's backward pass (arXiv
+// 2205.14135) with the roles of warps as on Hopper in arXiv 2407.08608. Three kernels:
+//
+//   rows    delta = sum over D of dout out, lse in powers of two, zeros for the sums of dq     a block: a tile of queries
+//   main    dk, dv, and dq added to fp32 sums tile by tile                                      a block: 128 keys
+//   dq      the sums times scale, rounded                                                       a block: a tile of queries
+//
+// Writes: dq, dk, dv whole (=). With turns a query's dq is added up in the order of the keys, so that it has the same
+// bits at each run; without, in any order. dk and dv have the same bits in any case.
+// Parallel (main): a block owns 128 keys of one head of keys, each of two consumer warpgroups 64 of them, and walks the
+// queries that see them, of all query heads of the group: tiles of 128 (D up to 64) or 64. One thread of the third
+// warpgroup fetches them with TMA into two stages; one warp of it adds dq to device memory. Scores are computed as (keys,
+// queries): then p and ds are operands from registers for dv and dk, and ds alone goes through shared memory, for dq.
+// Limits: sm_90a; bf16 and fp16; D a multiple of 8 up to 128; rows on multiples of 16 bytes.
+#include <cmath>
+
+#include "attention_backward.cuh"
+#include "device/checks.h"
+#include "device/pipeline.cuh"
+
+namespace megakern {
+
+// Where one block works. Low keys come first: under a causal mask most queries see them, and where the order of additions
+// is fixed nobody waits for a block behind it.
+template <class Tile>
+struct BackwardPlace {
+  int sample, head, key;       // of keys; the first of the tile
+  int q_start, k_start, T, S;  // of the sequence
+  int first, end;              // tiles of queries that see these keys
+  int line;                    // of tile 0 of the first query head
+  AttentionMask mask;
+
+  MK_DEVICE BackwardPlace(const BackwardPlan& p, int index) {
+    const int whole = p.section * p.k_tiles, from = index / whole * p.section, within = index % whole;
+    const int heads = min(p.heads - from, p.section), one = from + within % heads, tile = within / heads;
+    const int of_sample = p.H / p.group;
+    sample = one / of_sample, head = one % of_sample;
+    line = (sample * p.H + head * p.group) * p.q_tiles;
+    key = tile * Tile::keys, q_start = k_start = 0, T = p.T, S = p.S;
+    if (p.q_offsets != nullptr) {
+      const AttentionSequence s(p.k_offsets, p.q_offsets, p.sequences, tile, Tile::keys);
+      sample = s.sample, key = s.first, k_start = s.start, S = s.length, q_start = s.other_start, T = s.other_length;
+      line += q_start / Tile::rows + sample;
+    }
+    mask = {S, S - T, p.left, p.right};
+    first = mask.first_query(key) / Tile::rows;
+    const int behind = key < S ? mask.behind_query(min(key + Tile::keys, S) - 1, T) : 0;
+    end = max(first, ceil_div(max(behind, 0), Tile::rows));
+  }
+};
+
+// --- kernels ---
+
+// What a consumer does with 64 keys (rows of all fragments) and 64 queries (columns).
+template <class T, int D>
+struct BackwardKeys {
+  using Tile = BackwardTile<D>;
+  using Operand = std::uint32_t[4][4];  // A of 64 x 64, from registers
+
+  float dk[D / 2], dv[D / 2];
+
+  // d = a b^T over D: s = k q^T, dp = v dout^T.
+  static MK_DEVICE void multiply(float (&d)[32], const unsigned char* a, const unsigned char* b) {
+#pragma unroll
+    for (int step = 0; step < D / 16; ++step) {
+      wgmma_ss<T, 64, false, false>(d, matrix_descriptor(a, step / 4 * Tile::kv_slab + step % 4 * 32),
+                                    matrix_descriptor(b, step / 4 * Tile::q_slab + step % 4 * 32), step > 0);
+    }
+    wgmma_commit();
+  }
+
+  // d += a b: dv with p and dout, dk with ds and q.
+  static MK_DEVICE void accumulate(float (&d)[D / 2], const Operand& a, const unsigned char* b) {
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+      wgmma_rs<T, D, true>(d, a[step], matrix_descriptor(b, step * 2048, Tile::q_slab), true);
+    }
+    wgmma_commit();
+  }
+
+  // dq = ds^T k, of 64 queries and 64 columns, over the keys of both consumers.
+  static MK_DEVICE void weigh_queries(float (&dq)[32], const unsigned char* ds, const unsigned char* k) {
+#pragma unroll
+    for (int step = 0; step < Tile::keys / 16; ++step) {
+      wgmma_ss<T, 64, true, true>(dq, matrix_descriptor(ds, step * 2048), matrix_descriptor(k, step * 2048), step > 0);
+    }
+    wgmma_commit();
+  }
+
+  // s becomes p times the slope of the cap; p, rounded and without what is dropped, becomes an operand. `kept`: a bit an
+  // element. distance: of the thread's first key from the one beside its first query; first, behind: the queries that
+  // see each of its two keys, counted from its first.
+  template <bool Featured, bool Masked>
+  static MK_DEVICE void probabilities(float (&s)[32], Operand& p, std::uint32_t& kept, const AttentionScoring& f,
+                                      const float* lse, const std::uint64_t* row_keys, float slope, int distance, int key,
+                                      const int (&first)[2], const int (&behind)[2]) {
+    const bool drops = Featured && row_keys != nullptr;
+    kept = 0;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const Vector<float, 2> log = load<2>(lse + 8 * i);
+      Vector<std::uint64_t, 2> of_row = {};
+      if (drops) of_row = load<2>(row_keys + 8 * i);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float used[2];
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const int e = 4 * i + 2 * h + j, column = 8 * i + j;
+          float value, fall = 1.0f;
+          if constexpr (Featured) {
+            value = s[e] * f.scale;
+            if (f.cap > 0) {
+              const float bent = bend(value);
+              value = bent * f.cap, fall = 1.0f - bent * bent;
+            }
+            value -= slope * float(abs(distance + 8 * h - column)) + log[j];
+          } else {
+            value = fmaf(s[e], f.scale, -log[j]);
+          }
+          float weight = exp2_approx(value);
+          if (Masked && (column < first[h] || column >= behind[h])) weight = 0;
+          s[e] = weight * fall;
+          if (drops) {
+            if (keep(of_row[j], std::uint32_t(key + 8 * h), f.threshold)) kept |= 1u << e;
+            else weight = 0;
+          }
+          used[j] = weight;
+        }
+        p[i / 2][i % 2 * 2 + h] = packed<T>(used[0], used[1]);
+      }
+    }
+  }
+
+  // ds = p (dp - delta), an operand.
+  template <bool Featured>
+  static MK_DEVICE void differences(Operand& ds, const float (&s)[32], const float (&dp)[32], std::uint32_t kept,
+                                    const float* delta, bool drops, float factor) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const Vector<float, 2> less = load<2>(delta + 8 * i);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float d[2];
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const int e = 4 * i + 2 * h + j;
+          float value = dp[e];
+          if (Featured && drops) value = kept >> e & 1 ? value * factor : 0.0f;
+          d[j] = s[e] * (value - less[j]);
+        }
+        ds[i / 2][i % 2 * 2 + h] = packed<T>(d[0], d[1]);
+      }
+    }
+  }
+
+  // An operand to rows of 128 bytes, one for each of this warp's 16 keys.
+  static MK_DEVICE void share(const Operand& ds, unsigned char* to, int lane) {
+    const int r = lane % 16;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) stmatrix_x4(to + r * 128 + ((2 * j + lane / 16) ^ (r % 8)) * 16, ds[j]);
+  }
+};
+
+// Adds the parts of dq that the consumers leave in shared memory to the sums, by one warp.
+template <class Tile>
+MK_DEVICE void add_queries(const BackwardPlan& plan, const BackwardPlace<Tile>& at, const float* parts, int lane) {
+  const int steps = plan.group * (at.end - at.first);
+  if (steps == 0) return;
+  barrier_arrive<5>(160), barrier_arrive<6>(160);
+  int tile = at.first, line = at.line;
+#pragma unroll 1
+  for (int step = 0; step < steps; ++step) {
+    float* to = plan.dq_sums + std::int64_t(line + tile) * 2 * Tile::part;
+    int* turn = plan.turns + line + tile;
+    const auto add = [&](int part) {
+      if (lane == 0) {
+        bulk_add(to + part * Tile::part, parts + part * Tile::part, Tile::part * 4);
+        tma_commit();
+        tma_wait_read<0>();
+      }
+      sync_warp();
+    };
+    barrier_sync<3>(160);
+    if (plan.turns != nullptr && lane == 0) {
+      const int mine = at.key / Tile::keys - at.mask.first_key(tile * Tile::rows) / Tile::keys;
+      while (atomic_add(turn, 0) != mine) yield_thread();
+      fence_device();
+    }
+    add(0);
+    if (step + 1 < steps) barrier_arrive<5>(160);
+    barrier_sync<4>(160);
+    add(1);
+    if (step + 1 < steps) barrier_arrive<6>(160);
+    if (plan.turns != nullptr && lane == 0) {
+      tma_wait<0>();
+      fence_device();
+      atomic_add(turn, 1);
+    }
+    if (++tile == at.end) tile = at.first, line += plan.q_tiles;
+  }
+  if (lane == 0) tma_wait<0>();
+}
+
+// Featured: cap, ALiBi, dropout.
+template <class T, int D, bool Featured>
+MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
+    attention_backward_kernel(const MK_GRID_CONSTANT TensorMap q_map, const MK_GRID_CONSTANT TensorMap k_map,
+                              const MK_GRID_CONSTANT TensorMap v_map, const MK_GRID_CONSTANT TensorMap dout_map,
+                              const MK_GRID_CONSTANT TensorMap dk_map, const MK_GRID_CONSTANT TensorMap dv_map,
+                              const MK_GRID_CONSTANT BackwardPlan plan) {
+#if MK_SM90A
+  using Tile = BackwardTile<D>;
+  constexpr int rows = Tile::rows, stages = Tile::stages;
+  const BackwardPlace<Tile> at(plan, int(blockIdx.x));
+  if (at.key >= at.S) return;
+  const bool packed = plan.q_offsets != nullptr;
+  const int steps = plan.group * (at.end - at.first);
+
+  SharedMemory shared;
+  unsigned char* const base = shared.take<unsigned char>(Tile::bytes, 1024);
+  unsigned char *k = base + Tile::k, *v = base + Tile::v, *q = base + Tile::q, *dout = base + Tile::dout;
+  unsigned char* ds = base + Tile::ds;
+  float* dq = reinterpret_cast<float*>(base + Tile::dq);
+  float *lse = reinterpret_cast<float*>(base + Tile::lse), *delta = reinterpret_cast<float*>(base + Tile::delta);
+  std::uint64_t* row_keys = reinterpret_cast<std::uint64_t*>(base + Tile::row_keys);
+  MBarrier* kv_full = reinterpret_cast<MBarrier*>(base + Tile::barriers);
+  MBarrier *q_full = kv_full + 1, *q_empty = q_full + stages, *dout_full = q_empty + stages, *dout_empty = dout_full + stages;
+
+  const int warpgroup = int(threadIdx.x) / 128, thread = int(threadIdx.x) % 128, lane = thread % 32;
+  if (threadIdx.x == 0) {
+    mbar_init(kv_full, 1, "k, v full");
+    for (int s = 0; s < stages; ++s) {
+      mbar_init(&q_full[s], 1, "q full"), mbar_init(&dout_full[s], 1, "dout full");
+      mbar_init(&q_empty[s], 8, "q empty"), mbar_init(&dout_empty[s], 8, "dout empty");  // one arrival a warp
+    }
+    mbar_init_fence();
+    prefetch_map(&q_map), prefetch_map(&k_map), prefetch_map(&v_map), prefetch_map(&dout_map);
+  }
+  sync_block();
+
+  Ring<stages> ring;
+  if (warpgroup == 0) {
+    registers_shrink<kProducerRegisters>();
+    if (thread == 0 && steps > 0) {
+      const auto fetch = [&](unsigned char* to, const TensorMap* map, MBarrier* full, int slab, const HeadBox& box) {
+#pragma unroll
+        for (int i = 0; i < Tile::slabs; ++i) tma_load_4d(to + i * slab, map, full, 64 * i, box.y, box.z, box.w);
+      };
+      const HeadBox keys(packed, at.sample, at.head, at.k_start, at.S, at.key, Tile::keys);
+      mbar_expect(kv_full, 2 * Tile::kv_bytes);
+      fetch(k, &k_map, kv_full, Tile::kv_slab, keys);
+      fetch(v, &v_map, kv_full, Tile::kv_slab, keys);
+      const bool drops = plan.row_keys != nullptr;
+      int tile = at.first, line = at.line, head = at.head * plan.group;
+#pragma unroll 1
+      for (int step = 0; step < steps; ++step, ring.advance()) {
+        const int s = ring.stage;
+        const HeadBox queries(packed, at.sample, head, at.q_start, at.T, tile * rows, rows);
+        const float* statistics = plan.statistics + std::int64_t(line + tile) * 2 * rows;
+        mbar_wait(&q_empty[s], ring.phase ^ 1);
+        mbar_expect(&q_full[s], Tile::q_bytes + rows * 4);
+        fetch(q + s * Tile::q_bytes, &q_map, &q_full[s], Tile::q_slab, queries);
+        bulk_load(lse + s * rows, statistics, &q_full[s], rows * 4);
+        mbar_wait(&dout_empty[s], ring.phase ^ 1);
+        mbar_expect(&dout_full[s], Tile::q_bytes + rows * (drops ? 12 : 4));
+        fetch(dout + s * Tile::q_bytes, &dout_map, &dout_full[s], Tile::q_slab, queries);
+        bulk_load(delta + s * rows, statistics + rows, &dout_full[s], rows * 4);
+        if (drops) {
+          bulk_load(row_keys + s * rows, plan.row_keys + std::int64_t(line + tile) * rows, &dout_full[s], rows * 8);
+        }
+        if (++tile == at.end) tile = at.first, line += plan.q_tiles, ++head;
+      }
+    } else if (thread / 32 == 1) {
+      add_queries<Tile>(plan, at, dq, lane);
+    }
+  } else {
+    registers_grow<kConsumerRegisters>();
+    const int consumer = warpgroup - 1, warp = thread / 32;
+    const int from = at.key + 64 * consumer, key = from + warp * 16 + lane / 4;  // the consumer's, the thread's first
+    const unsigned char *k_own = k + consumer * 64 * 128, *v_own = v + consumer * 64 * 128;
+    const unsigned char* k_part = k + (D == 64 ? 0 : consumer * Tile::kv_slab);  // those of its part of dq
+    const auto release = [&](MBarrier* empty) {
+      if (lane == 0) mbar_arrive(empty);
+    };
+    using Keys = BackwardKeys<T, D>;
+    Keys own;
+#pragma unroll
+    for (int i = 0; i < D / 2; ++i) own.dk[i] = own.dv[i] = 0;
+    if (steps > 0) {
+      mbar_wait(kv_full, 0);
+      int tile = at.first, head = at.head * plan.group;
+      float slope = Featured ? plan.scoring.slope(at.sample, head) : 0.0f;
+#pragma unroll 1
+      for (int step = 0; step < steps; ++step) {
+        const int stage = ring.stage;
+        unsigned char* ds_now = ds + step % 2 * Tile::ds_bytes;
+#pragma unroll
+        for (int half = 0; half < rows / 64; ++half) {  // 64 queries
+          const unsigned char *q_now = q + stage * Tile::q_bytes + half * 64 * 128;
+          const unsigned char* dout_now = dout + stage * Tile::q_bytes + half * 64 * 128;
+          float s[32], dp[32];
+          typename Keys::Operand p, change;
+          if (half == 0) mbar_wait(&q_full[stage], ring.phase);
+          wgmma_fence(s);
+          own.multiply(s, k_own, q_now);
+          if (half == 0) mbar_wait(&dout_full[stage], ring.phase);
+          wgmma_fence(dp);
+          own.multiply(dp, v_own, dout_now);
+
+          const int row = tile * rows + half * 64, column = lane % 4 * 2;  // this thread's first query: row + column
+          const int place = stage * rows + half * 64 + column;
+          const bool masked = from + 64 > at.mask.behind_key(row) || from < at.mask.first_key(row + 63);
+          int first[2], behind[2];
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            first[h] = at.mask.first_query(key + 8 * h) - row - column;
+            behind[h] = key + 8 * h < at.S ? at.mask.behind_query(key + 8 * h, at.T) - row - column : -rows;
+          }
+          const int distance = key - (row + column + at.mask.offset);
+          const std::uint64_t* keys = plan.row_keys == nullptr ? nullptr : row_keys + place;
+          std::uint32_t kept;
+          wgmma_wait<1>(s);
+          if (Featured || masked) {
+            own.template probabilities<Featured, true>(s, p, kept, plan.scoring, lse + place, keys, slope, distance, key,
+                                                       first, behind);
+          } else {
+            own.template probabilities<Featured, false>(s, p, kept, plan.scoring, lse + place, keys, slope, distance, key,
+                                                        first, behind);
+          }
+          wgmma_fence(own.dv, p);
+          own.accumulate(own.dv, p, dout_now);
+          wgmma_wait<1>(dp);
+          own.template differences<Featured>(change, s, dp, kept, delta + place, keys != nullptr, plan.scoring.kept);
+          wgmma_fence(own.dk, change);
+          own.accumulate(own.dk, change, q_now);
+          own.share(change, ds_now + half * Tile::ds_slab + (consumer * 64 + warp * 16) * 128, lane);
+          fence_async();
+          if (half + 1 < rows / 64) wgmma_wait<0>(own.dv, own.dk);
+        }
+        barrier_sync<7>(256);  // ds of both consumers
+        float part[32];
+        wgmma_fence(part);
+        own.weigh_queries(part, ds_now + (D == 64 ? consumer * Tile::ds_slab : 0), k_part);
+        wgmma_wait<1>(own.dv, own.dk);
+        release(&q_empty[stage]), release(&dout_empty[stage]);
+        ring.advance();
+        wgmma_wait<0>(part);
+        consumer_sync<5>(consumer, 160);  // the part before has been read
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          Vector<float, 4> four;
+#pragma unroll
+          for (int e = 0; e < 4; ++e) four[e] = part[4 * i + e];
+          store_shared(dq + consumer * Tile::part + 512 * i + 4 * thread, four);
+        }
+        fence_async();
+        if (consumer == 0) barrier_arrive<3>(160);
+        else barrier_arrive<4>(160);
+        if (++tile == at.end) {
+          tile = at.first, ++head;
+          if (Featured && step + 1 < steps) slope = plan.scoring.slope(at.sample, head);
+        }
+      }
+    }
+
+#pragma unroll
+    for (int i = 0; i < D / 2; ++i) {
+      own.dk[i] *= plan.scale;
+      if (Featured) own.dv[i] *= plan.scoring.kept;
+    }
+    barrier_sync<7>(256);  // all products that read k and v are done
+#pragma unroll
+    for (int i = 0; i < Tile::slabs; ++i) {
+      const int place = i * Tile::kv_slab + (consumer * 64 + warp * 16) * 128;
+      write_fragment<T>(k + place, own.dk + 32 * i, lane);
+      write_fragment<T>(v + place, own.dv + 32 * i, lane);
+    }
+    fence_async();
+    consumer_sync<1>(consumer, 128);
+    if (thread == 0 && from < at.S) {
+      const HeadBox box(packed, at.sample, at.head, at.k_start, at.S, from, 64);
+#pragma unroll
+      for (int i = 0; i < Tile::slabs; ++i) {
+        const int place = i * Tile::kv_slab + consumer * 64 * 128;
+        tma_store_4d(&dk_map, k + place, 64 * i, box.y, box.z, box.w);
+        tma_store_4d(&dv_map, v + place, 64 * i, box.y, box.z, box.w);
+      }
+      tma_commit();
+      tma_wait<0>();
+    }
+  }
+#endif
+}
+
+// --- launchers ---
+
+template <class T, int D>
+static void launch_backward(const AttentionBackward& p, Place place) {
+  using Tile = BackwardTile<D>;
+  Checks check("attention_backward");
+  const AttentionSizes& s = p.sizes;
+  const bool packed = p.q_offsets != nullptr;
+  const int64_t rows = Tile::rows, keys = Tile::keys;
+  const int64_t q_tiles = packed ? s.T / rows + p.sequences : ceil_div(s.T, rows);
+  const int64_t k_tiles = packed ? s.S / keys + p.sequences : ceil_div(s.S, keys), lines = s.B * s.H * q_tiles;
+  check.require(p.lines == lines, "scratch memory must have " + std::to_string(lines) + " lines, got " + std::to_string(p.lines));
+  check.size("lines", lines, 1, kInt32Max);
+  check.writes("dq_sums", p.dq_sums, Dtype::f32, lines * rows * D);
+  check.writes("statistics", p.statistics, Dtype::f32, lines * 2 * rows);
+  if (p.row_keys) check.writes("row_keys", p.row_keys, Dtype::i64, lines * rows);
+  if (p.turns) check.writes("turns", p.turns, Dtype::i32, lines);
+  check.require(vectors_fit(p.dq_sums, 16) && vectors_fit(p.statistics, 16) && vectors_fit(p.row_keys, 16),
+                "scratch memory must start on multiples of 16 bytes");
+
+  const AttentionStrides q_dense = {s.T * s.H * s.D, s.H * s.D, s.D}, k_dense = {s.S * s.Hkv * s.D, s.Hkv * s.D, s.D};
+  const auto of_queries = [&](const void* x, const AttentionStrides& by, int box) {
+    return head_map(x, p.dtype, s.B, s.T, s.H, s.D, by, box, packed);
+  };
+  const auto of_keys = [&](const void* x, const AttentionStrides& by, int box) {
+    return head_map(x, p.dtype, s.B, s.S, s.Hkv, s.D, by, box, packed);
+  };
+  const TensorMap q = of_queries(p.q, p.q_strides, Tile::rows), dout = of_queries(p.dout, p.dout_strides, Tile::rows);
+  const TensorMap k = of_keys(p.k, p.k_strides, Tile::keys), v = of_keys(p.v, p.v_strides, Tile::keys);
+  const TensorMap dq = of_queries(p.dq, q_dense, 64), dk = of_keys(p.dk, k_dense, 64), dv = of_keys(p.dv, k_dense, 64);
+
+  BackwardPlan plan = {};
+  plan.dq_sums = p.dq_sums, plan.statistics = p.statistics, plan.turns = p.turns;
+  plan.row_keys = reinterpret_cast<std::uint64_t*>(p.row_keys);
+  plan.q_offsets = p.q_offsets, plan.k_offsets = p.k_offsets, plan.sequences = int(p.sequences);
+  plan.T = int(s.T), plan.S = int(s.S), plan.H = int(s.H), plan.group = int(s.H / s.Hkv);
+  plan.heads = int(s.B * s.Hkv), plan.section = int(p.section);
+  plan.q_tiles = int(q_tiles), plan.k_tiles = int(k_tiles);
+  plan.left = window_side(p.left), plan.right = window_side(p.right), plan.scale = p.scale;
+  plan.scoring = attention_scoring(p.scale, p.features);
+
+  const BackwardRows edges = {p.dout, p.out, p.lse, p.dout_strides, p.out_strides, int(s.D)};
+  MK_LAUNCH((backward_rows_kernel<T, D>), dim3(check.blocks(lines)), dim3(kRowThreads), 0, place, edges, plan);
+  const dim3 blocks(check.blocks(s.B * s.Hkv * k_tiles)), threads(kPipelineThreads);
+  if (p.features.softcap > 0 || p.features.slopes || p.row_keys) {
+    MK_LAUNCH((attention_backward_kernel<T, D, true>), blocks, threads, Tile::shared, place, q, k, v, dout, dk, dv, plan);
+  } else {
+    MK_LAUNCH((attention_backward_kernel<T, D, false>), blocks, threads, Tile::shared, place, q, k, v, dout, dk, dv, plan);
+  }
+  MK_LAUNCH((backward_dq_kernel<T, D>), dim3(check.blocks(lines)), dim3(256), 1024 + 2 * 64 * 128, place, dq, plan);
+}
+
+void attention_backward(const AttentionBackward& p, Place place) {
+  Checks check("attention_backward");
+  const AttentionSizes& s = p.sizes;
+  check.require(p.dtype == Dtype::bf16 || p.dtype == Dtype::f16,
+                "dtype must be code 1 (bf16) or 2 (fp16), got " + std::to_string(int(p.dtype)));
+  check.require(s.D > 0 && s.D <= 128 && s.D % 8 == 0, "D must be a multiple of 8 up to 128, got " + std::to_string(s.D));
+  constexpr int64_t most = 1 << 28;
+  check.size("B", s.B, 1, most), check.size("T", s.T, 1, most), check.size("S", s.S, 1, most);
+  check.size("H", s.H, 1, most), check.size("Hkv", s.Hkv, 1, s.H), check.size("section", p.section, 1, most);
+  check.size("B H", s.B * s.H, 1, most), check.size("sequences", p.sequences, 0, most);
+  check.size("left", p.left, -1, most), check.size("right", p.right, -1, most);
+  check.require(s.H % s.Hkv == 0, "Hkv must divide H");
+  check.require(std::isfinite(p.scale), "scale must be finite");
+  check.require(!p.q_offsets == !p.k_offsets, "q_offsets and k_offsets come together");
+  check.require(!p.q_offsets || (p.sequences > 0 && s.B == 1), "packed sequences have B = 1 and are at least one");
+  const auto reads = [&](const char* name, const void* x, const AttentionStrides& by, int64_t T, int64_t H) {
+    check.require(vectors_fit(x, by.token * 2) && vectors_fit(x, by.head * 2) && vectors_fit(x, by.sample * 2),
+                  std::string("the rows of ") + name + " must start on multiples of 16 bytes");
+    check.require(by.token > 0 && by.head > 0 && by.sample > 0, std::string("the strides of ") + name + " must be above 0");
+    const int64_t reach = (s.B - 1) * by.sample + (T - 1) * by.token + (H - 1) * by.head + s.D;
+    check.reads(name, x, p.dtype, reach);
+  };
+  reads("q", p.q, p.q_strides, s.T, s.H), reads("dout", p.dout, p.dout_strides, s.T, s.H);
+  reads("out", p.out, p.out_strides, s.T, s.H);
+  reads("k", p.k, p.k_strides, s.S, s.Hkv), reads("v", p.v, p.v_strides, s.S, s.Hkv);
+  check.reads("lse", p.lse, Dtype::f32, s.B * s.H * s.T);
+  check.require(vectors_fit(p.dq, 16) && vectors_fit(p.dk, 16) && vectors_fit(p.dv, 16),
+                "dq, dk and dv must start on multiples of 16 bytes");
+  check.writes("dq", p.dq, p.dtype, s.B * s.T * s.H * s.D);
+  check.writes("dk", p.dk, p.dtype, s.B * s.S * s.Hkv * s.D), check.writes("dv", p.dv, p.dtype, s.B * s.S * s.Hkv * s.D);
+  if (p.dtype == Dtype::bf16 && s.D <= 64) launch_backward<bf16, 64>(p, place);
+  else if (p.dtype == Dtype::bf16) launch_backward<bf16, 128>(p, place);
+  else if (s.D <= 64) launch_backward<fp16, 64>(p, place);
+  else launch_backward<fp16, 128>(p, place);
+}
+
+}  // namespace megakern

@@ -1,0 +1,155 @@
+// What the three kernels of attention_backward.cu share: tiles, the plan, where a tile of queries lies in scratch memory;
+// and the two small kernels before and behind the large one.
+#pragma once
+
+#include "device/attention.cuh"
+#include "device/fragment.cuh"
+#include "device/shared.cuh"
+#include "device/vector.cuh"
+
+namespace megakern {
+
+// Sizes of the kernels for head dims up to D. Of the 64 KB of scores of 64 x 128 (fp32, both products) each of two
+// consumers holds half.
+template <int D>
+struct BackwardTile {
+  static constexpr int rows = D == 64 ? 128 : 64, keys = 128, stages = 2;
+  static constexpr int slabs = D / 64;  // of 64 columns: 128 bytes, the width of a swizzle
+  static constexpr int q_slab = rows * 128, kv_slab = keys * 128, ds_slab = keys * 128;  // ds: 64 queries a slab
+  static constexpr int q_bytes = slabs * q_slab, kv_bytes = slabs * kv_slab, ds_bytes = rows / 64 * ds_slab;
+  static constexpr int part = 64 * 64;  // values of a tile's dq that one consumer makes: rows (D 64) or columns (D 128)
+  // Where things lie behind one aligned address: the producer has 24 registers a thread, too few for an address each.
+  static constexpr int k = 0, v = k + kv_bytes, q = v + kv_bytes, dout = q + stages * q_bytes;
+  static constexpr int ds = dout + stages * q_bytes, dq = ds + 2 * ds_bytes, row_keys = dq + 2 * part * 4;
+  static constexpr int lse = row_keys + stages * rows * 8, delta = lse + stages * rows * 4;
+  static constexpr int barriers = delta + stages * rows * 4, bytes = barriers + 8 * (1 + 4 * stages);
+  static constexpr int shared = 1024 + round_up(bytes, 16);
+  static_assert(2 * part == rows * D);
+  static_assert(shared <= 227 * 1024, "shared memory of a block on sm_90");
+};
+
+// What the kernels get besides tensor maps. A line: one tile of queries of one head, in scratch memory.
+struct BackwardPlan {
+  float* dq_sums;           // (lines, rows * D): for each consumer 16 x 128 x 4 values, as they lie in its registers
+  float* statistics;        // (lines, 2, rows): lse log2(e), +inf where a query sees nothing; sum over D of dout out
+  std::uint64_t* row_keys;  // (lines, rows), of dropout; null without
+  int* turns;               // (lines,): tiles of keys that have been added, where the order is fixed; null: any order
+  const int *q_offsets, *k_offsets;  // of packed sequences; null: none
+  int sequences;
+  int T, S, H, group;
+  int heads;             // of keys, of all samples
+  int section;           // of them in flight at a time: what is read again fits the L2 cache
+  int q_tiles, k_tiles;  // a head: of one sample, or of all packed sequences
+  int left, right;
+  float scale;
+  AttentionScoring scoring;
+};
+
+// The tile of queries that line `line` is.
+template <int Rows>
+struct BackwardLine {
+  int sample, head, start, length, row;  // row: the first of the tile in its sequence, perhaps past `length`
+
+  MK_DEVICE BackwardLine(const BackwardPlan& p, int line) {
+    const int tile = line % p.q_tiles;
+    head = line / p.q_tiles % p.H, sample = line / p.q_tiles / p.H;
+    start = 0, length = p.T, row = tile * Rows;
+    if (p.q_offsets != nullptr) {
+      const AttentionSequence s(p.q_offsets, p.k_offsets, p.sequences, tile, Rows);
+      sample = s.sample, start = s.start, length = s.length, row = s.first;
+    }
+  }
+};
+
+// --- kernels ---
+
+constexpr int kRowThreads = 256;
+
+struct BackwardRows {
+  const void *dout, *out;
+  const float* lse;
+  AttentionStrides dout_strides, out_strides;
+  int D;
+};
+
+// A line's statistics, and zeros where the large kernel adds and counts.
+template <class T, int D>
+MK_KERNEL void __launch_bounds__(kRowThreads)
+    backward_rows_kernel(const MK_GRID_CONSTANT BackwardRows r, const MK_GRID_CONSTANT BackwardPlan plan) {
+  using Tile = BackwardTile<D>;
+  constexpr int across = D / 8, high = kRowThreads / across;  // 16 bytes a thread
+  const int line = int(blockIdx.x), thread = int(threadIdx.x);
+  const BackwardLine<Tile::rows> at(plan, line);
+  if (at.row >= at.length) return;
+  const bool packed = plan.q_offsets != nullptr;
+  const std::int64_t place = packed ? 0 : at.sample, token = at.start + at.row;
+  const auto first = [&](const void* x, const AttentionStrides& by) {
+    return static_cast<const T*>(x) + place * by.sample + token * by.token + at.head * by.head;
+  };
+  const T *dout = first(r.dout, r.dout_strides), *out = first(r.out, r.out_strides);
+  const float* lse = r.lse + (place * plan.H + at.head) * plan.T + token;
+  float* statistics = plan.statistics + std::int64_t(line) * 2 * Tile::rows;
+  const int col = thread % across * 8;
+#pragma unroll
+  for (int i = 0; i < Tile::rows; i += high) {
+    const int row = i + thread / across;
+    const bool inside = at.row + row < at.length;
+    float sum = 0;
+    if (inside && col < r.D) {
+      const auto a = to_float(load<8>(dout + row * r.dout_strides.token + col));
+      const auto b = to_float(load<8>(out + row * r.out_strides.token + col));
+#pragma unroll
+      for (int e = 0; e < 8; ++e) sum += a[e] * b[e];
+    }
+#pragma unroll
+    for (int mask = across / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
+    if (col == 0) {
+      const float log = inside ? lse[row] : -INFINITY;
+      statistics[row] = log == -INFINITY ? INFINITY : log * kLog2E;  // 2^(s - inf) = 0
+      statistics[Tile::rows + row] = sum;
+    }
+  }
+  if (plan.row_keys != nullptr && thread < Tile::rows) {
+    const std::uint64_t key = plan.scoring.head_key(at.sample, at.head);
+    plan.row_keys[std::int64_t(line) * Tile::rows + thread] = fold(key, at.row + thread);
+  }
+  if (plan.turns != nullptr && thread == 0) plan.turns[line] = 0;
+  float* sums = plan.dq_sums + std::int64_t(line) * 2 * Tile::part;
+#pragma unroll
+  for (int i = 0; i < 2 * Tile::part; i += 4 * kRowThreads) store(sums + i + 4 * thread, filled<float, 4>(0.0f));
+}
+
+// dq of a line, from sums in fp32.
+template <class T, int D>
+MK_KERNEL void __launch_bounds__(256)
+    backward_dq_kernel(const MK_GRID_CONSTANT TensorMap dq_map, const MK_GRID_CONSTANT BackwardPlan plan) {
+#if MK_SM90A
+  using Tile = BackwardTile<D>;
+  SharedMemory shared;
+  unsigned char* tiles = shared.take<unsigned char>(2 * 64 * 128, 1024);
+  const int line = int(blockIdx.x), part = int(threadIdx.x) / 128, thread = int(threadIdx.x) % 128;
+  const BackwardLine<Tile::rows> at(plan, line);
+  const int row = at.row + (D == 64 ? 64 * part : 0), col = D == 64 ? 0 : 64 * part;
+  if (at.row >= at.length) return;
+  const float* sums = plan.dq_sums + (std::int64_t(line) * 2 + part) * Tile::part + 4 * thread;
+  float v[32];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const Vector<float, 4> four = load_once<4>(sums + 512 * i);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) v[4 * i + e] = four[e] * plan.scale;
+  }
+  unsigned char* tile = tiles + part * 64 * 128;
+  write_fragment<T>(tile + thread / 32 * 16 * 128, v, thread % 32);
+  fence_async();
+  sync_block();
+  if (thread == 0 && row < at.length) {
+    const HeadBox box(plan.q_offsets != nullptr, at.sample, at.head, at.start, at.length, row, 64);
+    tma_store_4d(&dq_map, tile, col, box.y, box.z, box.w);
+    tma_commit();
+    tma_wait<0>();
+  }
+#endif
+}
+
+}  // namespace megakern

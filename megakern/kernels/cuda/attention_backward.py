@@ -1,0 +1,69 @@
+"""Launcher of csrc/attention_backward.cu: dq, dk, dv in one pass over the keys, dq added up in fp32 scratch memory."""
+
+from __future__ import annotations
+
+import torch
+
+from megakern.kernels.cuda.module import DTYPES, call, cdiv, pointer
+from megakern.kernels.memory import empty, empty_like
+
+QUERIES_IN_CACHE = 32 << 20
+"""Bytes of q, dout and the sums of dq whose heads are computed side by side: they stay in the L2 cache of 50 MB."""
+
+
+def tile_of(D: int) -> tuple[int, int]:
+    """Queries of a tile, and the head dim that is computed: BackwardTile of csrc/attention_backward.cuh."""
+    return (128, 64) if D <= 64 else (64, 128)
+
+
+def attention_backward(
+    dout, q, k, v, out, lse, q_offsets, k_offsets, slopes, window, scale, softcap, dropout_p, dropout_key, deterministic
+):
+    """-> dq, dk, dv, contiguous. `limits.py` says what is not computed here. dq repeats to the bit if `deterministic`.
+
+    Scratch memory: 4 to 5 bytes an element of q, and 8 (with dropout 16) for each query and head.
+    """
+    dq, dk, dv = empty_like(q), empty_like(k), empty_like(v)
+    if q.numel() == 0 or k.numel() == 0:
+        return dq.zero_(), dk.zero_(), dv.zero_()
+    (T, H, D), (S, Hkv) = q.shape[-3:], k.shape[-3:-1]
+    sequences = 0 if q_offsets is None else q_offsets.shape[0] - 1
+    dout, q, k, v, out = (copyable(x) for x in (dout, q, k, v, out))
+    if q_offsets is not None:
+        dout, q, k, v, out = (x[None] for x in (dout, q, k, v, out))
+        q_offsets, k_offsets = q_offsets.contiguous(), k_offsets.contiguous()
+    slopes, features = features_of(slopes, softcap, dropout_p, dropout_key)
+    lse = lse.contiguous()
+    rows, columns = tile_of(D)
+    B = q.shape[0]
+    lines = B * H * (cdiv(T, rows) if q_offsets is None else T // rows + sequences)
+    sums = empty((lines, rows, columns), torch.float32, q.device)
+    statistics = empty((lines, 2, rows), torch.float32, q.device)
+    row_keys = empty((lines, rows), torch.int64, q.device) if dropout_p > 0 else None
+    turns = empty((lines,), torch.int32, q.device) if deterministic else None
+    strides = [x.stride(dim) for x in (q, k, v, dout, out) for dim in (0, 1, 2)]
+    call(
+        "attention_backward", q, q.data_ptr(), k.data_ptr(), v.data_ptr(), dout.data_ptr(), out.data_ptr(),
+        lse.data_ptr(), dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), sums.data_ptr(), statistics.data_ptr(),
+        pointer(row_keys), pointer(turns), lines, pointer(q_offsets), pointer(k_offsets), sequences, DTYPES[q.dtype],
+        B, T, S, H, Hkv, D, *strides, *window, heads_at_a_time(T, H, Hkv, columns), scale, *features,
+    )  # fmt: skip
+    return dq, dk, dv
+
+
+def heads_at_a_time(T: int, H: int, Hkv: int, D: int) -> int:
+    """Heads of keys for whose queries `QUERIES_IN_CACHE` suffices, at least one."""
+    return max(1, QUERIES_IN_CACHE // (8 * T * D * (H // Hkv)))
+
+
+def features_of(slopes, softcap: float, dropout_p: float, dropout_key) -> tuple[torch.Tensor | None, tuple]:
+    slopes = None if slopes is None else slopes.contiguous()
+    stride = 0 if slopes is None or slopes.ndim == 1 else slopes.shape[1]
+    import math
+    threshold = math.floor(dropout_p * 2.0**32) - (1 << 31)
+    return slopes, (pointer(slopes), stride, softcap, *dropout_key, threshold, 1.0 / (1.0 - dropout_p))
+
+
+def copyable(x: torch.Tensor) -> torch.Tensor:
+    fits = x.data_ptr() % 16 == 0 and x.stride(-1) == 1 and all(n > 0 and n % 8 == 0 for n in x.stride()[:-1])
+    return x if fits else x.contiguous()
