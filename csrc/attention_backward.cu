@@ -87,55 +87,75 @@ struct BackwardKeys {
     wgmma_commit();
   }
 
-  // s becomes p times the slope of the cap; p, rounded and without what is dropped, becomes an operand. `kept`: a bit an
-  // element. distance: of the thread's first key from the one beside its first query; first, behind: the queries that
-  // see each of its two keys, counted from its first.
-  template <bool Featured, bool Masked>
-  static MK_DEVICE void probabilities(float (&s)[32], Operand& p, std::uint32_t& kept, const AttentionScoring& f,
-                                      const float* lse, const std::uint64_t* row_keys, float slope, int distance, int key,
-                                      const int (&first)[2], const int (&behind)[2]) {
-    const bool drops = Featured && row_keys != nullptr;
-    kept = 0;
+  // May a query see a key that is so far behind its own?
+  static MK_DEVICE bool sees(const AttentionMask& mask, int key, int away) {
+    return away <= mask.right && away >= -mask.left && key < mask.S;
+  }
+
+  // s becomes p, and p, rounded, an operand. distance: of the thread's first key from the one beside its first query.
+  template <bool Masked>
+  static MK_DEVICE void probabilities(float (&s)[32], Operand& p, float scale, const float* lse, const AttentionMask& mask,
+                                      int key, int distance) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const Vector<float, 2> log = load<2>(lse + 8 * i);
-      Vector<std::uint64_t, 2> of_row = {};
-      if (drops) of_row = load<2>(row_keys + 8 * i);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        float used[2];
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-          const int e = 4 * i + 2 * h + j, column = 8 * i + j;
-          float value, fall = 1.0f;
-          if constexpr (Featured) {
-            value = s[e] * f.scale;
-            if (f.cap > 0) {
-              const float bent = bend(value);
-              value = bent * f.cap, fall = 1.0f - bent * bent;
-            }
-            value -= slope * float(abs(distance + 8 * h - column)) + log[j];
-          } else {
-            value = fmaf(s[e], f.scale, -log[j]);
-          }
-          float weight = exp2_approx(value);
-          if (Masked && (column < first[h] || column >= behind[h])) weight = 0;
-          s[e] = weight * fall;
-          if (drops) {
-            if (keep(of_row[j], std::uint32_t(key + 8 * h), f.threshold)) kept |= 1u << e;
-            else weight = 0;
-          }
-          used[j] = weight;
+          float& value = s[4 * i + 2 * h + j];
+          value = exp2_approx(fmaf(value, scale, -log[j]));
+          if (Masked && !sees(mask, key + 8 * h, distance + 8 * h - 8 * i - j)) value = 0;
         }
-        p[i / 2][i % 2 * 2 + h] = packed<T>(used[0], used[1]);
       }
     }
+    pack_fragment<T>(p, s);
+  }
+
+  // The same with cap, ALiBi and dropout: s becomes p times the slope of the cap; p, the operand, is 0 where it is
+  // dropped. -> a bit an element: not dropped.
+  static MK_DEVICE std::uint32_t featured(float (&s)[32], Operand& p, const AttentionScoring& f, const float* lse,
+                                          const std::uint64_t* row_keys, const AttentionMask& mask, int key, int distance,
+                                          float slope) {
+    std::uint32_t kept = ~0u;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {  // two queries, two keys
+      float(&four)[4] = reinterpret_cast<float(&)[4]>(s[4 * i]);
+      const Vector<float, 2> log = load<2>(lse + 8 * i);
+      float fall[4] = {1.0f, 1.0f, 1.0f, 1.0f}, used[4];  // the slope of the cap; p for dv
+      if (f.cap > 0) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const float bent = bend(four[e] * f.scale);
+          four[e] = bent * f.cap, fall[e] = 1.0f - bent * bent;
+        }
+      } else {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) four[e] *= f.scale;
+      }
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int column = 8 * i + e % 2, away = distance + 8 * (e / 2) - column;  // of the key from the query's own
+        const float weight = exp2_approx(four[e] - slope * float(abs(away)) - log[e % 2]);
+        used[e] = sees(mask, key + 8 * (e / 2), away) ? weight : 0.0f, four[e] = used[e] * fall[e];
+      }
+      if (row_keys != nullptr) {
+        const Vector<std::uint64_t, 2> of_row = load<2>(row_keys + 8 * i);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          if (keep(of_row[e % 2], std::uint32_t(key + 8 * (e / 2)), f.threshold)) continue;
+          kept &= ~(1u << (4 * i + e)), used[e] = 0;
+        }
+      }
+      p[i / 2][i % 2 * 2] = packed<T>(used[0], used[1]), p[i / 2][i % 2 * 2 + 1] = packed<T>(used[2], used[3]);
+    }
+    return kept;
   }
 
   // ds = p (dp - delta), an operand.
   template <bool Featured>
   static MK_DEVICE void differences(Operand& ds, const float (&s)[32], const float (&dp)[32], std::uint32_t kept,
-                                    const float* delta, bool drops, float factor) {
+                                    const float* delta, float factor) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const Vector<float, 2> less = load<2>(delta + 8 * i);
@@ -146,7 +166,7 @@ struct BackwardKeys {
         for (int j = 0; j < 2; ++j) {
           const int e = 4 * i + 2 * h + j;
           float value = dp[e];
-          if (Featured && drops) value = kept >> e & 1 ? value * factor : 0.0f;
+          if (Featured) value = kept >> e & 1 ? value * factor : 0.0f;
           d[j] = s[e] * (value - less[j]);
         }
         ds[i / 2][i % 2 * 2 + h] = packed<T>(d[0], d[1]);
@@ -212,6 +232,7 @@ MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
 #if MK_SM90A
   using Tile = BackwardTile<D>;
   constexpr int rows = Tile::rows, stages = Tile::stages;
+  constexpr bool late = Featured && D > 64;  // dp after p: with both under way registers run out
   const BackwardPlace<Tile> at(plan, int(blockIdx.x));
   if (at.key >= at.S) return;
   const bool packed = plan.q_offsets != nullptr;
@@ -291,61 +312,69 @@ MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
       mbar_wait(kv_full, 0);
       int tile = at.first, head = at.head * plan.group;
       float slope = Featured ? plan.scoring.slope(at.sample, head) : 0.0f;
+      float s[32];
+      mbar_wait(&q_full[0], 0);
+      wgmma_fence(s);
+      own.multiply(s, k_own, q);
 #pragma unroll 1
       for (int step = 0; step < steps; ++step) {
-        const int stage = ring.stage;
+        const int stage = ring.stage, phase = ring.phase;
+        ring.advance();
         unsigned char* ds_now = ds + step % 2 * Tile::ds_bytes;
 #pragma unroll
         for (int half = 0; half < rows / 64; ++half) {  // 64 queries
           const unsigned char *q_now = q + stage * Tile::q_bytes + half * 64 * 128;
           const unsigned char* dout_now = dout + stage * Tile::q_bytes + half * 64 * 128;
-          float s[32], dp[32];
+          float dp[32];
           typename Keys::Operand p, change;
-          if (half == 0) mbar_wait(&q_full[stage], ring.phase);
-          wgmma_fence(s);
-          own.multiply(s, k_own, q_now);
-          if (half == 0) mbar_wait(&dout_full[stage], ring.phase);
-          wgmma_fence(dp);
-          own.multiply(dp, v_own, dout_now);
+          if (half == 0) mbar_wait(&dout_full[stage], phase);
 
           const int row = tile * rows + half * 64, column = lane % 4 * 2;  // this thread's first query: row + column
           const int place = stage * rows + half * 64 + column;
           const bool masked = from + 64 > at.mask.behind_key(row) || from < at.mask.first_key(row + 63);
-          int first[2], behind[2];
-#pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            first[h] = at.mask.first_query(key + 8 * h) - row - column;
-            behind[h] = key + 8 * h < at.S ? at.mask.behind_query(key + 8 * h, at.T) - row - column : -rows;
-          }
           const int distance = key - (row + column + at.mask.offset);
           const std::uint64_t* keys = plan.row_keys == nullptr ? nullptr : row_keys + place;
-          std::uint32_t kept;
-          wgmma_wait<1>(s);
-          if (Featured || masked) {
-            own.template probabilities<Featured, true>(s, p, kept, plan.scoring, lse + place, keys, slope, distance, key,
-                                                       first, behind);
+          std::uint32_t kept = 0;
+          wgmma_wait<0>(s, own.dv, own.dk);
+          if (!late) {
+            wgmma_fence(dp);
+            own.multiply(dp, v_own, dout_now);
+          }
+          if constexpr (Featured) {
+            kept = own.featured(s, p, plan.scoring, lse + place, keys, at.mask, key, distance, slope);
+          } else if (masked) {
+            own.template probabilities<true>(s, p, plan.scoring.scale, lse + place, at.mask, key, distance);
           } else {
-            own.template probabilities<Featured, false>(s, p, kept, plan.scoring, lse + place, keys, slope, distance, key,
-                                                        first, behind);
+            own.template probabilities<false>(s, p, plan.scoring.scale, lse + place, at.mask, key, distance);
+          }
+          if (late) {
+            wgmma_fence(dp);
+            own.multiply(dp, v_own, dout_now);
           }
           wgmma_fence(own.dv, p);
           own.accumulate(own.dv, p, dout_now);
           wgmma_wait<1>(dp);
-          own.template differences<Featured>(change, s, dp, kept, delta + place, keys != nullptr, plan.scoring.kept);
+          own.template differences<Featured>(change, s, dp, kept, delta + place, plan.scoring.kept);
           wgmma_fence(own.dk, change);
           own.accumulate(own.dk, change, q_now);
           own.share(change, ds_now + half * Tile::ds_slab + (consumer * 64 + warp * 16) * 128, lane);
           fence_async();
-          if (half + 1 < rows / 64) wgmma_wait<0>(own.dv, own.dk);
+          if (half + 1 < rows / 64) {
+            wgmma_fence(s);
+            own.multiply(s, k_own, q_now + 64 * 128);
+          }
         }
         barrier_sync<7>(256);  // ds of both consumers
         float part[32];
         wgmma_fence(part);
         own.weigh_queries(part, ds_now + (D == 64 ? consumer * Tile::ds_slab : 0), k_part);
         wgmma_wait<1>(own.dv, own.dk);
+        const bool last = step + 1 == steps;
+        if (!last) mbar_wait(&q_full[ring.stage], ring.phase);
+        wgmma_fence(s);
+        own.multiply(s, k_own, q + (last ? stage : ring.stage) * Tile::q_bytes);
         release(&q_empty[stage]), release(&dout_empty[stage]);
-        ring.advance();
-        wgmma_wait<0>(part);
+        wgmma_wait<1>(part);
         consumer_sync<5>(consumer, 160);  // the part before has been read
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
@@ -362,6 +391,7 @@ MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
           if (Featured && step + 1 < steps) slope = plan.scoring.slope(at.sample, head);
         }
       }
+      wgmma_wait<0>(s);
     }
 
 #pragma unroll
