@@ -484,12 +484,18 @@ void attention_backward(const AttentionBackward& p, Place place) {
   constexpr int64_t most = 1 << 28;
   check.size("B", s.B, 1, most), check.size("T", s.T, 1, most), check.size("S", s.S, 1, most);
   check.size("H", s.H, 1, most), check.size("Hkv", s.Hkv, 1, s.H), check.size("section", p.section, 1, most);
-  check.size("B H", s.B * s.H, 1, most), check.size("sequences", p.sequences, 0, most);
+  check.size("B H", s.B * s.H, 1, most);
   check.size("left", p.left, -1, most), check.size("right", p.right, -1, most);
   check.require(s.H % s.Hkv == 0, "Hkv must divide H");
   check.require(std::isfinite(p.scale), "scale must be finite");
-  check.require(!p.q_offsets == !p.k_offsets, "q_offsets and k_offsets come together");
-  check.require(!p.q_offsets || (p.sequences > 0 && s.B == 1), "packed sequences have B = 1 and are at least one");
+  const bool packed = p.q_offsets != nullptr;
+  check.require(packed == (p.k_offsets != nullptr), "q_offsets and k_offsets come in pairs");
+  if (packed) {
+    check.require(s.B == 1, "B must be 1 with offsets, got " + std::to_string(s.B));
+    check.size("sequences", p.sequences, 1, most);
+    check.reads("q_offsets", p.q_offsets, Dtype::i32, p.sequences + 1);
+    check.reads("k_offsets", p.k_offsets, Dtype::i32, p.sequences + 1);
+  }
   const auto reads = [&](const char* name, const void* x, const AttentionStrides& by, int64_t T, int64_t H) {
     check.require(vectors_fit(x, by.token * 2) && vectors_fit(x, by.head * 2) && vectors_fit(x, by.sample * 2),
                   std::string("the rows of ") + name + " must start on multiples of 16 bytes");

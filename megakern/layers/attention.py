@@ -147,5 +147,6 @@ class ParallelAttention(nn.Module):
             seed=None if key is None else key.seed_of("attention"),
             dropout_offset=(first_sample, 0 if key is None else self.first_head),
             cu_seqlens=None if cu_seqlens is None else (cu_seqlens, cu_seqlens),
+            deterministic=True,  # a resumed run goes on bit for bit
         )
         return o.view(B, T, -1)

@@ -229,7 +229,7 @@ def attention(
     key|, and no gradient flows to them.
     dropout_p in [0, 1) of the probabilities; it needs a seed (int, below 2**63), a new one for each step and layer.
     dropout_offset (first sample, first head) of this rank in the whole batch and of all heads.
-    deterministic: refuse backends whose backward pass adds in an order that changes from run to run.
+    deterministic: gradients have the same bits at each run. Without it the C++ backward pass may add dq in any order.
     Raises ValueError or TypeError on other shapes, dtypes, devices and values.
     """
     _check(q, k, v, window, softcap, alibi_slopes, dropout_p, seed, dropout_offset, cu_seqlens)

@@ -1,4 +1,4 @@
-"""Launchers of csrc/attention_forward.cu. The backward pass is Triton's on a GPU and PyTorch's composites on a CPU.
+"""Launchers of csrc/attention_forward.cu, and the choice of the backward pass.
 
 The copy engine wants rows that start on multiples of 16 bytes: other views are copied first.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from megakern.kernels.cuda.dropout import threshold_of
+from megakern.kernels.cuda.limits import backward_instead
 from megakern.kernels.cuda.linear import multiprocessors
 from megakern.kernels.cuda.module import DTYPES, call, pointer
 from megakern.kernels.memory import empty, empty_like
@@ -25,7 +26,7 @@ def attention_forward(
     lse = empty((*q.shape[:-3], H, T), torch.float32, q.device)
     if q.numel() == 0:
         return out, lse
-    q, k, v = (_copyable(x) for x in (q, k, v))
+    q, k, v = (copyable(x) for x in (q, k, v))
     sequences = 0
     if q_offsets is not None:
         q, k, v = q[None], k[None], v[None]
@@ -52,7 +53,7 @@ def heads_at_a_time(S: int, H: int, Hkv: int, D: int) -> int:
     return H // Hkv * max(1, KEYS_IN_CACHE // (4 * S * D))
 
 
-def _copyable(x: torch.Tensor) -> torch.Tensor:
+def copyable(x: torch.Tensor) -> torch.Tensor:
     """x, or a copy of it where the copy engine cannot take its rows as they lie."""
     fits = x.data_ptr() % 16 == 0 and x.stride(-1) == 1 and all(n > 0 and n % 8 == 0 for n in x.stride()[:-1])
     return x if fits else x.clone(memory_format=torch.contiguous_format)
@@ -61,8 +62,10 @@ def _copyable(x: torch.Tensor) -> torch.Tensor:
 def attention_backward(
     dout, q, k, v, out, lse, q_offsets, k_offsets, slopes, window, scale, softcap, dropout_p, dropout_key, deterministic
 ):
-    """-> dq, dk, dv, contiguous, like q, k, v."""
-    if q.device.type == "cuda":
+    """-> dq, dk, dv, contiguous, like q, k, v. In C++, or by what `limits.backward_instead` names."""
+    if backward_instead(q.shape[-1]) is None:
+        from megakern.kernels.cuda import attention_backward as attention
+    elif q.device.type == "cuda":
         from megakern.kernels.triton import attention
     else:
         from megakern.kernels.torch import attention

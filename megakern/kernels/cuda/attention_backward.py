@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from megakern.kernels.cuda.attention import copyable, features_of
 from megakern.kernels.cuda.module import DTYPES, call, cdiv, pointer
 from megakern.kernels.memory import empty, empty_like
 
@@ -54,16 +55,3 @@ def attention_backward(
 def heads_at_a_time(T: int, H: int, Hkv: int, D: int) -> int:
     """Heads of keys for whose queries `QUERIES_IN_CACHE` suffices, at least one."""
     return max(1, QUERIES_IN_CACHE // (8 * T * D * (H // Hkv)))
-
-
-def features_of(slopes, softcap: float, dropout_p: float, dropout_key) -> tuple[torch.Tensor | None, tuple]:
-    slopes = None if slopes is None else slopes.contiguous()
-    stride = 0 if slopes is None or slopes.ndim == 1 else slopes.shape[1]
-    import math
-    threshold = math.floor(dropout_p * 2.0**32) - (1 << 31)
-    return slopes, (pointer(slopes), stride, softcap, *dropout_key, threshold, 1.0 / (1.0 - dropout_p))
-
-
-def copyable(x: torch.Tensor) -> torch.Tensor:
-    fits = x.data_ptr() % 16 == 0 and x.stride(-1) == 1 and all(n > 0 and n % 8 == 0 for n in x.stride()[:-1])
-    return x if fits else x.contiguous()

@@ -1,0 +1,216 @@
+"""The C++ gradients of attention for sm_90a against float64, all options. In the emulator, or on a GPU.
+
+A block has 128 keys, each consumer 64 of them; queries come in tiles of 128, from head dim 72 on 64.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+
+import megakern as mk
+from megakern.kernels.cuda import attention_backward as launchers
+from megakern.kernels.cuda.module import call
+from megakern.ops.attention import attention
+from megakern.ops.attention_reference import attention_reference
+from tests.closeness import assert_gradients_close
+from tests.kernels.inputs import draw
+from tests.kernels.test_attention_cuda import ENDS, FEATURES, make, on, packed_case
+
+OP = "attention"
+pytestmark = pytest.mark.only("cuda", "simt")
+
+
+def check(inputs, backend, deterministic=False, **options):
+    ours = partial(attention, backend=backend, deterministic=deterministic, **options)
+    assert_gradients_close(ours, partial(attention_reference, **options), inputs)
+
+
+def gradients(inputs, backend, upstream=None, **options):
+    leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+    out = attention(**leaves, backend=backend, **options)
+    upstream = draw(*out.shape, dtype=out.dtype, device=out.device, seed=9) if upstream is None else upstream
+    return torch.autograd.grad(out, list(leaves.values()), upstream)
+
+
+def same(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+# One query, tiles of 64 and 128 and their neighbours, primes, T < S and T > S (rows that see nothing), several samples.
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 1, 7, 1, 1, 64), (1, 128, 128, 1, 1, 128), (2, 7, 129, 4, 2, 64), (1, 129, 67, 2, 2, 128),
+     (1, 113, 203, 6, 2, 128), (1, 257, 255, 2, 1, 64)],
+)  # fmt: skip
+def test_causal_and_full(shape, dtype, backend, device):
+    check(make(*shape, dtype, device), backend)
+    check(make(*shape, dtype, device), backend, causal=False)
+
+
+@pytest.mark.parametrize("window", [(0, 1), (30, 10), (100, None), (None, 5), (300, 0)])
+@pytest.mark.parametrize("D", [64, 128])
+def test_windows(window, D, backend, device):
+    check(make(1, 150, 290, 2, 1, D, torch.bfloat16, device), backend, causal=False, window=window, deterministic=True)
+
+
+@pytest.mark.parametrize("D, S", [(8, 129), (40, 63), (72, 128), (96, 65), (120, 67)])
+def test_head_dims(D, S, backend, device):
+    check(make(1, 70, S, 2, 1, D, torch.bfloat16, device), backend)
+
+
+@pytest.mark.parametrize("options", FEATURES)
+@pytest.mark.parametrize("D", [64, 128])
+def test_features(options, D, backend, device):
+    check(make(2, 140, 180, 2, 1, D, torch.bfloat16, device), backend, **on(device, options))
+
+
+def test_features_in_fp16(backend, device):
+    for D in (64, 128):
+        check(make(2, 65, 130, 2, 2, D, torch.float16, device), backend, **on(device, FEATURES[-1]))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"causal": False}, {"window": (50, 1), "causal": False, "softcap": 1.0}, FEATURES[-2]]
+)
+def test_packed(options, backend, device):
+    inputs, both = packed_case(device)
+    check(inputs, backend, cu_seqlens=both, deterministic=True, **options)
+
+
+@pytest.mark.parametrize("D", [64, 96])
+def test_packed_is_each_sequence_alone(D, backend, device):
+    """To the bit, with slopes of its own; and a sequence of NaN spoils no other."""
+    inputs, both = packed_case(device, D)
+    slopes = draw(5, 4, device=device, seed=7, scale=0.1)
+    upstream = draw(ENDS[0][-1], 4, D, dtype=torch.bfloat16, device=device, seed=5)
+    together = partial(gradients, inputs, backend, upstream, cu_seqlens=both, alibi_slopes=slopes, deterministic=True)
+    clean = together()
+    for i in (0, 3, 4):
+        (q0, q1), (k0, k1) = (ends[i : i + 2] for ends in ENDS)
+        parts = {"q": inputs["q"][None, q0:q1], "k": inputs["k"][None, k0:k1], "v": inputs["v"][None, k0:k1]}
+        dq, dk, dv = gradients(parts, backend, upstream[None, q0:q1], alibi_slopes=slopes[i], deterministic=True)
+        assert same((dq[0], dk[0], dv[0]), (clean[0][q0:q1], clean[1][k0:k1], clean[2][k0:k1]))
+    assert all((x[150:153] == 0).all() for x in clean[1:]), "keys of a sequence without queries"
+    inputs["q"][141:274] = inputs["k"][153:269] = inputs["v"][153:269] = upstream[141:274] = torch.nan
+    for x, good, (first, last) in zip(together(), clean, ((141, 274), (153, 269), (153, 269)), strict=True):
+        assert torch.equal(x[:first], good[:first]) and torch.equal(x[last:], good[last:])
+        assert x[first:last].isnan().all()
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": False}, {"causal": False, "window": (40, 250)}])
+def test_rows_and_keys_that_see_nothing_have_no_gradient(options, backend, device):
+    dq, dk, dv = gradients(make(1, 50, 6, 2, 1, 64, torch.bfloat16, device), backend)
+    assert (dq[:, :44] == 0).all() and all(x.isfinite().all() for x in (dq, dk, dv))
+    inputs = make(1, 4, 300, 2, 1, 128, torch.bfloat16, device)
+    dq, dk, dv = gradients(inputs, backend, causal=False, window=(3, 0))
+    assert (dk[:, :292] == 0).all() and (dv[:, :292] == 0).all() and dk[:, 296:].abs().min() > 0
+
+
+SCHEDULES = ["forward", "reverse", "random:1", "random:2", "pct:1", "pct:2"]
+
+
+@pytest.mark.only("simt")
+@pytest.mark.parametrize("D", [64, 128])
+def test_deterministic_whatever_the_order(D, backend, device):
+    """Five blocks add to each dq, under schedules that start them in other orders. Without, the bits differ."""
+    from megakern import _simt
+
+    inputs = make(1, 140, 600, 2, 1, D, torch.float16, device)
+
+    def under(schedule, **options):
+        _simt.set_schedule(schedule)
+        return gradients(inputs, backend, causal=False, **options)
+
+    first = under("forward", deterministic=True)
+    assert all(same(first, under(schedule, deterministic=True)) for schedule in SCHEDULES[1:])
+    any_order = [under(schedule) for schedule in SCHEDULES[:3]]
+    assert same(any_order[0], first) and not torch.equal(any_order[0][0], any_order[1][0])
+    assert all(torch.equal(x[i], first[i]) for x in any_order for i in (1, 2)), "dk and dv are sums of one block each"
+
+
+@pytest.mark.parametrize("options", [{}, {"window": (40, 3), "causal": False}])
+def test_deterministic_repeats(options, backend, device):
+    inputs = make(2, 300, 420, 4, 2, 64, torch.bfloat16, device)
+    first = gradients(inputs, backend, deterministic=True, **options)
+    assert same(first, gradients(inputs, backend, deterministic=True, **options))
+
+
+def test_heads_in_sections_of_any_size(backend, device, monkeypatch):
+    inputs = make(2, 140, 140, 6, 3, 64, torch.bfloat16, device)
+    whole = gradients(inputs, backend, deterministic=True)
+    monkeypatch.setattr(launchers, "QUERIES_IN_CACHE", 1)  # one head of keys at a time
+    assert same(whole, gradients(inputs, backend, deterministic=True))
+
+
+def test_strided_views_and_nan_around_them(backend, device):
+    """q, k, v out of one projection, with NaN in the columns between; a gradient that is one number."""
+    field = torch.full((2, 90, 5, 3 * 64 + 16), float("nan"), dtype=torch.bfloat16, device=device)
+    views = [field[..., at : at + 64] for at in (0, 64, 128)]
+    for i, view in enumerate(views):
+        view.copy_(draw(*view.shape, dtype=torch.bfloat16, device=device, seed=i))
+    inputs = {"q": views[0], "k": views[1][:, :, :1], "v": views[2][:, :, :1]}
+    dense = {name: x.contiguous() for name, x in inputs.items()}
+    find = partial(gradients, backend=backend, deterministic=True)
+    assert same(find(inputs), find(dense))
+    one = torch.ones((), dtype=torch.bfloat16, device=device).expand(2, 90, 5, 64)
+    assert same(find(dense, upstream=one), find(dense, upstream=one.contiguous()))
+
+
+def test_large_scores_do_not_overflow(backend, device):
+    inputs = make(1, 140, 140, 2, 1, 64, torch.bfloat16, device)
+    inputs["q"], inputs["k"] = inputs["q"] * 300, inputs["k"] * 300
+    assert all(x.isfinite().all() for x in gradients(inputs, backend))
+
+
+def test_nothing_to_do(backend, device):
+    dq, dk, dv = gradients(make(0, 8, 8, 2, 1, 64, torch.bfloat16, device), backend)
+    assert dq.shape == (0, 8, 2, 64) and dk.shape == dv.shape == (0, 8, 1, 64)
+
+
+def test_explains_itself(backend, device):
+    inputs = make(1, 8, 8, 1, 1, 128, torch.bfloat16, device)
+    for deterministic, order in ((False, "in any order"), (True, "in the order of the keys")):
+        said = mk.explain("attention", **inputs, deterministic=deterministic, backend=backend).reasons[backend]
+        assert "backward with TMA and wgmma, 128 keys x 64 queries" in said and said.endswith(order)
+
+
+def test_large_heads_are_left_to_another_backend(backend, device):
+    inputs = make(1, 20, 30, 1, 1, 136, torch.bfloat16, device)
+    said = mk.explain("attention", **inputs, backend=backend).reasons[backend]
+    other = "Triton" if device == "cuda" else "PyTorch"
+    assert f"backward by {other}: its C++ kernel is for head dims up to 128, got 136" in said
+    check(inputs, backend)
+
+
+def test_arguments_are_checked(backend, device):
+    """By C++, before a launch. Of what the launcher passes, one thing at a time is wrong."""
+    inputs = {name: x.contiguous() for name, x in make(1, 8, 8, 1, 1, 64, torch.bfloat16, device).items()}
+    like = {name: torch.empty_like(inputs["q"]) for name in ("dout", "out", "dq", "dk", "dv")}
+    scratch = [torch.empty(1 << 14, device=device) for _ in range(3)]
+    sizes, row = {"B": 1, "T": 8, "S": 8, "H": 1, "Hkv": 1, "D": 64}, [512, 64, 64]
+
+    def launch(dq=None, lines=1, dtype=1, strides=row, scale=0.125, offsets=0, **changed):
+        tensors = [*inputs.values(), like["dout"], like["out"], scratch[0]]
+        outputs = [like["dq"] if dq is None else dq, like["dk"], like["dv"], *scratch[1:]]
+        call("attention_backward", inputs["q"], *(x.data_ptr() for x in (*tensors, *outputs)), 0, 0, lines, offsets, 0,
+             0, dtype, *{**sizes, **changed}.values(), *row * 4, *strides, -1, 0, 1, scale, 0, 0, 0.0, 0, 0, 0,
+             -(1 << 31), 1.0)  # fmt: skip
+
+    launch()
+    for wrong, message in [
+        ({"lines": 2}, "scratch memory must have 1 lines, got 2"),
+        ({"dtype": 0}, "dtype must be code 1 .* got 0"),
+        ({"D": 136}, "multiple of 8 up to 128, got 136"),
+        ({"H": 3, "Hkv": 2}, "Hkv must divide H"),
+        ({"strides": [512, 4, 64]}, "rows of out must start on multiples of 16 bytes"),
+        ({"strides": [512, 0, 64]}, "strides of out must be above 0"),
+        ({"scale": float("inf")}, "scale must be finite"),
+        ({"offsets": inputs["q"].data_ptr()}, "q_offsets and k_offsets come in pairs"),
+        ({"dq": like["dk"]}, "is written and must not overlap"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            launch(**wrong)
