@@ -13,7 +13,7 @@ import torch
 import megakern as mk
 from megakern.patching import attention as hook
 from tests.closeness import FLOOR, assert_close_to_ref
-from tests.hugging import FAMILIES, T, V, batch, gradients, make, reference_loss, wide
+from tests.hugging import FAMILIES, T, V, batch, gradients, make, reference_loss, transformers, wide
 
 
 def assert_same_training(patched, plain, inputs, *, ours=None) -> None:
@@ -99,6 +99,8 @@ def test_which_masks_reach_our_attention():
     beside = {**call, "q_length": 1, "q_offset": 3}
     assert hook.mask(**beside) is None and hook.mask(**beside, attention_mask=ones) is None
     assert hook.mask(**beside, attention_mask=left).tolist() == [[[[True] * 4]], [[[False, True, True, True]]]]
+    several = {**call, "q_offset": 3, "kv_length": 7}
+    assert hook.mask(**several)[0, 0].tolist() == [[0, 4, 8], [0, 7, 14]]
     assert hook.mask(**{**beside, "kv_length": 6}).shape == (2, 1, 1, 6), "a static cache has room to spare"
     assert hook.mask(2, 4, 4).shape == (2, 1, 4, 4), "without allow_is_causal_skip it may not be causal"
 
@@ -115,9 +117,19 @@ def test_greedy_generation_over_caches(family):
         expected, ours = (m.generate(**prompts, **how) for m in (plain, patched))
         assert torch.equal(expected, ours), cache
         assert len(ours[:, 10:].unique()) > 3, "few tokens over and over would show little"
-    alone = {"input_ids": prompts["input_ids"][1:2]}  # no padding: our attention beside the cache
-    how = {"max_new_tokens": 8, "do_sample": False}
-    assert torch.equal(*(m.generate(**alone, **how) for m in (plain, patched)))
+    rows = {"input_ids": prompts["input_ids"][1:]}  # no padding: our attention beside the cache, at once or in pieces
+    for how in ({}, {"prefill_chunk_size": 4}, {"num_beams": 2}):
+        expected, ours = (m.generate(**rows, **how, max_new_tokens=8, do_sample=False) for m in (plain, patched))
+        assert torch.equal(expected, ours), how
+
+
+def test_a_mask_made_by_a_larger_model_around_this_one():
+    """PyTorch's mask function says None of a first call with room to spare in the cache: keys stand at the start."""
+    model = make("llama")
+    layer = model.model.layers[0].self_attn
+    q, k = torch.randn(1, 6, 4, 8), torch.randn(1, 2, 9, 8)
+    expected = transformers.AttentionInterface()["sdpa"](layer, q, k, k, None)[0]
+    torch.testing.assert_close(hook.attend(layer, q, k, k, None)[0], expected)
 
 
 # --- dropout of attention ---

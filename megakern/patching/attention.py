@@ -4,9 +4,12 @@ A model asks the mask function once a forward pass what its layers may see, and 
 function of each layer. Without a mask function of its own an attention function gets None, padding or not: logits of
 padded batches are then wrong in silence. Answers here:
 
-    None                     causal, the last query beside the last key: nothing is masked
-    int32 (1, 1, 2, N + 1)   offsets of sequences among all B T queries and keys. A row of a padded batch is cut where
-                             padding begins and ends, a packed one where its positions start again
+    None                     causal, nothing is masked: as many keys as queries, or one query that sees all keys. (Masks
+                             of PyTorch's, made by a larger model around this one, are None for more keys too: those of
+                             a cache with room to spare, where the first query stands beside the first key)
+    int32 (1, 1, 2, N + 1)   offsets of sequences among all B T queries and B S keys, the last query of each beside its
+                             last key. A row of a padded batch is cut where padding begins and ends, a packed one where
+                             its positions start again
     bool (B, 1, T, S)        any other mask: PyTorch's `scaled_dot_product_attention` computes it, as without the patch
 
 (`generate` may ask for masks ahead and hand them in as the model's attention_mask: what has four dims passes as it is.)
@@ -59,7 +62,7 @@ def mask(
     found = None
     if known and q_offset + q_length == kv_offset + kv_length:
         if q_length < kv_length:
-            found = _beside_a_cache(kv_length, kv_offset, attention_mask)
+            found = _beside_a_cache(batch_size, q_length, kv_length, kv_offset, attention_mask, device)
         elif attention_mask is None or attention_mask.shape[-1] == q_length:
             packed = None if allow_is_causal_skip else mask_function
             found = _of_whole_rows(batch_size, q_length, packed, attention_mask, device)
@@ -71,13 +74,17 @@ def mask(
     )  # fmt: skip
 
 
-def _beside_a_cache(kv_length, kv_offset, attention_mask):
-    """(None,) where all keys are real, or None for a bool mask."""
-    if attention_mask is None:
+def _beside_a_cache(B, T, S, kv_offset, attention_mask, device):
+    """(None,) or (offsets,) where all keys are real, or None for a bool mask."""
+    if attention_mask is not None:
+        if torch.compiler.is_compiling() or attention_mask.shape[-1] < kv_offset + S:
+            return None
+        if not bool(attention_mask[:, kv_offset : kv_offset + S].all()):
+            return None
+    if T == 1:
         return (None,)
-    if torch.compiler.is_compiling() or attention_mask.shape[-1] < kv_offset + kv_length:
-        return None
-    return (None,) if bool(attention_mask[:, kv_offset : kv_offset + kv_length].all()) else None
+    row = torch.arange(B + 1, dtype=torch.int32, device=device)
+    return (torch.stack([row * T, row * S])[None, None],)
 
 
 def _of_whole_rows(B, T, packed, attention_mask, device):
@@ -161,9 +168,11 @@ def attend(
         if not compiling:
             _log_once("attention runs on PyTorch's scaled_dot_product_attention where a mask is not padding or packing")
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling)
+    elif causal and 1 < query.shape[2] < key.shape[2]:
+        key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
     window = None if sliding_window is None else (sliding_window - 1, 0 if causal else sliding_window - 1)
     if dropout and compiling:  # its seed is drawn on the host
-        visible = _visible(query, key, offsets, window, causal)
+        visible = _visible(query, offsets, window, causal)
         return sdpa_attention_forward(module, query, key, value, visible, dropout=dropout, scaling=scaling)
     if torch.is_autocast_enabled(query.device.type):  # as PyTorch's own: rope may have widened q and k
         dtype = torch.get_autocast_dtype(query.device.type)
@@ -187,15 +196,15 @@ def attend(
     return (out if offsets is None else out.unflatten(0, (query.shape[0], -1))), None
 
 
-def _visible(query, key, offsets, window, causal):
-    """The bool mask (B, 1, T, S) of None or offsets."""
-    (B, _, T, _), S = query.shape, key.shape[2]
-    distance = torch.arange(S, device=query.device) - torch.arange(S - T, S, device=query.device)[:, None]
+def _visible(query, offsets, window, causal):
+    """The bool mask (B, 1, T, T) of None or offsets, in training: as many keys as queries."""
+    B, _, T, _ = query.shape
+    distance = torch.arange(T, device=query.device) - torch.arange(T, device=query.device)[:, None]
     left, right = window or (None, None)
     seen = distance <= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
     if left is not None:
         seen = seen & (distance >= -left) & (distance <= right)
-    seen = seen.expand(B, 1, T, S)
+    seen = seen.expand(B, 1, T, T)
     if offsets is not None:
         token = torch.arange(B * T, device=query.device, dtype=torch.int32)
         own, others = (torch.searchsorted(ends, token, right=True).view(B, 1, T) for ends in offsets)
