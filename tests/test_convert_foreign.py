@@ -63,11 +63,9 @@ def refused(path, *messages: str, **how) -> None:
 # --- llm.c ---
 
 
-def write_llmc(
-    path, model, version: int = 3, *, padded: int = 320, header: dict | None = None, more: bytes = b""
-) -> None:
+def write_llmc(path, model, version: int = 3, *, header: dict | None = None, more: bytes = b"") -> None:
     """As llm.c's train_gpt2.py writes it: a header of 256 int32, then each tensor of all layers."""
-    tensors = matrices(model)
+    tensors, padded = matrices(model), 320
     head = np.zeros(256, dtype="<i4")
     head[:8] = 20240326, version, T, V, L, H, C, padded
     for at, value in (header or {}).items():

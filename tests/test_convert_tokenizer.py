@@ -21,7 +21,8 @@ from tests.hf_models import edit, transformers
 
 TEXTS = ["the cat sat", "  12 + 30\n\n\tdef f(x):\n", "naïve 漢字 🙂 \x00", "a<|endoftext|>b"]
 TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{{ bos_token }}{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{{ message['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 TALK = [{"role": "user", "content": "the cat?"}, {"role": "assistant", "content": "sat."}]

@@ -97,7 +97,7 @@ def same_tokens(folder: Path, tokenizer: Tokenizer) -> None:
     from transformers import AutoTokenizer
 
     theirs = AutoTokenizer.from_pretrained(folder)
-    found, wanted = theirs(SAMPLE, add_special_tokens=False)["input_ids"], tokenizer.encode(SAMPLE)
+    found, wanted = theirs(SAMPLE, add_special_tokens=False, verbose=False)["input_ids"], tokenizer.encode(SAMPLE)
     if found != wanted:
         raise ProofError(
             f"transformers' {type(theirs).__name__} reads this tokenizer.json in another way: of {SAMPLE!r} it makes "

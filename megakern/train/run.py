@@ -25,6 +25,7 @@ from megakern.data.packing import PackedRows
 from megakern.data.tokenizer import Tokenizer
 from megakern.train import machine
 from megakern.train.batches import make_loader
+from megakern.train.checkpoint_load import by_age
 from megakern.train.config import RunConfig, dump_config, load_config
 from megakern.train.files import RunInUseError, RunLock, write_atomic
 from megakern.train.processes import apart
@@ -118,6 +119,12 @@ def new_run(config: RunConfig, run: Path, nproc: int) -> NewRun:
 
 def resumed_run(config: RunConfig, run: Path, nproc: int) -> NewRun:
     """The run at `run` with `config`, which may differ from what it was started with. Raises ConfigError."""
+    saved = next((manifest for _, manifest, _ in by_age(run / "ckpt") if manifest), None)
+    require(
+        saved is None or "imported" not in saved.state,
+        f"{run} was made by megakern convert and holds weights alone, with no optimizer states to go on from; start a "
+        f"new run from its weights: megakern train CONFIG.toml --train.init_from {run} --out NEW",
+    )
     new = NewRun(check_run(config, nproc), run)
     wanted, found = Tokenizer.load(run / "tokenizer.json"), PreparedData(config.data.path).tokenizer
     require(wanted.sha256 == found.sha256, other_tokenizer(config.data.path, found, run, wanted))
