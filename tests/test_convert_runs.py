@@ -11,12 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from megakern.cli import main
 from megakern.convert.run import convert
 from megakern.inference import load_run
-from megakern.model.generate import generate
+from megakern.model.generate import complete
 from megakern.model.presets import presets
 from tests import runs
 from tests.checkpoints import UnsyncedFiles
@@ -43,9 +42,8 @@ def test_a_trained_run_there_and_back(preset, tiny_data, tmp_path, without_fsync
     continued = theirs.generate(**prompt, do_sample=False, max_new_tokens=50)[0, prompt["input_ids"].shape[1] :]
     for folder in (run, again):
         loaded = load_run(folder)
-        ids = torch.tensor([loaded.tokenizer.encode(text)])
-        ours = torch.cat(list(generate(loaded.model, ids, max_new_tokens=50)))
-        assert ours.tolist() == continued.tolist(), folder.name
+        (ours,) = complete(loaded.model, [loaded.tokenizer.encode(text)], max_new_tokens=50)
+        assert ours.tokens == continued.tolist(), folder.name
     convert(run, tmp_path / "earlier", step=4)
     capsys.readouterr()
     assert main(["train", "--resume", str(again), "--data.path", str(tiny_data)]) == 2

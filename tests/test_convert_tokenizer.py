@@ -186,6 +186,7 @@ BAD = [
     ("tokenizer_config.json", {"chat_template": [{"name": "rag", "template": "x"}]}, "a list with one named 'default'"),
     ("tokenizer_config.json", {"chat_template": "{% for %}"}, "tokenizer_config.json: chat template, line 1"),
     ("generation_config.json", {"eos_token_id": 301}, r"eos_token_id must be token ids below 301, got 301"),
+    ("generation_config.json", {"eos_token_id": [0, 290]}, r"eos_token_id \[290\] are no ids of the tokenizer, which"),
     ("generation_config.json", {"eos_token_id": [True]}, r"eos_token_id must be token ids below 301"),
     ("tokenizer.json", {"model": {"type": "Magic"}}, "tokenizer.json: not a file of the tokenizers library"),
 ]

@@ -112,6 +112,8 @@ def from_hf(folder: Path, family: str, vocab_size: int, tokenizer: str | None, p
             f"tokenizer.json: it has {found.vocab_size} ids, the model's vocabulary is {vocab_size}; a token without a "
             f"row in the embedding cannot be read"
         )
+    if found is not None and (unknown := [each for each in eos_ids if each >= found.vocab_size]):
+        problems.append(f"eos_token_id {unknown} are no ids of the tokenizer, which has {found.vocab_size}")
     return None if found is None or len(problems) > before else Carried(found, eos_ids, template, special)
 
 
