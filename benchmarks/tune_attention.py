@@ -1,11 +1,14 @@
-"""Tile configurations of the Triton attention kernels, timed on a GPU one after another: for the table in
-megakern/kernels/triton/configs.py.
+"""Configurations of the attention kernels, timed on a GPU one after another: for the tables in
+megakern/kernels/triton/configs.py, and the sizes in megakern/kernels/cuda/attention*.py.
 
-    python -m benchmarks.tune_attention [--shape 2x8192x64x8x128[:full] ...] [--dtype bf16] [--role ...] [--json FILE]
+    python -m benchmarks.tune_attention [--backend triton|cuda] [--shape 2x8192x64x8x128[:full] ...] [--dtype bf16]
+                                        [--role ...] [--json FILE]
 
-Each kernel is launched alone: the named configurations, and those of GRID below. They are compiled first, on all cores.
-FLOPs are those of attention (forward 1, backward 2.5), not of the products a kernel makes: of the backward pass the
-key-value gradient counts 1.5 and the query gradient 1. A configuration that does not fit on the GPU is named.
+Triton: each kernel is launched alone: the named configurations, and those of GRID below. They are compiled first, on
+all cores. C++: forward and backward whole, with heads side by side whose data fill so many MB of cache; dq is
+added in any order and in a fixed one. FLOPs are those of attention (forward 1, backward 2.5), not of the products a
+kernel makes: of the backward pass the key-value gradient counts 1.5 and the query gradient 1. A configuration that does
+not fit on the GPU is named.
 """
 
 from __future__ import annotations
@@ -14,16 +17,21 @@ import argparse
 import json
 import multiprocessing
 import os
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
 import torch
 
 from benchmarks.common import describe_machine, machine_facts, sizes
+from megakern.kernels.cuda import attention as cuda_attention
+from megakern.kernels.cuda import attention_backward as cuda_backward
 from megakern.kernels.triton import attention, attention_backward, attention_tiles, configs
 from megakern.train.machine import DTYPES
 
-SHARES = {"forward": 1.0, "key-value gradient": 1.5, "query gradient": 1.0}
+SHARES = {"forward": 1.0, "key-value gradient": 1.5, "query gradient": 1.0, "backward": 2.5}
+ROLES = {"triton": ("forward", "key-value gradient", "query gradient"), "cuda": ("forward", "backward")}
+CACHES = (8, 16, 32, 64)  # MB
 # BM, BN, warps, stages beside the named ones
 GRID = {
     "forward": (
@@ -52,13 +60,45 @@ def candidates(role: str, D: int) -> list[configs.Config]:
     ]
 
 
-def calls(shape: str, dtype: str, rows: int | None = None):
-    """role -> a launch of its kernel, and the FLOPs of a forward pass; with fewer rows to compile the same."""
+def inputs(shape: str, dtype: str, rows: int | None = None):
+    """q, k, v, dout; what the launchers take behind them; the FLOPs of a forward pass."""
     dims, _, kind = shape.partition(":")
     B, T, H, Hkv, D = sizes(dims)
     T = rows or T
-    q, k, v, dout = (torch.randn(B, T, n, D, device="cuda", dtype=DTYPES[dtype]) for n in (H, Hkv, Hkv, H))
+    tensors = [torch.randn(B, T, n, D, device="cuda", dtype=DTYPES[dtype]) for n in (H, Hkv, Hkv, H)]
     how = (None, None, None, (-1, -1 if kind == "full" else 0), D**-0.5, 0.0, 0.0, (0, 0, 0))
+    return tensors, how, (4.0 if kind == "full" else 2.0) * B * H * T * T * D
+
+
+def cuda_calls(role: str, shape: str, dtype: str):
+    """(configuration, call) of the C++ kernels, and the FLOPs of a forward pass."""
+    (q, k, v, dout), how, work = inputs(shape, dtype)
+    out, lse = cuda_attention.attention_forward(q, k, v, *how, True)
+    saved = (dout, q, k, v, out, lse, *how)
+    found = []
+    for size in CACHES:
+        if role == "forward":
+            call = partial(cuda_attention.attention_forward, q, k, v, *how, True)
+            found.append((f"{size} MB", with_value(cuda_attention, "KEYS_IN_CACHE", size << 20, call)))
+            continue
+        for order, fixed in (("any order", False), ("fixed order", True)):
+            call = partial(cuda_backward.attention_backward, *saved, fixed)
+            found.append((f"{size} MB, {order}", with_value(cuda_backward, "QUERIES_IN_CACHE", size << 20, call)))
+    return found, work
+
+
+def with_value(module, name: str, value: int, call):
+    def patched():
+        with mock.patch.object(module, name, value):
+            call()
+
+    return patched
+
+
+def calls(shape: str, dtype: str, rows: int | None = None):
+    """role -> a launch of its Triton kernel, and the FLOPs of a forward pass; with fewer rows to compile the same."""
+    (q, k, v, dout), how, work = inputs(shape, dtype, rows)
+    B, T, H, _ = q.shape
     out, lse = torch.empty_like(q), torch.empty(B, H, T, device="cuda")
     delta = torch.empty_like(lse)
     if rows is None:
@@ -70,7 +110,7 @@ def calls(shape: str, dtype: str, rows: int | None = None):
         "key-value gradient": lambda: attention_backward.key_value_gradient(call, dout, v, lse, delta, dk, dv),
         "query gradient": lambda: attention_backward.query_gradient(call, dout, v, lse, delta, dq),
     }
-    return runs, (4.0 if kind == "full" else 2.0) * B * H * T * T * D
+    return runs, work
 
 
 def run(role: str, config: configs.Config, call) -> None:
@@ -103,13 +143,7 @@ def milliseconds(call, target: float = 40.0) -> float:
     return sorted(times)[len(times) // 2]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Time tile configurations of the Triton attention kernels.")
-    parser.add_argument("--shape", nargs="+", default=["2x8192x64x8x128", "1x16384x32x32x64"])
-    parser.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16")
-    parser.add_argument("--role", nargs="+", choices=sorted(SHARES), default=list(SHARES))
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+def time_triton(options) -> list[dict]:
     jobs = [
         (shape, options.dtype, role, config)
         for shape in options.shape
@@ -123,15 +157,47 @@ def main() -> None:
     rows, runs, made_for, work = [], {}, None, 0.0
     for (shape, dtype, role, config), refusal in zip(jobs, refusals, strict=True):
         if refusal is not None:
-            print(f"{shape:<24}{role:<20}{config.name:<18}{refusal}")
+            print(f"{shape:<24}{role:<20}{config.name:<22}{refusal}")
             continue
         if shape != made_for:
             runs.clear()
             (runs, work), made_for = calls(shape, dtype), shape
-        ms = milliseconds(lambda role=role, config=config, runs=runs: run(role, config, runs[role]))
-        rate = SHARES[role] * work / ms / 1e9
-        rows.append({"shape": shape, "role": role, "config": config.name, "ms": ms, "TFLOP/s": rate})
-        print(f"{shape:<24}{role:<20}{config.name:<18}{ms:>9.3f} ms{rate:>8.0f} TFLOP/s", flush=True)
+        rows.append(timed(shape, role, config.name, partial(run, role, config, runs[role]), work))
+    return rows
+
+
+def time_cuda(options) -> list[dict]:
+    print(describe_machine(), flush=True)
+    rows = []
+    for shape in options.shape:
+        for role in options.role:
+            found, work = cuda_calls(role, shape, options.dtype)
+            rows += [timed(shape, role, name, call, work) for name, call in found]
+    return rows
+
+
+def timed(shape: str, role: str, name: str, call, work: float) -> dict:
+    ms = milliseconds(call)
+    rate = SHARES[role] * work / ms / 1e9
+    print(f"{shape:<24}{role:<20}{name:<22}{ms:>9.3f} ms{rate:>8.0f} TFLOP/s", flush=True)
+    return {"shape": shape, "role": role, "config": name, "ms": ms, "TFLOP/s": rate}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time configurations of the attention kernels.")
+    parser.add_argument("--backend", choices=sorted(ROLES), default="triton")
+    parser.add_argument("--shape", nargs="+", default=["2x8192x64x8x128", "1x16384x32x32x64"])
+    parser.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16")
+    parser.add_argument("--role", nargs="+", choices=sorted(SHARES), help="all of the backend")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    options.role = options.role or list(ROLES[options.backend])
+    other = set(options.role) - set(ROLES[options.backend])
+    if other:
+        parser.error(
+            f"--role of {options.backend} must be of {', '.join(ROLES[options.backend])}, got {', '.join(other)}"
+        )
+    rows = {"triton": time_triton, "cuda": time_cuda}[options.backend](options)
     if options.json:
         options.json.write_text(json.dumps({"machine": machine_facts(), "rows": rows}, indent=1) + "\n")
 

@@ -57,14 +57,39 @@ struct BackwardKeys {
   using Tile = BackwardTile<D>;
   using Operand = std::uint32_t[4][4];  // A of 64 x 64, from registers
 
+  // Own keys or values as an operand. Up to D 64 they stay in registers: from shared memory a product of 64 x 64 would
+  // wait for its operands as long as it computes.
+  struct Own {
+    static constexpr bool held = D == 64;
+    const unsigned char* rows;
+    std::uint32_t a[held ? D / 16 : 1][4];
+
+    MK_DEVICE void hold(int warp, int lane) {
+      if constexpr (held) {
+        const int r = lane % 16;
+#pragma unroll
+        for (int step = 0; step < D / 16; ++step) {
+          ldmatrix_x4(a[step], rows + (16 * warp + r) * 128 + ((2 * step + lane / 16) ^ (r % 8)) * 16);
+        }
+      }
+    }
+  };
+
   float dk[D / 2], dv[D / 2];
+  Own k, v;
 
   // d = a b^T over D: s = k q^T, dp = v dout^T.
-  static MK_DEVICE void multiply(float (&d)[32], const unsigned char* a, const unsigned char* b) {
+  static MK_DEVICE void multiply(float (&d)[32], Own& a, const unsigned char* b) {
+    if constexpr (Own::held) wgmma_fence(d, a.a);
+    else wgmma_fence(d);
 #pragma unroll
     for (int step = 0; step < D / 16; ++step) {
-      wgmma_ss<T, 64, false, false>(d, matrix_descriptor(a, step / 4 * Tile::kv_slab + step % 4 * 32),
-                                    matrix_descriptor(b, step / 4 * Tile::q_slab + step % 4 * 32), step > 0);
+      const std::uint64_t of_b = matrix_descriptor(b, step / 4 * Tile::q_slab + step % 4 * 32);
+      if constexpr (Own::held) {
+        wgmma_rs<T, 64, false>(d, a.a[step], of_b, step > 0);
+      } else {
+        wgmma_ss<T, 64, false, false>(d, matrix_descriptor(a.rows, step / 4 * Tile::kv_slab + step % 4 * 32), of_b, step > 0);
+      }
     }
     wgmma_commit();
   }
@@ -299,23 +324,23 @@ MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
     registers_grow<kConsumerRegisters>();
     const int consumer = warpgroup - 1, warp = thread / 32;
     const int from = at.key + 64 * consumer, key = from + warp * 16 + lane / 4;  // the consumer's, the thread's first
-    const unsigned char *k_own = k + consumer * 64 * 128, *v_own = v + consumer * 64 * 128;
     const unsigned char* k_part = k + (D == 64 ? 0 : consumer * Tile::kv_slab);  // those of its part of dq
     const auto release = [&](MBarrier* empty) {
       if (lane == 0) mbar_arrive(empty);
     };
     using Keys = BackwardKeys<T, D>;
     Keys own;
+    own.k.rows = k + consumer * 64 * 128, own.v.rows = v + consumer * 64 * 128;
 #pragma unroll
     for (int i = 0; i < D / 2; ++i) own.dk[i] = own.dv[i] = 0;
     if (steps > 0) {
       mbar_wait(kv_full, 0);
+      own.k.hold(warp, lane), own.v.hold(warp, lane);
       int tile = at.first, head = at.head * plan.group;
       float slope = Featured ? plan.scoring.slope(at.sample, head) : 0.0f;
       float s[32];
       mbar_wait(&q_full[0], 0);
-      wgmma_fence(s);
-      own.multiply(s, k_own, q);
+      own.multiply(s, own.k, q);
 #pragma unroll 1
       for (int step = 0; step < steps; ++step) {
         const int stage = ring.stage, phase = ring.phase;
@@ -336,10 +361,7 @@ MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
           const std::uint64_t* keys = plan.row_keys == nullptr ? nullptr : row_keys + place;
           std::uint32_t kept = 0;
           wgmma_wait<0>(s, own.dv, own.dk);
-          if (!late) {
-            wgmma_fence(dp);
-            own.multiply(dp, v_own, dout_now);
-          }
+          if (!late) own.multiply(dp, own.v, dout_now);
           if constexpr (Featured) {
             kept = own.featured(s, p, plan.scoring, lse + place, keys, at.mask, key, distance, slope);
           } else if (masked) {
@@ -347,10 +369,7 @@ MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
           } else {
             own.template probabilities<false>(s, p, plan.scoring.scale, lse + place, at.mask, key, distance);
           }
-          if (late) {
-            wgmma_fence(dp);
-            own.multiply(dp, v_own, dout_now);
-          }
+          if (late) own.multiply(dp, own.v, dout_now);
           wgmma_fence(own.dv, p);
           own.accumulate(own.dv, p, dout_now);
           wgmma_wait<1>(dp);
@@ -360,8 +379,7 @@ MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
           own.share(change, ds_now + half * Tile::ds_slab + (consumer * 64 + warp * 16) * 128, lane);
           fence_async();
           if (half + 1 < rows / 64) {
-            wgmma_fence(s);
-            own.multiply(s, k_own, q_now + 64 * 128);
+            own.multiply(s, own.k, q_now + 64 * 128);
           }
         }
         barrier_sync<7>(256);  // ds of both consumers
@@ -371,8 +389,7 @@ MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
         wgmma_wait<1>(own.dv, own.dk);
         const bool last = step + 1 == steps;
         if (!last) mbar_wait(&q_full[ring.stage], ring.phase);
-        wgmma_fence(s);
-        own.multiply(s, k_own, q + (last ? stage : ring.stage) * Tile::q_bytes);
+        own.multiply(s, own.k, q + (last ? stage : ring.stage) * Tile::q_bytes);
         release(&q_empty[stage]), release(&dout_empty[stage]);
         wgmma_wait<1>(part);
         consumer_sync<5>(consumer, 160);  // the part before has been read
