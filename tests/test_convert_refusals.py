@@ -194,13 +194,13 @@ def test_an_index_that_disagrees(shards):
     where = json.loads((shards / INDEX).read_text())["weight_map"]
     other = next(file for file in sorted(set(where.values())) if file != where[UP])
     weight_map(shards, **{UP: other, NORM: None, "model.ghost": other})
-    (shards / "more.safetensors").write_bytes((shards / other).read_bytes())
+    (shards / "model-4.safetensors").write_bytes((shards / other).read_bytes())
     refused(
         shards,
         rf"{UP}: {INDEX} says it is in {other}, but it is in {where[UP]}",
         rf"{NORM}: in {where[NORM]}, but not in {INDEX}",
         rf"model.ghost: {INDEX} says it is in {other}, but it is not there",
-        rf"more.safetensors: not in {INDEX}",
+        rf"model-4.safetensors: not in {INDEX}",
     )
 
 
@@ -268,6 +268,12 @@ def test_links_of_the_cache_of_the_hub_are_followed(saved, tmp_path, without_fsy
 def test_pickles_are_never_opened(one):
     (one / "model.safetensors").rename(one / "pytorch_model.bin")
     refused(one, "model.safetensors: missing. There is pytorch_model.bin, a pickle, which can run code and is not read")
+
+
+def test_other_files_of_weights_are_not_looked_at(one, without_fsync):
+    (one / "consolidated.safetensors").write_bytes(b"whatever")
+    (one / "pytorch_model.bin").write_bytes(b"whatever")
+    convert(one, one.parent / "run")
 
 
 def test_a_single_file_of_several_needs_an_index(shards):

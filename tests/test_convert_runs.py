@@ -11,13 +11,18 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from megakern.cli import main
+from megakern.config import ConfigError
 from megakern.convert.run import convert
 from megakern.inference import load_run
 from megakern.model.generate import complete
 from megakern.model.presets import presets
-from tests import runs
+from megakern.train.checkpoint import newest
+from megakern.train.config import LoraConfig
+from megakern.train.run import open_run
+from tests import hf_models, runs
 from tests.checkpoints import UnsyncedFiles
 from tests.commands import Command, finish
 from tests.hf_models import transformers
@@ -48,6 +53,33 @@ def test_a_trained_run_there_and_back(preset, tiny_data, tmp_path, without_fsync
     capsys.readouterr()
     assert main(["train", "--resume", str(again), "--data.path", str(tiny_data)]) == 2
     assert re.search(r"holds weights alone, .*; start a new run .*--train.init_from", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("lora", [0, 2])
+def test_import_train_on_export(lora, tiny_data, tmp_path, without_fsync):
+    """Someone else's model, trained here, is a model that transformers loads again."""
+    hf_models.save("llama3", tmp_path / "hf", torch.bfloat16)
+    convert(tmp_path / "hf", tmp_path / "base", tokenizer="bytes")
+    base = newest(tmp_path / "base" / "ckpt")
+    config = runs.config_of(tiny_data, open_run(tmp_path / "base").model, steps=3, save_every=3, init_from=str(base))
+    config = dataclasses.replace(config, lora=LoraConfig(rank=lora))
+    run = tmp_path / "run"
+    runs.train(run, config)
+    if lora:
+        with pytest.raises(ConfigError, match=r"has adapters, .*megakern ckpt merge-lora"):
+            convert(run, tmp_path / "out")
+        assert main(["ckpt", "merge-lora", str(run), "--out", str(tmp_path / "merged")]) == 0
+        run = tmp_path / "merged"
+    convert(run, tmp_path / "out")
+    tokens = torch.randint(257, (2, 64), generator=torch.Generator().manual_seed(1))
+    first, trained = (
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32).eval()
+        for name in ("hf", "out")
+    )
+    with torch.no_grad():
+        before, after = first(tokens).logits, trained(tokens).logits
+        torch.testing.assert_close(load_run(run).model(tokens), after, rtol=1e-5, atol=1e-5)
+    assert (after - before).abs().max() > 0.01, "training must have changed it"
 
 
 def test_a_shape_of_no_family(tiny_data, tmp_path, without_fsync, capsys):

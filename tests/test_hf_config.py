@@ -7,6 +7,8 @@ import json
 import re
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megakern.config import ConfigError, GPTConfig, RopeScaling
 from megakern.model.gpt import parameter_count
@@ -20,7 +22,7 @@ LLAMA = {
     "num_attention_heads": 6, "vocab_size": 300, "max_position_embeddings": 64,
 }  # fmt: skip
 QWEN2, QWEN3, MISTRAL = ({**LLAMA, "model_type": name} for name in ("qwen2", "qwen3", "mistral"))
-# As the Hub has them: gpt2, meta-llama/Llama-2-7b-hf, Llama-3.1-8B, mistralai/Mistral-7B-v0.1, Qwen2-0.5B, Qwen3-8B.
+# As the Hub has them: gpt2, Llama-2-7b-hf, Llama-3.1-8B, Mistral-7B-v0.1, Qwen2-0.5B, Qwen3-8B, SmolLM2-135M.
 HUB = {
     "gpt2": {
         "activation_function": "gelu_new", "architectures": ["GPT2LMHeadModel"], "attn_pdrop": 0.1,
@@ -73,6 +75,15 @@ HUB = {
         "sliding_window": None, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
         "transformers_version": "4.51.0", "use_cache": True, "use_sliding_window": False, "vocab_size": 151936,
     },
+    "smollm2": {
+        "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 0,
+        "eos_token_id": 0, "hidden_act": "silu", "hidden_size": 576, "initializer_range": 0.041666666666666664,
+        "intermediate_size": 1536, "is_llama_config": True, "max_position_embeddings": 8192, "model_type": "llama",
+        "num_attention_heads": 9, "num_hidden_layers": 30, "num_key_value_heads": 3, "pretraining_tp": 1,
+        "rms_norm_eps": 1e-05, "rope_interleaved": False, "rope_scaling": None, "rope_theta": 100000,
+        "tie_word_embeddings": True, "torch_dtype": "bfloat16", "transformers_version": "4.40.1", "use_cache": True,
+        "vocab_size": 49152,
+    },
 }  # fmt: skip
 
 
@@ -86,7 +97,7 @@ def understood(table: dict) -> GPTConfig:
 def test_configs_of_the_hub(name):
     config = understood(HUB[name])
     size = {"gpt2": 124_439_808, "llama2": 6_738_415_616, "llama3.1": 8_030_261_248, "mistral": 7_241_732_096,
-            "qwen2": 494_032_768, "qwen3": 8_190_735_360}[name]  # fmt: skip
+            "qwen2": 494_032_768, "qwen3": 8_190_735_360, "smollm2": 134_515_008}[name]  # fmt: skip
     assert parameter_count(config) == size, "the number that the model's page gives"
     if name == "llama3.1":
         assert config.rope_scaling == RopeScaling(kind="llama3", factor=8.0, original_length=8192)
@@ -195,6 +206,23 @@ def test_all_that_is_wrong_is_listed_once():
     _, problems = from_config_json({**LLAMA, "hidden_act": "relu", "vocab_size": 0, "foo": 1, "mlp_bias": True})
     assert len(problems) == 4
     assert all(problem.startswith("config.json: ") for problem in problems)
+
+
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from([1, 2, 0.5, "", "x", "llama3"])
+JSON = st.recursive(
+    LEAVES,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["type", "factor", "x"]), inner),
+    max_leaves=4,
+)
+KEYS = sorted({*GPT2, *(key for table in HUB.values() for key in table), "layer_types", "rope_parameters"})
+
+
+@settings(max_examples=200, deadline=None)
+@given(table=st.sampled_from([GPT2, *HUB.values()]), changes=st.dictionaries(st.sampled_from(KEYS), JSON, max_size=3))
+def test_whatever_is_in_it_the_answer_is_a_config_or_problems(table, changes):
+    imported, problems = from_config_json(table | changes)
+    assert (imported is None) == bool(problems)
+    assert imported is None or isinstance(imported.config, GPTConfig)
 
 
 def test_only_keys_that_were_understood_go_on():

@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -161,8 +161,8 @@ def _import(source: Path, out: Path, dtype, ranks: int, tokenizer, proof: bool, 
             files.write_file(folder / "config.toml", dump_config(settings).encode())
             shown = None
             if proof:
-                ours = Checkpoint(path, checkpoint.read_manifest(path))
-                shown = _prove(imported, rules, ours, weights.read, stored, exporting=False)
+                with closing(Checkpoint(path, checkpoint.read_manifest(path))) as ours:
+                    shown = _prove(imported, rules, ours, weights.read, stored, exporting=False)
         return _report(out, imported.family.name, rules, stored, shown)
     finally:
         weights.close()
@@ -234,8 +234,13 @@ def _settings(model, dtype: str) -> RunConfig:
 
 
 def _export(run: Path, out: Path, dtype, step, shard_bytes: int, proof: bool, files: Files) -> Report:
-    config = open_run(run).model
-    carried = from_run(run)
+    settings = open_run(run)
+    require(
+        settings.lora.rank == 0,
+        f"{run} has adapters, which no folder of Hugging Face's models holds; make a whole model of it first: "
+        f"megakern ckpt merge-lora {run} --out NEW",
+    )
+    config, carried = settings.model, from_run(run)
     path = checkpoint.newest(run / "ckpt") if step is None else run / "ckpt" / checkpoint.folder_name(step)
     manifest = checkpoint.read_manifest(path)
     if step is not None and (problems := file_problems(path, manifest, sorted(manifest.files))):

@@ -5,6 +5,7 @@ folder. All of it is data; a chat template is text that whoever renders it has t
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,12 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from megakern.config import ConfigError
-from megakern.data.chat import LONGEST, SPECIAL_FILE, TEMPLATE_FILE, ChatTemplate
+from megakern.data.chat import GENERATION_FILE, LONGEST, SPECIAL_FILE, TEMPLATE_FILE, ChatTemplate
 from megakern.data.files import DataError
 from megakern.data.tokenizer import BYTE_NAMES, ByteTokenizer, JsonTokenizer, Tokenizer
 from megakern.model.hf.reading import file_problem, read_json
 from megakern.train.files import Files
 
-GENERATION = "generation.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 _TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
@@ -41,7 +41,7 @@ class Carried:
         if self.chat_template is not None:
             files.write_file(folder / TEMPLATE_FILE, self.chat_template.encode())
         if self.eos_ids:
-            files.write_file(folder / GENERATION, _json({"eos_token_ids": list(self.eos_ids)}))
+            files.write_file(folder / GENERATION_FILE, _json({"eos_token_ids": list(self.eos_ids)}))
         if self.special:
             files.write_file(folder / SPECIAL_FILE, _json(self.special))
 
@@ -103,8 +103,7 @@ def from_hf(folder: Path, family: str, vocab_size: int, tokenizer: str | None, p
         if tokenizer is not None:
             found = named_tokenizer(tokenizer)
         elif (table := _library(folder, family, problems)) is not None:
-            names = {added.get("id"): added.get("content") for added in table.get("added_tokens") or ()}
-            found = _with_eod(table, [special.get("eos_token"), *[names.get(each) for each in eos_ids]])
+            found = _with_eod(table, special.get("eos_token"), eos_ids)
     except DataError as error:
         problems.append(str(error))
     if found is not None and found.vocab_size > vocab_size:
@@ -125,18 +124,17 @@ def named_tokenizer(source: str) -> Tokenizer:
     return Tokenizer.load(path / "tokenizer.json" if path.is_dir() else path)
 
 
-def _with_eod(table: dict, names: list[str | None]) -> Tokenizer:
-    """The end-of-document token is a known name, else the first of `names` that the vocabulary has."""
+def _with_eod(table: dict, name: str | None, eos_ids: tuple[int, ...]) -> Tokenizer:
+    """The end-of-document token is one of the known names, else `name`, else the first of `eos_ids`."""
     try:
         return JsonTokenizer(table, name="tokenizer.json")
-    except DataError as first:
-        for name in names:
-            if name:
-                try:
-                    return JsonTokenizer(table, eod=name, name="tokenizer.json")
-                except DataError:
-                    continue
-        raise first
+    except DataError:
+        if name is None and eos_ids:
+            with suppress(Exception):  # the library raises plain Exception for what is no tokenizer
+                name = tokenizers.Tokenizer.from_str(json.dumps(table)).id_to_token(eos_ids[0])
+        if name is None:
+            raise
+    return JsonTokenizer(table, eod=name, name="tokenizer.json")
 
 
 def _table(folder: Path, name: str, problems: list[str]) -> dict[str, Any]:
@@ -234,7 +232,7 @@ def from_run(run: Path) -> Carried:
     problems: list[str] = []
     tokenizer = Tokenizer.load(run / "tokenizer.json")
     special = _special(_table(run, SPECIAL_FILE, problems), SPECIAL_FILE, problems)
-    eos_ids = _ids(_table(run, GENERATION, problems).get("eos_token_ids"), tokenizer.vocab_size, problems)
+    eos_ids = _ids(_table(run, GENERATION_FILE, problems).get("eos_token_ids"), tokenizer.vocab_size, problems)
     template = _template(run, {}, problems)
     if problems:
         raise ConfigError(f"{run}: " + "; ".join(problems))

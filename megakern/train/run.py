@@ -121,9 +121,9 @@ def resumed_run(config: RunConfig, run: Path, nproc: int) -> NewRun:
     """The run at `run` with `config`, which may differ from what it was started with. Raises ConfigError."""
     saved = next((manifest for _, manifest, _ in by_age(run / "ckpt") if manifest), None)
     require(
-        saved is None or "imported" not in saved.state,
-        f"{run} was made by megakern convert and holds weights alone, with no optimizer states to go on from; start a "
-        f"new run from its weights: megakern train CONFIG.toml --train.init_from {run} --out NEW",
+        saved is None or any(name.startswith("optimizer.") for name in saved.tensors),
+        f"{run} holds weights alone, with no optimizer states to go on from, as megakern convert and ckpt merge-lora "
+        f"make it; start a new run from its weights: megakern train CONFIG.toml --train.init_from {run} --out NEW",
     )
     new = NewRun(check_run(config, nproc), run)
     wanted, found = Tokenizer.load(run / "tokenizer.json"), PreparedData(config.data.path).tokenizer

@@ -82,6 +82,10 @@ HARMLESS: dict[str, tuple[type, ...]] = {
     "label2id": (dict,),
     "task_specific_params": (dict, type(None)),
     "pretraining_tp": (int,),  # the order of a sum
+    "is_llama_config": _FLAG,
+    "transformers.js_config": (dict,),
+    "unsloth_fixed": _FLAG,
+    "unsloth_version": _TEXT,
 }
 _HARMLESS_GPT2 = {
     **HARMLESS,
@@ -90,7 +94,10 @@ _HARMLESS_GPT2 = {
     )},
 }  # fmt: skip
 # Keys that may have one value only, for the others would change what is computed.
-FIXED = {"chunk_size_feed_forward": 0, "is_encoder_decoder": False, "problem_type": None, "is_decoder": False}
+FIXED = {
+    "chunk_size_feed_forward": 0, "is_encoder_decoder": False, "problem_type": None, "is_decoder": False,
+    "rope_interleaved": False, "torchscript": False, "pruned_heads": {},
+}  # fmt: skip
 
 
 class _Keys:
@@ -149,9 +156,10 @@ class _Keys:
                 self.problem(f"unknown key {key!r} = {self._rest[key]!r}; what it does to the model is not known here")
 
     def _take(self, key: str, default: Any) -> Any:
-        if key in self._rest:
-            self.used[key] = self._rest.pop(key)
-            return self.used[key]
+        if key in self.table:
+            self.used[key] = self.table[key]
+            self._rest.pop(key, None)
+            return self.table[key]
         if default is ...:
             self.problem(f"{key} is missing")
             return 1
@@ -275,6 +283,7 @@ def _slides(keys: _Keys, layers: int) -> bool:
     return uses and "sliding_attention" in kinds
 
 
+_THETA = (1.0001, 1e12)
 _ROPE_KEYS = {
     "default": set(),
     "linear": {"factor"},
@@ -285,6 +294,8 @@ _ROPE_KEYS = {
 def _rope(keys: _Keys) -> tuple[float, RopeScaling | None]:
     """(base, scaling): from `rope_parameters`, or as older files have it from `rope_theta` and `rope_scaling`."""
     outer, old, new = keys.raw("rope_theta"), keys.raw("rope_scaling"), keys.raw("rope_parameters")
+    if outer is not None:
+        outer = keys.number("rope_theta", 10000.0, *_THETA)
     for name, value in (("rope_scaling", old), ("rope_parameters", new)):
         if not isinstance(value, (dict, type(None))):
             keys.problem(f"{name} must be an object or null, got {value!r}")
@@ -300,7 +311,7 @@ def _rope(keys: _Keys) -> tuple[float, RopeScaling | None]:
         parts.problem(f"rope_type {kind!r} is not supported, only {', '.join(_ROPE_KEYS)}")
         keys.problems += parts.problems
         return 10000.0, None
-    theta = parts.number("rope_theta", 10000.0 if outer is None else outer, 1.0001, 1e12)
+    theta = parts.number("rope_theta", 10000.0 if outer is None else outer, *_THETA)
     if outer is not None and outer != theta:
         keys.problem(f"rope_theta = {outer!r} and that of rope_parameters = {theta!r} disagree")
     parts.choice("partial_rotary_factor", 1.0, 1.0, 1)

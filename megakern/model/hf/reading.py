@@ -99,7 +99,8 @@ class Weights:
 
     def _file_names(self, problems: list[str]) -> list[str]:
         self._index: dict[str, str] | None = None
-        found = {path.name for path in self.folder.glob("*.safetensors")}
+        # Others may hold the same weights once more under other names, as consolidated.safetensors of Mistral.
+        found = {path.name for path in self.folder.glob("model*.safetensors")}
         if not os.path.lexists(self.folder / INDEX):
             if found == {SINGLE}:
                 return [SINGLE]
