@@ -135,6 +135,29 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--length-penalty", type=float, default=1.0, help="of --beams; above 1 favours long texts")
     generate.add_argument("--step", type=int, help="checkpoint to use (default: the newest valid one)")
 
+    chat = add("chat", _chat, "talk with a run's model: a line is a message; /reset, /system TEXT, /quit")
+    chat.add_argument("run", type=Path, metavar="RUN")
+    chat.add_argument("--system", help="what the model is told first")
+    _add_sampling(chat, temperature=0.7)
+    chat.add_argument("--max-tokens", type=int, default=512, help="of one answer")
+    chat.add_argument("--stop", action="append", default=[], help="end an answer before this text; may be given again")
+    chat.add_argument("--step", type=int, help="checkpoint to use (default: the newest valid one)")
+
+    serve = add("serve", _serve, "a run behind OpenAI's API: chat, completions, models; and a chat page")
+    serve.add_argument("run", type=Path, metavar="RUN")
+    serve.add_argument(
+        "--host", default="127.0.0.1", help="address to listen at; beyond this machine only with a token"
+    )
+    serve.add_argument("--port", type=int, default=8000, help="0: any free one")
+    serve.add_argument("--token-file", type=Path, metavar="FILE", help="file with the bearer token that /v1 asks for")
+    serve.add_argument("--name", help="of the model (default: the run's folder)")
+    serve.add_argument("--max-requests", type=int, default=256, metavar="N", help="open texts; one more gets 429")
+    serve.add_argument("--max-tokens", type=int, default=4096, metavar="N", help="new tokens of one text, at most")
+    serve.add_argument("--max-batch", type=int, default=64, metavar="N", help="texts written at once; others wait")
+    serve.add_argument("--cache-tokens", type=int, metavar="N", help="room of the cache (default: what memory allows)")
+    serve.add_argument("--prefill-tokens", type=int, default=512, metavar="N", help="tokens of prompts in one step")
+    serve.add_argument("--step", type=int, help="checkpoint to use (default: the newest valid one)")
+
     plan = add("plan", _plan, "memory of one process under a layout that this machine does not have; any setting")
     plan.add_argument("config", nargs="?", type=Path, metavar="CONFIG.toml", help="default: the default settings")
 
@@ -284,6 +307,41 @@ def _generate(options: argparse.Namespace) -> None:
     else:
         how = {"max_tokens": options.max_tokens, "sampling": sampling, "stop": tuple(options.stop)}
         generate.write_prompts(loaded, prompts, **how)
+
+
+def _chat(options: argparse.Namespace) -> None:
+    from megakern.data.chat import ChatTemplate
+    from megakern.inference import load_run
+    from megakern.serve.chat import Chat, talk
+
+    sampling = _sampling(options)
+    loaded, template = load_run(options.run, step=options.step), ChatTemplate.load(options.run)
+    how = {"max_tokens": options.max_tokens, "sampling": sampling, "stop": tuple(options.stop)}
+    talk(Chat(loaded, template, system=options.system, **how))
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from megakern.config import ConfigError
+
+    try:
+        from megakern.serve.app import Limits
+        from megakern.serve.server import serve
+    except ImportError as error:
+        raise ConfigError(
+            f"megakern serve needs fastapi and uvicorn: pip install 'megakern[serve]' ({error})"
+        ) from error
+    return serve(
+        options.run,
+        host=options.host,
+        port=options.port,
+        token_file=options.token_file,
+        name=options.name,
+        limits=Limits(max_requests=options.max_requests, max_tokens=options.max_tokens),
+        max_batch=options.max_batch,
+        tokens=options.cache_tokens,
+        prefill_tokens=options.prefill_tokens,
+        step=options.step,
+    )
 
 
 def _add_sampling(command: argparse.ArgumentParser, *, temperature: float) -> None:

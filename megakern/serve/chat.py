@@ -1,0 +1,131 @@
+"""`megakern chat`: a conversation in the terminal, or over a pipe: a line is a message.
+
+/reset forgets the conversation, /system TEXT sets what the model is told first, /quit ends. Ctrl-C stops an answer.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+
+from megakern.config import ConfigError, require
+from megakern.data.chat import ChatTemplate
+from megakern.inference import Loaded, Writer
+from megakern.model.sampling import Sampling
+
+HELP = "/reset forgets the conversation, /system TEXT sets what the model is told first, /quit ends"
+
+
+class Chat:
+    """A conversation with a model: its messages, and what it answers.
+
+    When it grows too long for the model, the oldest turns are left out, never the system message; `left_out` counts
+    them. Raises ConfigError for an option out of range.
+    """
+
+    def __init__(
+        self,
+        loaded: Loaded,
+        template: ChatTemplate,
+        *,
+        system: str | None = None,
+        max_tokens: int = 512,
+        sampling: Sampling = Sampling(),  # noqa: B008 - frozen
+        stop: Sequence[str] = (),
+    ) -> None:
+        longest = loaded.config.model.sequence_length
+        require(1 <= max_tokens < longest, f"max_tokens must be 1 to {longest - 1} with this model, got {max_tokens}")
+        self._loaded, self._template = loaded, template
+        self._how = {"max_tokens": max_tokens, "sampling": sampling, "stop": tuple(stop)}
+        self.system, self.turns, self.left_out = system, [], 0
+
+    def reset(self) -> None:
+        self.turns, self.left_out = [], 0
+
+    def answer(self, text: str) -> Iterator[str]:
+        """The answer to `text`, piece by piece; what was written of it stays, should the caller end it early.
+
+        Raises ConfigError, and forgets `text`, when it is too long or the template refuses it.
+        """
+        self.turns.append({"role": "user", "content": text})
+        try:
+            writer = Writer(self._loaded, [self._ids()], **self._how)
+        except ConfigError:
+            self.turns.pop()
+            raise
+        written = ""
+        try:
+            for piece in writer:
+                written += piece.text
+                yield piece.text
+        finally:
+            self.turns.append({"role": "assistant", "content": written})
+
+    def _ids(self) -> list[int]:
+        room = self._loaded.config.model.sequence_length - self._how["max_tokens"]
+        first = [] if self.system is None else [{"role": "system", "content": self.system}]
+        while True:
+            messages = [*first, *self.turns]
+            ids = self._template.encode(messages, self._loaded.tokenizer, add_generation_prompt=True)
+            if len(ids) <= room:
+                return ids
+            require(
+                len(self.turns) > 2,
+                f"the message has {len(ids)} tokens with what goes around it, and {room} fit beside the answer: "
+                f"shorten it, or lower --max-tokens",
+            )
+            self.turns = self.turns[2:]
+            self.left_out += 2
+
+
+def talk(chat: Chat) -> None:
+    """Reads messages from the standard input until it ends, or /quit. With a terminal: a prompt, and lines edited."""
+    terminal = sys.stdin.isatty()
+    if terminal:
+        _edit_lines()
+        print(f"{HELP}; Ctrl-C stops an answer.", file=sys.stderr)
+    while True:
+        try:
+            line = input("> " if terminal else "").strip()
+        except EOFError:
+            break
+        except KeyboardInterrupt:
+            if terminal:
+                print(file=sys.stderr)
+            break
+        if line == "/quit":
+            break
+        if line == "/reset":
+            chat.reset()
+        elif line == "/system" or line.startswith("/system "):
+            chat.system = line.removeprefix("/system").strip() or None
+            chat.reset()
+        elif line.startswith("/"):
+            print(f"there is no command {line.split()[0]}: {HELP}", file=sys.stderr)
+        elif line:
+            _say(chat, line)
+
+
+def _say(chat: Chat, text: str) -> None:
+    left_out = chat.left_out
+    pieces = chat.answer(text)
+    try:
+        for piece in pieces:
+            print(piece, end="", flush=True)
+    except ConfigError as error:
+        print(f"megakern: {error}", file=sys.stderr)
+        return
+    except KeyboardInterrupt:
+        pieces.close()
+    print(flush=True)
+    if chat.left_out > left_out:
+        print(f"[{chat.left_out - left_out} of the oldest turns no longer fit and are left out]", file=sys.stderr)
+
+
+def _edit_lines() -> None:
+    """Arrow keys and history, where Python was built with them."""
+    try:
+        import readline
+    except ImportError:
+        return
+    readline.parse_and_bind("set enable-bracketed-paste on")
