@@ -47,12 +47,10 @@ class Chat:
 
         Raises ConfigError, and forgets `text`, when it is too long or the template refuses it.
         """
-        self.turns.append({"role": "user", "content": text})
-        try:
-            writer = Writer(self._loaded, [self._ids()], **self._how)
-        except ConfigError:
-            self.turns.pop()
-            raise
+        turns, ids = self._fitting([*self.turns, {"role": "user", "content": text}])
+        writer = Writer(self._loaded, [ids], **self._how)
+        self.left_out += len(self.turns) + 1 - len(turns)
+        self.turns = turns
         written = ""
         try:
             for piece in writer:
@@ -61,21 +59,20 @@ class Chat:
         finally:
             self.turns.append({"role": "assistant", "content": written})
 
-    def _ids(self) -> list[int]:
+    def _fitting(self, turns: list[dict[str, str]]) -> tuple[list[dict[str, str]], list[int]]:
+        """The last of the turns that leave room for an answer, and the ids of the conversation."""
         room = self._loaded.config.model.sequence_length - self._how["max_tokens"]
         first = [] if self.system is None else [{"role": "system", "content": self.system}]
         while True:
-            messages = [*first, *self.turns]
-            ids = self._template.encode(messages, self._loaded.tokenizer, add_generation_prompt=True)
+            ids = self._template.encode([*first, *turns], self._loaded.tokenizer, add_generation_prompt=True)
             if len(ids) <= room:
-                return ids
+                return turns, ids
             require(
-                len(self.turns) > 2,
+                len(turns) > 2,
                 f"the message has {len(ids)} tokens with what goes around it, and {room} fit beside the answer: "
                 f"shorten it, or lower --max-tokens",
             )
-            self.turns = self.turns[2:]
-            self.left_out += 2
+            turns = turns[2:]
 
 
 def talk(chat: Chat) -> None:
