@@ -1,4 +1,4 @@
-"""The chat page in a real browser: it streams, shows text as text, stops, says what went wrong, asks nothing elsewhere."""
+"""The chat page in a browser: it streams, shows text as text, stops, says what went wrong, asks nothing elsewhere."""
 
 from __future__ import annotations
 
