@@ -54,8 +54,8 @@ def gpt2(preset: str, **changes: Any) -> mk.GPTConfig:
 SMALL = {"layers": 6, "width": 384, "heads": 6, "vocab_size": 1024, "sequence_length": 256}
 LLAMA = dataclasses.replace(mk.presets["llama-3-8b"], layers=4, sequence_length=4096)
 BEST = ("plain bf16 autocast", "plain bf16 compiled")
-ON_GPU = ("plain bf16 autocast", "plain bf16 compiled", "transformers bf16 autocast", "megakern bf16",
-          "megakern bf16 split")  # fmt: skip
+ON_GPU = ("plain bf16 autocast", "plain bf16 compiled", "transformers bf16 autocast", "Megatron-Core bf16 masters",
+          "megakern bf16", "megakern bf16 split")  # fmt: skip
 WORKLOADS = {
     "cpu": (
         Workload(
@@ -83,6 +83,7 @@ WORKLOADS = {
         ),
     ),
 }  # fmt: skip
+MOST_TURNS = 15
 QUICK = ("plain fp32", "plain bf16 autocast", "megakern fp32", "megakern bf16")
 
 
@@ -154,43 +155,43 @@ def mk_parameters(config: mk.GPTConfig) -> int:
 
 
 def _measure_together(workload, baseline: Contestant, names: list[str], deadline: float, before) -> dict[str, Any]:
+    """Rows of the contestants that take turns; the baseline's own row is that of its first group."""
     rows: dict[str, dict[str, Any]] = {}
     contestants = [baseline, *(Contestant(Training, name, workload) for name in names)]
-    slowest, ready = 0.0, []
+    slowest, ready, expected = 0.0, [], before.get(baseline.name, {}).get("losses")
     try:
-        losses = None
         for contestant in contestants:
+            row = rows[contestant.name] = {"contestant": contestant.name}
+            if contestant is not baseline and time.monotonic() > deadline:
+                row["missing"] = "no time left"
+                continue
             try:
-                if contestant is baseline and before:
-                    ready.append(contestant)
-                    continue
-                _, own = contestant.call("run", 3)
-                losses = losses if contestant is not baseline else own
-                if contestant is baseline:
-                    baseline.losses = own
-                if wrong := _disagreement(contestant.name, own, getattr(baseline, "losses", None)):
-                    rows[contestant.name] = {"contestant": contestant.name, "error": wrong}
-                    continue
+                if contestant is not baseline or not before:  # else it is warm, and further on
+                    _, row["losses"] = contestant.call("run", 3)
+                    expected = expected or row["losses"]
+                    if wrong := _disagreement(contestant.name, row["losses"], expected):
+                        row["error"] = wrong
+                        continue
                 slowest = max(slowest, contestant.call("run", 1)[0])
                 ready.append(contestant)
             except NotHereError as reason:
-                rows[contestant.name] = {"contestant": contestant.name, "missing": str(reason)}
+                row["missing"] = str(reason)
             except FailedError as error:
-                rows[contestant.name] = {"contestant": contestant.name, "error": str(error)}
+                row["error"] = str(error)
         timed = _turns(ready, slowest, deadline)
         for contestant in ready:
-            rows[contestant.name] = _row(workload, contestant, timed, baseline.name)
-        return rows | {name: row for name, row in before.items() if name == baseline.name}
+            rows[contestant.name] |= _figures(workload, contestant, timed, baseline.name)
+        return rows if not before else rows | {baseline.name: before[baseline.name]}
     finally:
         for contestant in contestants[1:]:
             contestant.end()
 
 
-def _disagreement(name: str, losses: list[float], others: list[float] | None) -> str | None:
+def _disagreement(name: str, losses: list[float], others: list[float]) -> str | None:
     """Losses of the first step are of the same weights; those of the third have the updates in them."""
     for step, limits in ((0, (1e-5, 2e-3)), (2, (1e-3, 1e-2))):
         limit = limits["bf16" in name]
-        if others and not abs(losses[step] - others[step]) <= limit * others[step]:
+        if not abs(losses[step] - others[step]) <= limit * others[step]:
             return f"loss {losses[step]:.6f} at step {step + 1}, the first contestant has {others[step]:.6f}"
     return None
 
@@ -205,25 +206,24 @@ def _turns(ready: list[Contestant], slowest: float, deadline: float) -> dict[str
         for contestant in ready:
             seconds[contestant.name].append(contestant.call("run", each)[0] / each)
         reserve = 6 * slowest + 3 + time.monotonic() - started
-        if len(seconds[ready[0].name]) >= 15:
+        if len(seconds[ready[0].name]) >= MOST_TURNS:
             break
     return seconds
 
 
-def _row(workload: Workload, contestant: Contestant, timed: dict[str, list[float]], first: str) -> dict[str, Any]:
+def _figures(workload: Workload, contestant: Contestant, timed: dict[str, list[float]], first: str) -> dict[str, Any]:
     tokens = workload.batch * workload.config.sequence_length
     own = timed[contestant.name]
     middle = statistics.median(own)
     measured, peak = contestant.call("rates")
     causal, full = (flops_per_token(workload.config, causal=kind) for kind in (True, False))
     row = {
-        "contestant": contestant.name,
         "ms": middle * 1e3,
         "fastest_ms": min(own) * 1e3,
         "slowest_ms": max(own) * 1e3,
         "turns": len(own),
         "tokens_per_second": tokens / middle,
-        "ratio_to_first": ratio_to(timed[first], own),
+        "ratio_to_first": ratio_to(timed[first], own) if first in timed else None,
         "mfu_causal": tokens * causal / middle / peak,
         "mfu_full": tokens * full / middle / peak,
         "matmul_flops": measured,

@@ -66,9 +66,13 @@ def _serve(pipe, make, name: str, setting) -> None:
         except (EOFError, KeyboardInterrupt):
             return
         try:
-            pipe.send(reason or ("done", getattr(made, method)(*arguments)))
+            answer = reason or ("done", getattr(made, method)(*arguments))
         except Exception as error:  # noqa: BLE001 - the same
-            pipe.send(_told(error))
+            answer = _told(error)
+        try:
+            pipe.send(answer)
+        except OSError:  # nobody waits for it any more
+            return
 
 
 def _told(error: Exception) -> tuple[str, str]:

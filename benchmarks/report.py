@@ -37,6 +37,10 @@ def spread(middle: float, low: float, high: float, form: str = ".0f") -> str:
     return f"{middle:{form}} ({low:{form}} to {high:{form}})"
 
 
+def figure(row: Row, name: str, form: str) -> str:
+    return UNKNOWN if row.get(name) is None else f"{row[name]:{form}}"
+
+
 def size(count: float | None) -> str:
     """Bytes in words: 1.5e6 -> "1.5 MB"."""
     return UNKNOWN if count is None else quantity(count, "B")
@@ -128,19 +132,16 @@ def train_table(workload: Row, *, profile: bool = True) -> str:
     """One workload of a training step: each contestant beside the first; with `profile` where their time goes."""
     model = ", ".join(f"{name} {value}" for name, value in workload["model"].items())
     rows = [row for row in workload["rows"] if "ms" in row]
-    first = rows[0]["contestant"] if rows else "the first"
     lines = [
         [
             row["contestant"], spread(row["ms"], row["fastest_ms"], row["slowest_ms"]),
-            f"{row['tokens_per_second']:,.0f}", f"{row['ratio_to_first']:.2f}",
-            f"{row['mfu_causal']:.1%}" if "mfu_causal" in row else UNKNOWN,
-            f"{row['mfu_full']:.1%}" if "mfu_full" in row else UNKNOWN,
-            f"{row['matmul_floor_ms']:.0f}", size(row.get("peak_bytes")),
+            f"{row['tokens_per_second']:,.0f}", figure(row, "ratio_to_first", ".2f"), figure(row, "mfu_causal", ".1%"),
+            figure(row, "mfu_full", ".1%"), f"{row['matmul_floor_ms']:.0f}", size(row.get("peak_bytes")),
         ]
         for row in rows
     ]  # fmt: skip
-    head = ["contestant", "ms a step (from to)", "tokens/s", f"x {first}", "MFU causal", "MFU full", "floor, ms",
-            "peak memory"]  # fmt: skip
+    head = ["contestant", "ms a step (from to)", "tokens/s", f"x {workload['rows'][0]['contestant']}", "MFU causal",
+            "MFU full", "floor, ms", "peak memory"]  # fmt: skip
     parts = [f"A training step of {workload.get('name', 'a GPT')} ({model}, batch {workload['batch']}):"]
     parts += [grid(head, lines)] if lines else []
     parts += not_timed(workload["rows"], rows)

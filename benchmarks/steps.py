@@ -1,7 +1,8 @@
 """Training steps of megakern and of its peers: the same weights, batches, optimizer and clipping for all.
 
 A contestant's name is who made it, and how: "plain fp32", "plain bf16 autocast", "plain bf16 compiled" (autocast
-too), "transformers ..." likewise, "megakern fp32", "megakern bf16", "megakern bf16 split" (bf16 weights, and masters).
+too), "transformers ..." likewise, "Megatron-Core bf16 masters" (bf16 weights, fp32 masters: its own way), "megakern
+fp32", "megakern bf16", "megakern bf16 split" (bf16 weights, and the bits that masters have more).
 "plain" is peers/plain_gpt.py: fp32 and eager is what nanoGPT does by default on a CPU, "bf16 compiled" its best.
 """
 
@@ -41,6 +42,13 @@ def make_step(name: str, config: mk.GPTConfig, device: torch.device) -> Step:
     reason = why_not(maker, device.type)
     if reason is not None:
         raise NotHereError(reason)
+    if maker == "Megatron-Core":
+        if config.positions == "rope":
+            raise NotHereError("its peer here is a GPT-2; beside a Llama stands transformers'")
+        from benchmarks.peers import megatron
+
+        model = megatron.model_of(config, plain_weights(config), device)
+        return torch_step(model, megatron.loss_of(model), how, device)
     from benchmarks.peers import hugging_face
 
     model = hugging_face.model_of(config, device, None if config.positions == "rope" else plain_weights(config))
@@ -53,22 +61,32 @@ def make_step(name: str, config: mk.GPTConfig, device: torch.device) -> Step:
 
 
 def torch_step(model: torch.nn.Module, loss_of: Callable, how: str, device: torch.device) -> Step:
-    """How a training loop in plain PyTorch goes: autocast, backward, clip, step."""
+    """How a training loop in plain PyTorch goes: autocast, backward, clip, step; or bf16 weights with fp32 masters."""
     fused = {"fused": True} if device.type == "cuda" else {}
-    decay = [p for p in model.parameters() if p.ndim >= 2]
-    rest = [p for p in model.parameters() if p.ndim < 2]
+    parameters = list(model.parameters())
+    masters = [p.detach().float().requires_grad_() for p in parameters] if "masters" in how else parameters
+    if "masters" in how:
+        model.bfloat16()
+    decay = [p for p in masters if p.ndim >= 2]
+    rest = [p for p in masters if p.ndim < 2]
     groups = [{"params": decay, "weight_decay": ADAMW["weight_decay"]}, {"params": rest, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=ADAMW["lr"], betas=ADAMW["betas"], **fused)
     forward = torch.compile(loss_of) if "compiled" in how else loss_of
-    bf16 = how.startswith("bf16")
+    autocast = how in ("bf16 autocast", "bf16 compiled")
 
     def step(tokens, targets) -> float:
-        with torch.autocast(device.type, dtype=torch.bfloat16) if bf16 else contextlib.nullcontext():
+        with torch.autocast(device.type, dtype=torch.bfloat16) if autocast else contextlib.nullcontext():
             loss = forward(tokens, targets)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        if masters is not parameters:
+            for master, parameter in zip(masters, parameters, strict=True):
+                master.grad, parameter.grad = parameter.grad.float(), None
+        torch.nn.utils.clip_grad_norm_(masters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if masters is not parameters:
+            with torch.no_grad():
+                torch._foreach_copy_(parameters, masters)
         return loss.item()
 
     return step

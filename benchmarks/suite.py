@@ -11,6 +11,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -117,12 +118,14 @@ def _run_part(part: str, suite: Suite, deadline: float) -> bool:
     root = str(Path(__file__).resolve().parent.parent)
     paths = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     print(flush=True)
-    process = subprocess.Popen(words, env={**os.environ, "PYTHONPATH": paths})
+    process = subprocess.Popen(words, env={**os.environ, "PYTHONPATH": paths}, start_new_session=True)
     try:
         code = process.wait(max(1.0, deadline + 20 - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        process.kill()
+    except (subprocess.TimeoutExpired, KeyboardInterrupt) as reason:
+        os.killpg(process.pid, signal.SIGKILL)  # with the processes that it has started
         process.wait()
+        if isinstance(reason, KeyboardInterrupt):
+            raise
         print(f"{part}: ENDED, no time left", flush=True)
         return True
     if code:
