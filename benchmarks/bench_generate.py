@@ -71,11 +71,12 @@ class Generation:
         return generate
 
     def _megakern(self, config: mk.GPTConfig):
-        from megakern.model.generate import generate
+        from megakern.model.generate import complete
 
         model = mk.GPT(config, device="meta", dtype=self.dtype, compute_dtype=self.dtype).eval()
         steps.copy_weights(model.to_empty(device=self.device), steps.from_plain(weights(config), config))
-        return lambda count: [int(token) for token in generate(model, self.prompt, max_new_tokens=count)]
+        prompts = self.prompt.tolist()
+        return lambda count: complete(model, prompts, max_new_tokens=count)[0].tokens
 
     def run(self, count: int) -> tuple[float, list[int]]:
         """-> seconds and the tokens; they have been read, so the device is done."""

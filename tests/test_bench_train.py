@@ -74,6 +74,7 @@ def test_a_workload_from_end_to_end(monkeypatch):
     """Turns, a group at a time, goals, profiles; a contestant that is not here is a row."""
     monkeypatch.setattr(bench_train, "Contestant", Here)
     monkeypatch.setattr(bench_train.machine, "matmul_rate", lambda *_: 1e11)
+    monkeypatch.setattr(bench_train.machine, "cores", lambda: 1)  # threads cost more than they do here
     monkeypatch.setattr(bench_train, "MOST_TURNS", 1)
     goals = (("bf16 beside fp32", "megakern bf16", ("plain fp32",), 0.0),)
     names = ("plain fp32", "megakern fp32", "megakern bf16", "Megatron-Core bf16 masters")
@@ -92,6 +93,7 @@ def test_a_workload_from_end_to_end(monkeypatch):
 def test_a_baseline_that_fails_is_a_row_and_the_others_are_timed(monkeypatch):
     monkeypatch.setattr(bench_train, "Contestant", Here)
     monkeypatch.setattr(bench_train.machine, "matmul_rate", lambda *_: 1e11)
+    monkeypatch.setattr(bench_train.machine, "cores", lambda: 1)  # threads cost more than they do here
     monkeypatch.setattr(bench_train, "MOST_TURNS", 1)
     workload = Workload("tiny", GPT2, 3, ("Megatron-Core bf16 masters", "megakern fp32"))
     result = bench_train.measure(workload, workload.contestants, deadline=time.monotonic() + 600)
