@@ -1,9 +1,10 @@
 """Training steps of megakern and of its peers: the same weights, batches, optimizer and clipping for all.
 
 A contestant's name is who made it, and how: "plain fp32", "plain bf16 autocast", "plain bf16 compiled" (autocast
-too), "transformers ..." likewise, "Megatron-Core bf16 masters" (bf16 weights, fp32 masters: its own way), "megakern
-fp32", "megakern bf16", "megakern bf16 split" (bf16 weights, and the bits that masters have more).
-"plain" is peers/plain_gpt.py: fp32 and eager is what nanoGPT does by default on a CPU, "bf16 compiled" its best.
+too), "transformers ..." likewise (and with " patched" at its end after `mk.patch`), "Megatron-Core bf16 masters" (bf16
+weights, fp32 masters: its own way), "megakern fp32", "megakern bf16", "megakern bf16 split" (bf16 weights, and the bits
+that masters have more). "plain" is peers/plain_gpt.py: fp32 and eager is what nanoGPT does by default on a CPU, "bf16
+compiled" its best.
 """
 
 from __future__ import annotations
@@ -52,6 +53,15 @@ def make_step(name: str, config: mk.GPTConfig, device: torch.device) -> Step:
     from benchmarks.peers import hugging_face
 
     model = hugging_face.model_of(config, device, None if config.positions == "rope" else plain_weights(config))
+
+    if how.endswith("patched"):
+        mk.patch(model)
+        how = how.removesuffix(" patched")
+
+        def loss_of(tokens, targets):
+            return model(tokens, labels=targets, shift_labels=targets).loss
+
+        return torch_step(model, loss_of, how, device)
 
     def loss_of(tokens, targets):
         logits = model(tokens).logits

@@ -27,8 +27,16 @@ def losses(name: str, config: mk.GPTConfig, count: int = 3) -> list[float]:
 @pytest.mark.parametrize(
     "config, first, others",
     [
-        (GPT2, "plain fp32", ["transformers fp32", "megakern fp32", "megakern bf16", "megakern bf16 split"]),
-        (LLAMA, "transformers fp32", ["megakern fp32", "megakern bf16"]),
+        (
+            GPT2,
+            "plain fp32",
+            ["transformers fp32", "transformers fp32 patched", "megakern fp32", "megakern bf16", "megakern bf16 split"],
+        ),
+        (
+            LLAMA,
+            "transformers fp32",
+            ["transformers fp32 patched", "transformers bf16 autocast patched", "megakern fp32", "megakern bf16"],
+        ),
     ],
     ids=["gpt2", "llama"],
 )
