@@ -120,6 +120,11 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = add("eval", _eval, "loss of a run's model on held-out tokens")
     evaluate.add_argument("run", type=Path, metavar="RUN")
     evaluate.add_argument("--data", type=Path, help="another prepared folder (default: the run's)")
+    evaluate.add_argument(
+        "--answers", type=int, default=0, metavar="N", help="chat: count right ones of N held-out answers"
+    )
+    evaluate.add_argument("--text", type=Path, metavar="FILE", help="perplexity and bits a byte of this text instead")
+    evaluate.add_argument("--stride", type=int, metavar="N", help="text: tokens from window to window")
     evaluate.add_argument("--batches", type=int, help="stop after this many batches")
 
     generate = add("generate", _generate, "continue a prompt with a run's model")
@@ -281,9 +286,16 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _eval(options: argparse.Namespace) -> None:
-    from megakern.evaluate import evaluate_run
+    from megakern.config import require
+    from megakern.evaluate import evaluate_run, evaluate_text
 
-    print(evaluate_run(options.run, data=options.data, batches=options.batches))
+    if options.text is not None:
+        others = [name for name in ("data", "batches", "answers") if getattr(options, name)]
+        require(not others, f"eval: --text is read alone, without --{', --'.join(others)}")
+        print(evaluate_text(options.run, options.text, stride=options.stride))
+        return
+    require(options.stride is None, "eval: --stride is for --text")
+    print(evaluate_run(options.run, data=options.data, batches=options.batches, answers=options.answers))
 
 
 def _generate(options: argparse.Namespace) -> None:

@@ -60,8 +60,8 @@ def test_imports_go_one_way(path):
 
 
 def test_every_package_is_in_the_table():
-    commands = {"doctor", "evaluate", "verify", "plan", "bench", "convert", "serve"}
-    top = {"__init__", "__main__", "cli", "inference", "patching", *commands}
+    commands = {"doctor", "evaluate", "evaluate_harness", "scoring", "verify", "plan", "bench", "convert", "serve"}
+    top = {"__init__", "__main__", "cli", "inference", "patching", "scoring", "evaluate_harness", *commands}
     assert {package_of(path) for path in modules()} == set(MAY_IMPORT) | top
 
 

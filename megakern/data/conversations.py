@@ -63,9 +63,10 @@ def _messages(table: dict[str, Any]) -> Any:
     return [{"role": role, "content": table[key]} for key, role in turns if table.get(key) is not None]
 
 
-def texts_of(conversation: str) -> str:
-    """What its messages say, to learn a vocabulary from."""
-    return "\n".join(message.get("content") or "" for message in json.loads(conversation)["messages"])
+def text_of(conversation: str) -> str:
+    """Its roles and what they say, to learn a vocabulary from."""
+    messages = json.loads(conversation)["messages"]
+    return "\n".join(f"{message['role']}\n{message.get('content') or ''}" for message in messages)
 
 
 @dataclass(kw_only=True)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from megakern.config import require
 from megakern.data.chat import CHAT_FILES, GENERATION_FILE, TEMPLATE_FILE, ChatTemplate
-from megakern.data.conversations import TOO_LONG, Conversations, ConversationWriter, Written, answer_ends, texts_of
+from megakern.data.conversations import TOO_LONG, Conversations, ConversationWriter, Written, answer_ends, text_of
 from megakern.data.documents import Documents
 from megakern.data.files import DataError, flush_folder, sha256_of_file, write_atomically
 from megakern.data.indexed import IndexedDataset, IndexedWriter, dtype_for
@@ -108,7 +108,7 @@ def prepare(
         plan = _Plan(documents, options, progress)
         if made is None:
             sample = plan.sample(train_bytes_limit)
-            made = train_bpe(map(texts_of, sample) if chat else sample, vocab_size)
+            made = train_bpe(map(text_of, sample) if chat else sample, vocab_size)
         made.save(staging / "tokenizer.json")
         if chat:
             written = _write_conversations(plan, documents, made, template, chat, staging)

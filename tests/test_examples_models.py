@@ -1,0 +1,111 @@
+"""The examples that make models: each in a short version; in full, with the score that they promise, when slow."""
+
+from __future__ import annotations
+
+import importlib
+import random
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from examples import code_model, conversation, shared, translation
+from tests import commands
+
+PROMISED = {"translation": 0.9, "conversation": 0.9}
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    """Commands of the examples in forks of a process that has imported all: a tenth of a second instead of three."""
+
+    def megakern(*words: object) -> str:
+        return commands.finish(commands.start(*words), timeout=600)
+
+    for module in (shared, code_model, conversation, translation):
+        monkeypatch.setattr(module, "megakern", megakern)
+
+
+def run_example(name: str, out: Path, monkeypatch, capsys, *options: str) -> str:
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--out", str(out), *options])
+    importlib.import_module(f"examples.{name}").main()
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["translation", "conversation", "code_model"])
+def test_short_versions_run_and_go_on(name, forked, tmp_path, monkeypatch, capsys):
+    shown = run_example(name, tmp_path, monkeypatch, capsys, "--short")
+    assert f"megakern chat {tmp_path / 'run'}" in shown
+    assert (tmp_path / "run/chat_template.jinja").exists() and (tmp_path / "run/ckpt/step-00000004").is_dir()
+    before = (tmp_path / "run/ckpt/step-00000004/manifest.json").read_bytes()
+    run_example(name, tmp_path, monkeypatch, capsys, "--short")  # started again, there is nothing left to train
+    assert (tmp_path / "run/ckpt/step-00000004/manifest.json").read_bytes() == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PROMISED)
+def test_full_versions_reach_their_score(name, tmp_path):
+    import subprocess
+
+    words = [sys.executable, shared.ROOT / f"examples/{name}.py", "--out", tmp_path]
+    done = subprocess.run(words, cwd=shared.ROOT, capture_output=True, text=True, timeout=3000, check=True)
+    score = float(re.search(r"right word for word \(([0-9.]+)\)", done.stdout)[1])
+    assert score >= PROMISED[name], done.stdout[-2000:]
+
+
+def test_the_grammar_of_veshi():
+    """Cases by hand: verb first with tense, number and case and article on nouns, adjectives after and in number."""
+    draw = random.Random(0)
+    pairs = [translation.sentence(draw) for _ in range(3000)]
+    by_english: dict[str, set[str]] = {}
+    for english, veshi in pairs:
+        by_english.setdefault(english, set()).add(veshi)
+    assert all(len(each) == 1 for each in by_english.values())  # what is asked has one answer
+    assert len(by_english) > 2900
+
+    class Script:
+        """Choices one after the other."""
+
+        def __init__(self, *choices):
+            self.choices = list(choices)
+
+        def choice(self, options):
+            value = self.choices.pop(0)
+            assert value in options
+            return value
+
+        def sample(self, options, count):
+            return self.choices.pop(0)
+
+        def random(self):
+            return self.choices.pop(0)
+
+    script = Script("child", 0.1, 0.1, 2, ["small", "wise"], "tree", 0.9, 0.9, 1, ["old"], "sees", 0.1)
+    assert translation.sentence(script) == (
+        "the small wise children saw an old tree",
+        "gatol paviimta pikiim omlaim dolmen hodu",
+    )
+
+
+def test_dialogues_can_be_answered_from_what_was_said():
+    draw = random.Random(3)
+    for _ in range(300):
+        messages = conversation.dialogue(draw)["messages"]
+        assert [message["role"] for message in messages] == ["user", "assistant"] * (len(messages) // 2)
+        for index, message in enumerate(messages[:-1]):
+            for fact, (values, told, _, question, answer) in conversation.FACTS.items():
+                if message["content"] != question:
+                    continue
+                said = [value for value in values for m in messages[:index] if m["content"] == told.format(value)]
+                wanted = answer.format(*said) if said else conversation.UNKNOWN
+                assert len(said) <= 1 and messages[index + 1]["content"] == wanted, fact
+
+
+def test_functions_are_cut_into_head_and_body(tmp_path):
+    path = tmp_path / "a.py"
+    path.write_text('class A:\n    def f(self, x):\n        """Doc."""\n        return x + 1\n\n\ndef g():\n    pass\n')
+    assert sorted(code_model.functions([path]), key=str) == [
+        {"prompt": 'def f(self, x):\n    """Doc."""', "response": "    return x + 1"},
+        {"prompt": "def g():", "response": "    pass"},
+    ]
