@@ -13,7 +13,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("features", &megakern::features, "Instruction sets of this processor that kernels here use.");
   m.def("linear_epilogue", &megakern::linear_epilogue, unlocked(), "y = act(z + bias) + residual, pre = z + bias.");
   m.def("column_sum", &megakern::column_sum, unlocked(), "Sums over rows, in fp32.");
-  m.def("linear", &megakern::linear, unlocked(), "y = act(x weight + bias) + residual on AMX.");
+  m.def("linear", &megakern::linear, unlocked(), "y = act(x weight^T + bias) + residual on AMX.");
   m.def("weight_gradient", &megakern::weight_gradient, unlocked(), "out (+)= dy^T x on AMX.");
   m.def("activation_backward", &megakern::activation_backward, unlocked(), "dx = dy act'(x).");
   m.def("cross_entropy_sums", &megakern::cross_entropy_sums, unlocked(), "Maximum and sums of each row.");
@@ -25,9 +25,9 @@ PYBIND11_MODULE(_cpu, m) {
 
   using namespace megakern;
   py::class_<LinearProblem>(m, "LinearProblem", py::module_local())
-      .def(py::init([](int64_t M, int64_t N, int64_t K, int64_t x_stride, int weight_dtype, bool transposed,
-                       int activation, int threads) {
-        return LinearProblem{M, N, K, x_stride, weight_dtype, transposed, activation, threads};
+      .def(py::init([](int64_t M, int64_t N, int64_t K, int64_t x_stride, int weight_dtype, int activation,
+                       int threads) {
+        return LinearProblem{M, N, K, x_stride, weight_dtype, activation, threads};
       }));
   py::class_<WeightGradientProblem>(m, "WeightGradientProblem", py::module_local())
       .def(py::init([](int64_t M, int64_t N, int64_t K, int64_t dy_stride, int64_t x_stride, int dtype, bool add,

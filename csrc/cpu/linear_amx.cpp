@@ -1,18 +1,24 @@
 // Matrix products of linear layers on AMX: bf16 operands, fp32 sums, with what precedes and follows in the same pass.
 //
-//   linear           y = act(x w + bias) + residual; fp32 weights are rounded to bf16 while they are packed
+//   linear           y = act(x w^T + bias) + residual; fp32 weights are rounded to bf16 while they are packed
 //   weight_gradient  out (+)= dy^T x in fp32 or bf16, and the sums over the rows of dy
 //
-// Writes with =, weight_gradient with += on request. The right operand is packed into tiles, in strips of 32 columns; a
-// thread takes a block of the result, and keeps in its cache kDepth of the summed dimension of the left operand, and of
-// one strip of the right one. The sum of an element is made in the order of the summed dimension, in one chain, whatever
-// the blocks are: results do not depend on the number of threads.
+// Writes with =, weight_gradient with += on request. Operands are packed into panels of tiles, 32 rows or columns wide; a
+// thread takes a block of the result and packs its left operand, in weight_gradient the right one too. The sum of an
+// element is made in the order of the summed dimension, in one chain, whatever the blocks are: results do not depend on
+// the number of threads.
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
 #include <new>
 
 #include "checks.h"
+
+namespace megakern {
+namespace {
+constexpr int64_t kDeepest = 1024;  // largest K of linear: its sums never leave the tiles
+}  // namespace
+}  // namespace megakern
 
 #if defined(__x86_64__)
 #define MEGAKERN_AVX512_BF16
@@ -23,11 +29,13 @@ namespace megakern {
 namespace {
 
 constexpr int64_t kSide = 32;         // rows and columns of the result made at a time: 2 x 2 tiles
-constexpr int64_t kDepth = 512;       // of the summed dimension between two visits to the result: a panel is 32 KiB
-constexpr int64_t kRows = 256;        // of a block of the result
-constexpr int64_t kColumns = 512;     // of a block
-constexpr int64_t kStep = 2 * kTile;  // units of a panel for 32 of the summed dimension: two tiles
 constexpr int64_t kSquare = kSide * kSide;
+constexpr int64_t kStep = 2 * kTile;  // units of a panel for 32 of the summed dimension: two tiles
+constexpr int64_t kRows = 256;        // of a block of y
+
+// A block of a weight gradient, and the rows of dy and x between two visits to its sums: all of it stays in 2 MB of L2.
+// A gradient of 1536 x 384 over 3072 rows, ms on a loaded core: 512, 256: 3.5; 512, 384: 3.7; 256, 512: 4.2.
+constexpr int64_t kGradientRows = 512, kGradientColumns = 512, kGradientDepth = 256;
 
 int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 int64_t steps_of(int64_t depth) { return (depth + kTileDepth - 1) / kTileDepth; }
@@ -48,9 +56,10 @@ class Buffer {
   T* data_;
 };
 
-// c (32, 32) = or += a (32, 32 steps) b (32 steps, 32), both packed.
-template <bool add>
-MEGAKERN_INLINE void multiply(const Unit* a, const Unit* b, int64_t steps, float* c) {
+// c (32, 32) = or += a (32, 32 steps) b (32 steps, 32), both packed. `beside(step)` runs between the steps: the tiles
+// leave the vector units idle, and no instruction window reaches over the products of a square.
+template <bool add, class Beside>
+MEGAKERN_INLINE void multiply(const Unit* a, const Unit* b, int64_t steps, float* c, const Beside& beside) {
   constexpr int64_t c_stride = kSide * sizeof(float);
   float* lower = c + kTileRows * kSide;
   if constexpr (add) {
@@ -68,10 +77,44 @@ MEGAKERN_INLINE void multiply(const Unit* a, const Unit* b, int64_t steps, float
     tile_load<5>(a + kTile, 64);
     tile_multiply_add<2, 5, 6>();
     tile_multiply_add<3, 5, 7>();
+    beside(s);
   }
   tile_store<0>(c, c_stride), tile_store<1>(c + kTileUnits, c_stride);
   tile_store<2>(lower, c_stride), tile_store<3>(lower + kTileUnits, c_stride);
 }
+
+struct Square {  // of sums: where it is, and where it belongs in the result
+  const float* c = nullptr;
+  int64_t row = 0, rows = 0, column = 0, columns = 0;
+};
+
+// Makes squares of the result; each is finished, row by row, while the next one is made.
+template <class Finish>
+class Pipeline {
+ public:
+  explicit Pipeline(const Finish& finish) : finish_(finish) {}
+
+  // c = or += a b; with `last`, the square is to be finished then.
+  MEGAKERN_INLINE void run(const Unit* a, const Unit* b, int64_t steps, float* c, bool first, bool last, Square next) {
+    const int64_t each = (waiting_.rows + steps - 1) / steps;
+    const auto beside = [&](int64_t s) {
+      const int64_t begin = s * each;
+      if (begin < waiting_.rows) finish_(waiting_, begin, std::min(begin + each, waiting_.rows));
+    };
+    if (first) multiply<false>(a, b, steps, c, beside);
+    else multiply<true>(a, b, steps, c, beside);
+    waiting_ = last ? next : Square();
+  }
+
+  void drain() {
+    finish_(waiting_, 0, waiting_.rows);
+    waiting_ = Square();
+  }
+
+ private:
+  const Finish& finish_;
+  Square waiting_;
+};
 
 // --- packing ---
 
@@ -81,10 +124,12 @@ MEGAKERN_INLINE Mask some(int64_t count) { return count <= 0 ? Mask(0) : first_l
 
 // 32 bf16 from p on, of which `count` are there and the others 0.
 MEGAKERN_INLINE Units load_32(const bf16* p, int64_t count) {
+  if (count >= 32) return _mm512_loadu_si512(p);
   const __mmask32 m = count >= 32 ? ~__mmask32(0) : (__mmask32(1) << std::max<int64_t>(count, 0)) - 1;
   return _mm512_maskz_loadu_epi16(m, p);
 }
 MEGAKERN_INLINE Units load_32(const float* p, int64_t count) {
+  if (count >= 32) return (Units)_mm512_cvtne2ps_pbh(load(p + kLanes), load(p));
   return (Units)_mm512_cvtne2ps_pbh(load(p + kLanes, some(count - kLanes)), load(p, some(count)));
 }
 
@@ -92,28 +137,37 @@ MEGAKERN_INLINE Units load_32(const float* p, int64_t count) {
 
 // Panels of 32 rows of x, summed over its columns: the left operand. Panels are `steps` apart.
 void pack_left(const bf16* x, int64_t stride, int64_t rows, int64_t columns, int64_t steps, Unit* to) {
+  const int64_t full = columns / kTileDepth;
   for (int64_t r = 0; r < round_up(rows, kSide); ++r) {
     Unit* place = to + r / kSide * steps * kStep + r % kSide * kTileUnits;
-    for (int64_t s = 0; s < steps; ++s)
-      _mm512_store_si512(place + s * kStep, r < rows ? load_32(x + r * stride + s * kTileDepth, columns - s * kTileDepth)
+    const bf16* row = x + r * stride;
+    int64_t s = 0;
+    for (; r < rows && s < full; ++s) _mm512_store_si512(place + s * kStep, _mm512_loadu_si512(row + s * kTileDepth));
+    for (; s < steps; ++s)
+      _mm512_store_si512(place + s * kStep, r < rows ? load_32(row + s * kTileDepth, columns - s * kTileDepth)
                                                      : _mm512_setzero_si512());
   }
 }
 
 // Panels of 32 columns of x, summed over its rows: the right operand. Panels are `apart` units apart.
-template <typename T>
-void pack_right(const T* x, int64_t stride, int64_t rows, int64_t columns, int64_t steps, Unit* to, int64_t apart) {
+void pack_right(const bf16* x, int64_t stride, int64_t rows, int64_t columns, int64_t steps, Unit* to, int64_t apart) {
   const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5,
                                        36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
   const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  const auto put = [&](Units even, Units odd, Unit* place) {
+    _mm512_store_si512(place, _mm512_permutex2var_epi16(even, low, odd));
+    _mm512_store_si512(place + kTile, _mm512_permutex2var_epi16(even, high, odd));
+  };
+  const Units zero = _mm512_setzero_si512();
   for (int64_t r = 0; r < steps * kTileDepth; r += 2) {
     Unit* place = to + r / kTileDepth * kStep + r % kTileDepth / 2 * kTileUnits;
-    for (int64_t c = 0; c < columns; c += kSide, place += apart) {
-      const Units even = r < rows ? load_32(x + r * stride + c, columns - c) : _mm512_setzero_si512();
-      const Units odd = r + 1 < rows ? load_32(x + (r + 1) * stride + c, columns - c) : _mm512_setzero_si512();
-      _mm512_store_si512(place, _mm512_permutex2var_epi16(even, low, odd));
-      _mm512_store_si512(place + kTile, _mm512_permutex2var_epi16(even, high, odd));
-    }
+    const bf16 *even = x + r * stride, *odd = even + stride;
+    int64_t c = 0;
+    if (r + 1 < rows)
+      for (; c + kSide <= columns; c += kSide, place += apart)
+        put(load_32(even + c, kSide), load_32(odd + c, kSide), place);
+    for (; c < columns; c += kSide, place += apart)
+      put(r < rows ? load_32(even + c, columns - c) : zero, r + 1 < rows ? load_32(odd + c, columns - c) : zero, place);
   }
 }
 
@@ -123,6 +177,7 @@ void pack_right_transposed(const T* x, int64_t stride, int64_t rows, int64_t col
   for (int64_t s = 0; s < steps; ++s)
     for (int64_t half = 0; half < 2; ++half) {
       Units lines[16];
+#pragma GCC unroll 16
       for (int64_t i = 0; i < 16; ++i) {
         const int64_t r = half * 16 + i;
         lines[i] = r < rows ? load_32(x + r * stride + s * kTileDepth, columns - s * kTileDepth)
@@ -133,59 +188,68 @@ void pack_right_transposed(const T* x, int64_t stride, int64_t rows, int64_t col
     }
 }
 
-// Panels of 32 columns of x, summed over its rows: the left operand of x^T. sums += the sums over rows, if not null.
+// In which order unpacklo, unpackhi leave 32 columns: 16 of the low and 16 of the high halves of 128-bit lanes.
+MEGAKERN_INLINE int64_t unpacked_column(int64_t half, int64_t i) { return i / 4 * 8 + half * 4 + i % 4; }
+
+// Panels of 32 columns of x, summed over its rows: the left operand of x^T. sums (columns rounded up to 32) += the sums
+// over rows, each 32 in the order of unpacked_column, if not null.
 void pack_left_transposed(const bf16* x, int64_t stride, int64_t rows, int64_t columns, int64_t steps, Unit* to,
                           float* sums) {
-  const __m512i odd_half = _mm512_set1_epi32(static_cast<int>(0xFFFF0000u));
+  const Units ones = _mm512_set1_epi32(0x3F803F80);
   for (int64_t s = 0; s < steps; ++s)
-    for (int64_t c = 0; c < round_up(columns, kSide); c += kLanes) {
-      const Mask m = some(columns - c);
-      Units lines[16];
-      Vec even_sum = _mm512_setzero_ps(), odd_sum = _mm512_setzero_ps();
-      for (int64_t u = 0; u < kTileUnits; ++u) {
-        const int64_t r = s * kTileDepth + 2 * u;
-        const bf16* p = x + r * stride + c;
-        const __m256i even = _mm256_maskz_loadu_epi16(r < rows ? m : Mask(0), r < rows ? p : x);
-        const __m256i odd = _mm256_maskz_loadu_epi16(r + 1 < rows ? m : Mask(0), r + 1 < rows ? p + stride : x);
-        lines[u] = _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
-        even_sum = _mm512_add_ps(even_sum, _mm512_castsi512_ps(_mm512_slli_epi32(lines[u], 16)));
-        odd_sum = _mm512_add_ps(odd_sum, _mm512_castsi512_ps(_mm512_and_si512(lines[u], odd_half)));
+    for (int64_t c = 0; c < columns; c += kSide) {
+      const bf16* block = x + s * kTileDepth * stride + c;
+      const int64_t there = rows - s * kTileDepth;
+      Units low[16], high[16];
+      if (there >= kTileDepth && columns - c >= kSide) {
+#pragma GCC unroll 16
+        for (int64_t u = 0; u < kTileUnits; ++u) {
+          const Units even = _mm512_loadu_si512(block + 2 * u * stride);
+          const Units odd = _mm512_loadu_si512(block + (2 * u + 1) * stride);
+          low[u] = _mm512_unpacklo_epi16(even, odd), high[u] = _mm512_unpackhi_epi16(even, odd);
+        }
+      } else {
+        for (int64_t u = 0; u < kTileUnits; ++u) {
+          const Units zero = _mm512_setzero_si512();
+          const Units even = 2 * u < there ? load_32(block + 2 * u * stride, columns - c) : zero;
+          const Units odd = 2 * u + 1 < there ? load_32(block + (2 * u + 1) * stride, columns - c) : zero;
+          low[u] = _mm512_unpacklo_epi16(even, odd), high[u] = _mm512_unpackhi_epi16(even, odd);
+        }
       }
-      if (sums) store(sums + c, _mm512_add_ps(load(sums + c), _mm512_add_ps(even_sum, odd_sum)));
-      transpose_16(lines);
-      Unit* place = to + (c / kSide * steps + s) * kStep + c % kSide * kTileUnits;
-      for (int64_t i = 0; i < kLanes; ++i) _mm512_store_si512(place + i * kTileUnits, lines[i]);
+      Unit* place = to + (c / kSide * steps + s) * kStep;
+      const auto put = [&](Units(&lines)[16], int64_t half) {
+        if (sums) {
+          Vec sum = _mm512_setzero_ps();
+          for (int64_t u = 0; u < kTileUnits; ++u) sum = _mm512_dpbf16_ps(sum, (__m512bh)lines[u], (__m512bh)ones);
+          store(sums + c + half * kLanes, _mm512_add_ps(load(sums + c + half * kLanes), sum));
+        }
+        transpose_16(lines);
+        for (int64_t i = 0; i < kLanes; ++i)
+          _mm512_store_si512(place + unpacked_column(half, i) * kTileUnits, lines[i]);
+      };
+      put(low, 0), put(high, 1);
     }
 }
 
-// --- y = act(x w + bias) + residual ---
+// --- y = act(x w^T + bias) + residual ---
 
 template <int kind>
-struct Finish {  // what happens to a (32, 32) square of sums
+struct Finish {  // of rows of a square of sums
   const float* bias;
   const bf16* residual;
   bf16 *pre, *y;
   int64_t N;
 
-  // Ask for the memory that the square is written to, while it is made: without, a store waits for each line of y.
-  MEGAKERN_INLINE void fetch(int64_t row, int64_t rows, int64_t column) const {
-    for (int64_t r = 0; r < rows; ++r) {
-      __builtin_prefetch(y + (row + r) * N + column, 1);
-      if (pre) __builtin_prefetch(pre + (row + r) * N + column, 1);
-      if (residual) __builtin_prefetch(residual + (row + r) * N + column, 0);
-    }
-  }
-
-  MEGAKERN_INLINE void operator()(const float* c, int64_t row, int64_t rows, int64_t column, int64_t columns) const {
-    const Mask masks[2] = {some(columns), some(columns - kLanes)};
+  MEGAKERN_INLINE void operator()(const Square& q, int64_t begin, int64_t end) const {
+    const Mask masks[2] = {some(q.columns), some(q.columns - kLanes)};
     const __mmask32 both = _mm512_kunpackw(masks[1], masks[0]);
     Vec biases[2];
     for (int n = 0; n < 2; ++n)
-      biases[n] = bias ? load(bias + column + n * kLanes, masks[n]) : _mm512_setzero_ps();
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t i = (row + r) * N + column;
+      biases[n] = bias ? load(bias + q.column + n * kLanes, masks[n]) : _mm512_setzero_ps();
+    for (int64_t r = begin; r < end; ++r) {
+      const int64_t i = (q.row + r) * N + q.column;
       Vec x[2];
-      for (int n = 0; n < 2; ++n) x[n] = _mm512_add_ps(_mm512_load_ps(c + r * kSide + n * kLanes), biases[n]);
+      for (int n = 0; n < 2; ++n) x[n] = _mm512_add_ps(_mm512_load_ps(q.c + r * kSide + n * kLanes), biases[n]);
       if (pre) _mm512_mask_storeu_epi16(pre + i, both, (Units)_mm512_cvtne2ps_pbh(x[1], x[0]));
       for (int n = 0; n < 2; ++n) {
         x[n] = activate<kind, kFast>(x[n]);
@@ -197,44 +261,31 @@ struct Finish {  // what happens to a (32, 32) square of sums
 };
 
 template <typename W, int kind>
-void linear(const LinearProblem& a, const bf16* x, const W* w, Finish<kind> finish) {
+void linear(const LinearProblem& a, const bf16* x, const W* w, const Finish<kind>& finish) {
   const int64_t strips = (a.N + kSide - 1) / kSide, steps = steps_of(a.K), apart = steps * kStep;
   const int64_t rows_of_block = std::min(kRows, round_up((a.M + a.threads - 1) / a.threads, kSide));
-  const int64_t blocks = (a.M + rows_of_block - 1) / rows_of_block;
-  const bool once = a.K <= kDepth;
-  const Buffer<Unit> packed(strips * apart);
+  const Buffer<Unit> right(strips * apart);
 #pragma omp parallel num_threads(a.threads)
   {
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < strips; ++i) {
-      const int64_t columns = std::min(kSide, a.N - i * kSide);
-      Unit* to = packed.get() + i * apart;
-      if (a.transposed) pack_right_transposed(w + i * kSide * a.K, a.K, columns, a.K, steps, to);
-      else pack_right(w + i * kSide, a.N, a.K, columns, steps, to, apart);
-    }
+    for (int64_t i = 0; i < strips; ++i)
+      pack_right_transposed(w + i * kSide * a.K, a.K, std::min(kSide, a.N - i * kSide), a.K, steps,
+                            right.get() + i * apart);
     const TileConfig config;
-    const Buffer<Unit> left(rows_of_block * kDepth / 2);
-    const Buffer<float> sums(once ? 2 * kSquare : rows_of_block * strips * kSide);
+    const Buffer<Unit> left(rows_of_block / kSide * apart);
+    const Buffer<float> squares(2 * kSquare);
+    Pipeline<Finish<kind>> pipeline(finish);
 #pragma omp for schedule(dynamic)
-    for (int64_t block = 0; block < blocks; ++block) {
-      const int64_t first = block * rows_of_block, rows = std::min(rows_of_block, a.M - first);
-      const int64_t panels = (rows + kSide - 1) / kSide;
-      for (int64_t k = 0; k < a.K; k += kDepth) {
-        const int64_t depth = std::min(kDepth, a.K - k), here = steps_of(depth);
-        pack_left(x + first * a.x_stride + k, a.x_stride, rows, depth, here, left.get());
-        for (int64_t group = 0; group < strips; group += kColumns / kSide)
-          for (int64_t p = 0; p < panels; ++p)
-            for (int64_t i = group; i < std::min(strips, group + kColumns / kSide); ++i) {
-              const int64_t row = first + p * kSide, height = std::min(kSide, rows - p * kSide);
-              const Unit* right = packed.get() + i * apart + k / kTileDepth * kStep;
-              float* c = sums.get() + (once ? i % 2 : i * panels + p) * kSquare;
-              const bool last = k + depth == a.K;
-              if (last) finish.fetch(row, height, i * kSide);
-              if (k == 0) multiply<false>(left.get() + p * here * kStep, right, here, c);
-              else multiply<true>(left.get() + p * here * kStep, right, here, c);
-              if (last) finish(c, row, height, i * kSide, std::min(kSide, a.N - i * kSide));
-            }
-      }
+    for (int64_t first = 0; first < a.M; first += rows_of_block) {
+      const int64_t rows = std::min(rows_of_block, a.M - first);
+      pack_left(x + first * a.x_stride, a.x_stride, rows, a.K, steps, left.get());
+      for (int64_t r = 0; r < rows; r += kSide)
+        for (int64_t i = 0; i < strips; ++i) {
+          float* c = squares.get() + i % 2 * kSquare;
+          pipeline.run(left.get() + r / kSide * apart, right.get() + i * apart, steps, c, true, true,
+                       {c, first + r, std::min(kSide, rows - r), i * kSide, std::min(kSide, a.N - i * kSide)});
+        }
+      pipeline.drain();
     }
   }
 }
@@ -242,44 +293,62 @@ void linear(const LinearProblem& a, const bf16* x, const W* w, Finish<kind> fini
 // --- out (+)= dy^T x ---
 
 template <typename T>
+struct Store {  // rows of a square of sums
+  T* out;
+  int64_t K;
+  bool add;
+
+  MEGAKERN_INLINE void operator()(const Square& q, int64_t begin, int64_t end) const {
+    for (int64_t r = begin; r < end; ++r)
+      for (int64_t n = 0; n < q.columns; n += kLanes) {
+        const Mask m = some(q.columns - n);
+        T* place = out + (q.row + r) * K + q.column + n;
+        Vec sum = _mm512_load_ps(q.c + r * kSide + n);
+        if (add) sum = _mm512_add_ps(sum, load(place, m));
+        store(place, sum, m);
+      }
+  }
+};
+
+template <typename T>
 void weight_gradient(const WeightGradientProblem& a, const bf16* dy, const bf16* x, T* out, float* sums) {
-  const int64_t rows_of_block = std::min(kRows, round_up((a.N + a.threads - 1) / a.threads, kSide));
+  const int64_t turns = (a.N + kGradientRows * a.threads - 1) / (kGradientRows * a.threads);  // of each thread
+  const int64_t rows_of_block = round_up((a.N + turns * a.threads - 1) / (turns * a.threads), kSide);
   const int64_t row_blocks = (a.N + rows_of_block - 1) / rows_of_block;
-  const int64_t column_blocks = (a.K + kColumns - 1) / kColumns;
-  const int64_t columns_of_block = std::min(kColumns, round_up(a.K, kSide));
+  const int64_t column_blocks = (a.K + kGradientColumns - 1) / kGradientColumns;
+  const int64_t columns_of_block = std::min(kGradientColumns, round_up(a.K, kSide));
 #pragma omp parallel num_threads(a.threads)
   {
     const TileConfig config;
-    const Buffer<Unit> left(rows_of_block * kDepth / 2), right(columns_of_block * kDepth / 2);
+    const Buffer<Unit> left(rows_of_block * kGradientDepth / 2), right(columns_of_block * kGradientDepth / 2);
     const Buffer<float> c(rows_of_block * columns_of_block), totals(rows_of_block);
+    const Store<T> write{out, a.K, a.add};
+    Pipeline<Store<T>> pipeline(write);
 #pragma omp for schedule(dynamic)
     for (int64_t block = 0; block < row_blocks * column_blocks; ++block) {
       const int64_t first = block % row_blocks * rows_of_block, rows = std::min(rows_of_block, a.N - first);
-      const int64_t column = block / row_blocks * kColumns, columns = std::min(kColumns, a.K - column);
+      const int64_t column = block / row_blocks * kGradientColumns, columns = std::min(kGradientColumns, a.K - column);
       const int64_t panels = (rows + kSide - 1) / kSide, strips = (columns + kSide - 1) / kSide;
       const bool with_sums = sums != nullptr && column == 0;
       std::fill_n(totals.get(), rows_of_block, 0.0f);
-      for (int64_t m = 0; m < a.M; m += kDepth) {
-        const int64_t depth = std::min(kDepth, a.M - m), here = steps_of(depth), apart = here * kStep;
+      for (int64_t m = 0; m < a.M; m += kGradientDepth) {
+        const int64_t depth = std::min(kGradientDepth, a.M - m), here = steps_of(depth), apart = here * kStep;
         pack_left_transposed(dy + m * a.dy_stride + first, a.dy_stride, depth, rows, here, left.get(),
                              with_sums ? totals.get() : nullptr);
         pack_right(x + m * a.x_stride + column, a.x_stride, depth, columns, here, right.get(), apart);
         for (int64_t i = 0; i < strips; ++i)
           for (int64_t p = 0; p < panels; ++p) {
             float* square = c.get() + (i * panels + p) * kSquare;
-            if (m == 0) multiply<false>(left.get() + p * apart, right.get() + i * apart, here, square);
-            else multiply<true>(left.get() + p * apart, right.get() + i * apart, here, square);
+            pipeline.run(left.get() + p * apart, right.get() + i * apart, here, square, m == 0, m + depth == a.M,
+                         {square, first + p * kSide, std::min(kSide, rows - p * kSide), column + i * kSide,
+                          std::min(kSide, columns - i * kSide)});
           }
       }
-      for (int64_t p = 0; p < panels; ++p)
-        for (int64_t r = 0; r < std::min(kSide, rows - p * kSide); ++r)
-          for (int64_t n = 0; n < columns; n += kLanes) {
-            T* place = out + (first + p * kSide + r) * a.K + column + n;
-            Vec sum = _mm512_load_ps(c.get() + (n / kSide * panels + p) * kSquare + r * kSide + n % kSide);
-            if (a.add) sum = _mm512_add_ps(sum, load(place, some(columns - n)));
-            store(place, sum, some(columns - n));
-          }
-      if (with_sums) std::copy_n(totals.get(), rows, sums + first);
+      pipeline.drain();
+      for (int64_t n = 0; with_sums && n < rows_of_block; ++n) {
+        const int64_t row = n / kSide * kSide + unpacked_column(n % kSide / kLanes, n % kLanes);
+        if (row < rows) sums[first + row] = totals.get()[n];
+      }
     }
   }
 }
@@ -311,6 +380,7 @@ void linear(const LinearProblem& a, Address x, Address weight, Address bias, Add
   if (residual) require_address(op, "residual", residual, 2);
   if (pre) require_address(op, "pre", pre, 2);
   require(x != y && x != pre, "linear: x must not be an output");
+  require(a.K <= kDeepest, "linear: K must be at most " + std::to_string(kDeepest) + ", got " + std::to_string(a.K));
 #if defined(__x86_64__)
   const auto run = [&](auto kind) {
     const Finish<kind> finish{reinterpret_cast<const float*>(bias), reinterpret_cast<const bf16*>(residual),

@@ -65,7 +65,9 @@ def _check(x, weight, bias, activation, residual) -> None:
 
 
 def _forward(x, weight, bias, residual, activation, keep, backend):
-    return launcher(backend, "linear", "linear_forward")(x, weight.to(x.dtype), bias, residual, activation, keep)
+    if backend != "torch":  # which has kernels that read fp32
+        weight = weight.to(x.dtype)
+    return launcher(backend, "linear", "linear_forward")(x, weight, bias, residual, activation, keep)
 
 
 def _fake(x, weight, bias, residual, activation, keep, backend):
