@@ -127,41 +127,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--stride", type=int, metavar="N", help="text: tokens from window to window")
     evaluate.add_argument("--batches", type=int, help="stop after this many batches")
 
-    generate = add("generate", _generate, "continue a prompt with a run's model")
-    generate.add_argument("run", type=Path, metavar="RUN")
-    generate.add_argument(
-        "--prompt", required=True, action="append", help="text to continue; - reads it from the standard input; "
-        "given again, all are written at once, a line of JSON each"
-    )  # fmt: skip
-    _add_sampling(generate, temperature=0.0)
-    generate.add_argument("--max-tokens", type=int, default=200)
-    generate.add_argument("--stop", action="append", default=[], help="end before this text; may be given again")
-    generate.add_argument("--beams", type=int, help="search for the likeliest text with this many beams")
-    generate.add_argument("--length-penalty", type=float, default=1.0, help="of --beams; above 1 favours long texts")
-    generate.add_argument("--step", type=int, help="checkpoint to use (default: the newest valid one)")
+    from megakern.serve.parser import add_commands
 
-    chat = add("chat", _chat, "talk with a run's model: a line is a message; /reset, /system TEXT, /quit")
-    chat.add_argument("run", type=Path, metavar="RUN")
-    chat.add_argument("--system", help="what the model is told first")
-    _add_sampling(chat, temperature=0.7)
-    chat.add_argument("--max-tokens", type=int, default=512, help="of one answer")
-    chat.add_argument("--stop", action="append", default=[], help="end an answer before this text; may be given again")
-    chat.add_argument("--step", type=int, help="checkpoint to use (default: the newest valid one)")
-
-    serve = add("serve", _serve, "a run behind OpenAI's API: chat, completions, models; and a chat page")
-    serve.add_argument("run", type=Path, metavar="RUN")
-    serve.add_argument(
-        "--host", default="127.0.0.1", help="address to listen at; beyond this machine only with a token"
-    )
-    serve.add_argument("--port", type=int, default=8000, help="0: any free one")
-    serve.add_argument("--token-file", type=Path, metavar="FILE", help="file with the bearer token that /v1 asks for")
-    serve.add_argument("--name", help="of the model (default: the run's folder)")
-    serve.add_argument("--max-requests", type=int, default=256, metavar="N", help="open texts; one more gets 429")
-    serve.add_argument("--max-tokens", type=int, default=4096, metavar="N", help="new tokens of one text, at most")
-    serve.add_argument("--max-batch", type=int, default=64, metavar="N", help="texts written at once; others wait")
-    serve.add_argument("--cache-tokens", type=int, metavar="N", help="room of the cache (default: what memory allows)")
-    serve.add_argument("--prefill-tokens", type=int, default=512, metavar="N", help="tokens of prompts in one step")
-    serve.add_argument("--step", type=int, help="checkpoint to use (default: the newest valid one)")
+    add_commands(add)
 
     plan = add("plan", _plan, "memory of one process under a layout that this machine does not have; any setting")
     plan.add_argument("config", nargs="?", type=Path, metavar="CONFIG.toml", help="default: the default settings")
@@ -296,86 +264,6 @@ def _eval(options: argparse.Namespace) -> None:
         return
     require(options.stride is None, "eval: --stride is for --text")
     print(evaluate_run(options.run, data=options.data, batches=options.batches, answers=options.answers))
-
-
-def _generate(options: argparse.Namespace) -> None:
-    from megakern.config import require
-    from megakern.inference import load_run
-    from megakern.serve import generate
-
-    drawn = options.temperature or options.top_k or options.top_p or options.stop
-    require(options.beams is None or not drawn, "--beams takes no --temperature, --top-k, --top-p and --stop")
-    sampling, prompts = _sampling(options), generate.read_prompts(options.prompt)
-    loaded = load_run(options.run, step=options.step)
-    if options.beams is not None:
-        generate.write_best(
-            loaded,
-            prompts,
-            beams=options.beams,
-            max_tokens=options.max_tokens,
-            length_penalty=options.length_penalty,
-            repetition_penalty=options.repetition_penalty,
-        )
-    else:
-        how = {"max_tokens": options.max_tokens, "sampling": sampling, "stop": tuple(options.stop)}
-        generate.write_prompts(loaded, prompts, **how)
-
-
-def _chat(options: argparse.Namespace) -> None:
-    from megakern.data.chat import ChatTemplate
-    from megakern.inference import load_run
-    from megakern.serve.chat import Chat, talk
-
-    sampling = _sampling(options)
-    loaded, template = load_run(options.run, step=options.step), ChatTemplate.load(options.run)
-    how = {"max_tokens": options.max_tokens, "sampling": sampling, "stop": tuple(options.stop)}
-    talk(Chat(loaded, template, system=options.system, **how))
-
-
-def _serve(options: argparse.Namespace) -> int:
-    from megakern.config import ConfigError
-
-    try:
-        from megakern.serve.app import Limits
-        from megakern.serve.server import serve
-    except ImportError as error:
-        raise ConfigError(
-            f"megakern serve needs fastapi and uvicorn: pip install 'megakern[serve]' ({error})"
-        ) from error
-    return serve(
-        options.run,
-        host=options.host,
-        port=options.port,
-        token_file=options.token_file,
-        name=options.name,
-        limits=Limits(max_requests=options.max_requests, max_tokens=options.max_tokens),
-        max_batch=options.max_batch,
-        tokens=options.cache_tokens,
-        prefill_tokens=options.prefill_tokens,
-        step=options.step,
-    )
-
-
-def _add_sampling(command: argparse.ArgumentParser, *, temperature: float) -> None:
-    zero = "0 takes the likeliest token"
-    command.add_argument("--temperature", type=float, default=temperature, help=f"{zero} (default {temperature:g})")
-    command.add_argument("--top-k", type=int, help="sample among the k likeliest tokens")
-    command.add_argument("--top-p", type=float, help="sample among the likeliest tokens with this much probability")
-    command.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: tokens of the text get rarer")
-    command.add_argument("--seed", type=int, default=0)
-
-
-def _sampling(options: argparse.Namespace):
-    """Raises ConfigError that names the option."""
-    from megakern.config import ConfigError
-    from megakern.model.sampling import Sampling
-
-    names = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
-    try:
-        return Sampling(**{name: getattr(options, name) for name in names})
-    except ConfigError as error:
-        name, rest = str(error).split(" ", 1)
-        raise ConfigError(f"--{name.replace('_', '-')} {rest}") from error
 
 
 def _bench(options: argparse.Namespace) -> int:

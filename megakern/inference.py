@@ -13,9 +13,9 @@ from megakern.config import require
 from megakern.data.chat import GENERATION_FILE
 from megakern.data.files import DataError
 from megakern.data.tokenizer import Tokenizer
-from megakern.model.beam import beam_search
-from megakern.model.engine import STOP, Request, Step
-from megakern.model.generate import engine_for
+from megakern.model.beam import Hypothesis, beam_search
+from megakern.model.engine import STOP, Engine, Request, Step
+from megakern.model.generate import room_for
 from megakern.model.gpt import GPT
 from megakern.model.sampling import Sampling
 from megakern.parallel.context import ParallelContext
@@ -36,6 +36,13 @@ class Loaded:
     device: torch.device
     stop_tokens: tuple[int, ...]
     """All that end an answer: those of generation.json, else the end-of-document token alone."""
+
+    def engine(self, **sizes) -> Engine:
+        """An engine of the model; `sizes` are those of `Engine`. All text comes from these, and from `beam_search`."""
+        return Engine(self.model, **sizes)
+
+    def beam_search(self, prompt: Sequence[int], **options) -> list[Hypothesis]:
+        return beam_search(self.model, prompt, **options)
 
 
 def load_run(run: Path, *, step: int | None = None, parallel: ParallelContext | None = None) -> Loaded:
@@ -166,7 +173,10 @@ class Writer:
         self.tokens = 0
         how = {"max_new_tokens": max_tokens, "sampling": sampling, "stop_tokens": loaded.stop_tokens}
         ids = [prompt_ids(loaded, each) if isinstance(each, str) else tuple(each) for each in prompts]
-        self._engine = engine_for(loaded.model, [Request(prompt=each, **how) for each in ids])
+        requests = [Request(prompt=each, **how) for each in ids]
+        self._engine = loaded.engine(**room_for(loaded.config.model, requests))
+        for request in requests:
+            self._engine.add(request)
         self._texts = [TextOf(loaded.tokenizer, loaded.stop_tokens, stop) for _ in prompts]
 
     def __iter__(self) -> Iterator[Piece]:
@@ -199,8 +209,7 @@ def best_texts(
     repetition_penalty: float = 1.0,
 ) -> list[BestText]:
     """The continuations that beam search finds, best first. Raises ConfigError."""
-    found = beam_search(
-        loaded.model,
+    found = loaded.beam_search(
         prompt_ids(loaded, prompt),
         beams=beams,
         max_new_tokens=max_tokens,

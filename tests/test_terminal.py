@@ -188,3 +188,37 @@ def test_serve_refuses_what_others_could_reach(run, capsys):
     assert "--host 0.0.0.0 can be reached from other machines: guard it with --token-file" in capsys.readouterr().err
     assert main(["serve", str(run), "--port", "0", "--max-requests", "0"]) == 2
     assert "max_requests must be 1 or more, got 0" in capsys.readouterr().err
+
+
+def two_processes(*words: object, code: int = 0) -> str:
+    return finish(start(*words, "--nproc", 2), code)
+
+
+def test_two_processes_write_what_one_writes(run):
+    out = two_processes("generate", run, "--prompt", "def f", "--max-tokens", 12, "--temperature", 1, "--seed", 3)
+    assert out.startswith("def f" + texts(run, ["def f"], 12, temperature=1, seed=3)[0] + "\n") and "tokens/s" in out
+    beams = two_processes("generate", run, "--prompt", "def f", "--max-tokens", 8, "--beams", 1)
+    assert beams.startswith("def f" + texts(run, ["def f"], 8)[0] + "\n")
+
+
+def test_two_processes_serve(run):
+    process = start("serve", run, "--port", 0, "--nproc", 2)
+    url = wait_for_line(process, r"small at (http://127\.0\.0\.1:\d+)")[1]
+    for prompt in (["a", "def f", "x"], ["b"]):  # the engine goes on after it was idle
+        body = {"model": "small", "prompt": prompt, "max_tokens": 20, "temperature": 0, "stop": ["##"]}
+        request = urllib.request.Request(
+            f"{url}/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"}
+        )  # fmt: skip
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            choices = json.loads(answer.read())["choices"]
+        assert [choice["text"] for choice in choices] == texts(run, prompt, 20)
+    process.send_signal(signal.SIGTERM)
+    assert finish(process, 143) == ""
+
+
+def test_what_is_wrong_with_two_processes_is_said_once(run):
+    text = two_processes("generate", run, "--prompt", "a" * 100, code=2)
+    assert text == "megakern: the prompt has 100 tokens; this model reads 64 in all, so give it fewer than that\n"
+    assert "--nproc must be 1 or more, got 0" in finish(start("generate", run, "--prompt", "a", "--nproc", 0), 2)
+    text = finish(start("generate", run, "--prompt", "a", "--nproc", 3), 2)
+    assert text == "megakern: model.kv_heads = 4 is not divisible by parallel.tp = 3; choose another tp\n"

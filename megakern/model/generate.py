@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from megakern.config import GPTConfig
 from megakern.model.cache import PAGE_SIZE
 from megakern.model.engine import Engine, Request, Step, TokenLogprob
 from megakern.model.gpt import GPT
@@ -39,17 +40,17 @@ def generate(
         )
         for prompt in prompts
     ]
-    return _steps(engine_for(model, requests))
-
-
-def engine_for(model: GPT, requests: Sequence[Request]) -> Engine:
-    """An engine with room for just these, added in order: a request's key is its index. Raises ConfigError."""
-    longest = model.config.sequence_length
-    pages = sum(-(-min(len(each.prompt) + max(1, each.max_new_tokens), longest) // PAGE_SIZE) for each in requests)
-    engine = Engine(model, tokens=max(1, pages) * PAGE_SIZE, max_batch=max(1, len(requests)))
+    engine = Engine(model, **room_for(model.config, requests))
     for request in requests:
         engine.add(request)
-    return engine
+    return _steps(engine)
+
+
+def room_for(config: GPTConfig, requests: Sequence[Request]) -> dict[str, int]:
+    """Sizes of an engine that takes all of these at once."""
+    longest = config.sequence_length
+    pages = sum(-(-min(len(each.prompt) + max(1, each.max_new_tokens), longest) // PAGE_SIZE) for each in requests)
+    return {"tokens": max(1, pages) * PAGE_SIZE, "max_batch": max(1, len(requests))}
 
 
 def _steps(engine: Engine) -> Iterator[Step]:

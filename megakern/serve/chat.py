@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -107,16 +109,29 @@ def _say(chat: Chat, text: str) -> None:
     left_out = chat.left_out
     pieces = chat.answer(text)
     try:
-        for piece in pieces:
-            print(piece, end="", flush=True)
+        with _noted(signal.SIGINT) as interrupted:
+            for piece in pieces:
+                print(piece, end="", flush=True)
+                if interrupted:
+                    break
     except ConfigError as error:
         print(f"megakern: {error}", file=sys.stderr)
         return
-    except KeyboardInterrupt:
-        pieces.close()
+    pieces.close()
     print(flush=True)
     if chat.left_out > left_out:
         print(f"[{chat.left_out - left_out} of the oldest turns no longer fit and are left out]", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _noted(number: int) -> Iterator[list[int]]:
+    """The signal only fills a list meanwhile: it must not end a step of the model, which other ranks may share."""
+    seen: list[int] = []
+    before = signal.signal(number, lambda number, _frame: seen.append(number))
+    try:
+        yield seen
+    finally:
+        signal.signal(number, before)
 
 
 def _edit_lines() -> None:

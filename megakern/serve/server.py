@@ -12,9 +12,8 @@ import uvicorn
 
 from megakern.config import ConfigError, require
 from megakern.data.chat import ChatTemplate
-from megakern.inference import Loaded, load_run
+from megakern.inference import Loaded
 from megakern.model.cache import PagePool
-from megakern.model.engine import Engine
 from megakern.serve.app import Limits, Service, create_app
 from megakern.serve.guard import LOCAL_HOSTS
 from megakern.serve.worker import Worker
@@ -85,34 +84,28 @@ def check_address(host: str, token: str | None) -> None:
 
 
 def serve(
-    run: Path,
+    loaded: Loaded,
+    template: ChatTemplate,
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
-    token_file: Path | None = None,
-    name: str | None = None,
+    token: str | None = None,
+    name: str,
     limits: Limits,
     max_batch: int = 64,
     tokens: int | None = None,
     prefill_tokens: int = 512,
-    step: int | None = None,
 ) -> int:
-    """Serve RUN until a signal ends it; returns the exit code. Raises ConfigError, before the model is loaded."""
-    token = read_token(token_file)
+    """Serve the model until a signal ends it; returns the exit code. Raises ConfigError."""
     check_address(host, token)
-    listener = listen(host, port)
-    try:
-        loaded, template = load_run(run, step=step), ChatTemplate.load(run)
+    with listen(host, port) as listener:
         tokens = cache_tokens(loaded, max_batch) if tokens is None else tokens
-        engine = Engine(loaded.model, tokens=tokens, max_batch=max_batch, prefill_tokens=prefill_tokens)
-        worker = Worker(engine, max_jobs=limits.max_requests)
-        service = Service(loaded, template, worker, name=name or run.resolve().name, limits=limits)
+        engine = loaded.engine(tokens=tokens, max_batch=max_batch, prefill_tokens=prefill_tokens)
+        service = Service(loaded, template, Worker(engine, max_jobs=limits.max_requests), name=name, limits=limits)
         server = make_server(service, host, token)
         shown = f"[{host}]" if ":" in host else host
-        print(f"{service.name} at http://{shown}:{listener.getsockname()[1]}, cache of {tokens:,} tokens", flush=True)
+        print(f"{name} at http://{shown}:{listener.getsockname()[1]}, cache of {tokens:,} tokens", flush=True)
         return _run_until_signal(server, listener)
-    finally:
-        listener.close()
 
 
 def _run_until_signal(server: uvicorn.Server, listener: socket.socket) -> int:
