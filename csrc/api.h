@@ -310,7 +310,7 @@ void attention_forward(const AttentionForward&, Place);
 
 // dq, dk, dv, contiguous, of q, k, v, dout, out (B, T, H, D) as above and lse (B, H, T). Packed sequences: B = 1, int32 offsets of
 // `sequences` + 1 elements; null: none. Scratch, with `lines` = B H tiles, tiles of R = 128 queries (D up to 64) or 64: T / R
-// rounded up, packed T / R rounded down + sequences. dq_sums (lines, R, 64 or 128), statistics (lines, 2, R); with dropout
+// rounded up, packed T / R rounded down + sequences. dq_sums (lines, R, 64, 128 or 256), statistics (lines, 2, R); with dropout
 // row_keys (lines, R), else null; for the same bits at each run turns (lines,), else null. section: heads of keys in flight.
 struct AttentionBackward {
   const void *q, *k, *v, *dout, *out;

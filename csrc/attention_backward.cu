@@ -2,16 +2,17 @@
 // 2205.14135) with the roles of warps as on Hopper in arXiv 2407.08608. Three kernels:
 //
 //   rows    delta = sum over D of dout out, lse in powers of two, zeros for the sums of dq     a block: a tile of queries
-//   main    dk, dv, and dq added to fp32 sums tile by tile                                      a block: 128 keys
+//   main    dk, dv, and dq added to fp32 sums tile by tile                             a block: 64 or 128 keys
 //   dq      the sums times scale, rounded                                                       a block: a tile of queries
 //
 // Writes: dq, dk, dv whole (=). With turns a query's dq is added up in the order of the keys, so that it has the same
 // bits at each run; without, in any order. dk and dv have the same bits in any case.
-// Parallel (main): a block owns 128 keys of one head of keys, each of two consumer warpgroups 64 of them, and walks the
-// queries that see them, of all query heads of the group: tiles of 128 (D up to 64) or 64. One thread of the third
+// Parallel (main): a block owns 128 keys of one head of keys, each of two consumer warpgroups 64 of them (D above 128: 64
+// keys, half of the columns), and walks the queries that see them, of all query heads of the group: tiles of 128 (D up to 64)
+// or 64. One thread of the third
 // warpgroup fetches them with TMA into two stages; one warp of it adds dq to device memory. Scores are computed as (keys,
 // queries): then p and ds are operands from registers for dv and dk, and ds alone goes through shared memory, for dq.
-// Limits: sm_90a; bf16 and fp16; D a multiple of 8 up to 128; rows on multiples of 16 bytes.
+// Limits: sm_90a; bf16 and fp16; D a multiple of 8 up to 256; rows on multiples of 16 bytes.
 #include <cmath>
 
 #include "attention_backward.cuh"
@@ -75,7 +76,8 @@ struct BackwardKeys {
     }
   };
 
-  float dk[D / 2], dv[D / 2];
+  static constexpr int columns = 64 * Tile::own_slabs;  // of dk and dv
+  float dk[columns / 2], dv[columns / 2];
   Own k, v;
 
   // d = a b^T over D: s = k q^T, dp = v dout^T.
@@ -95,15 +97,15 @@ struct BackwardKeys {
   }
 
   // d += a b: dv with p and dout, dk with ds and q.
-  static MK_DEVICE void accumulate(float (&d)[D / 2], const Operand& a, const unsigned char* b) {
+  static MK_DEVICE void accumulate(float (&d)[columns / 2], const Operand& a, const unsigned char* b) {
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
-      wgmma_rs<T, D, true>(d, a[step], matrix_descriptor(b, step * 2048, Tile::q_slab), true);
+      wgmma_rs<T, columns, true>(d, a[step], matrix_descriptor(b, step * 2048, Tile::q_slab), true);
     }
     wgmma_commit();
   }
 
-  // dq = ds^T k, of 64 queries and 64 columns, over the keys of both consumers.
+  // dq = ds^T k, of 64 queries and 64 columns, over all keys.
   static MK_DEVICE void weigh_queries(float (&dq)[32], const unsigned char* ds, const unsigned char* k) {
 #pragma unroll
     for (int step = 0; step < Tile::keys / 16; ++step) {
@@ -216,32 +218,37 @@ MK_DEVICE void add_queries(const BackwardPlan& plan, const BackwardPlace<Tile>& 
   int tile = at.first, line = at.line;
 #pragma unroll 1
   for (int step = 0; step < steps; ++step) {
-    float* to = plan.dq_sums + std::int64_t(line + tile) * 2 * Tile::part;
+    float* to = plan.dq_sums + std::int64_t(line + tile) * Tile::line;
     int* turn = plan.turns + line + tile;
-    const auto add = [&](int part) {
+    const auto add = [&](int consumer, int piece) {
       if (lane == 0) {
-        bulk_add(to + part * Tile::part, parts + part * Tile::part, Tile::part * 4);
+        bulk_add(to + (consumer * Tile::pieces + piece) * Tile::part, parts + consumer * Tile::part, Tile::part * 4);
         tma_commit();
         tma_wait_read<0>();
       }
       sync_warp();
     };
-    barrier_sync<3>(160);
-    if (plan.turns != nullptr && lane == 0) {
-      const int mine = at.key / Tile::keys - at.mask.first_key(tile * Tile::rows) / Tile::keys;
-      while (atomic_add(turn, 0) != mine) yield_thread();
-      fence_device();
+#pragma unroll
+    for (int piece = 0; piece < Tile::pieces; ++piece) {
+      const bool more = piece + 1 < Tile::pieces || step + 1 < steps;
+      barrier_sync<3>(160);
+      if (piece == 0 && plan.turns != nullptr && lane == 0) {
+        const int mine = at.key / Tile::keys - at.mask.first_key(tile * Tile::rows) / Tile::keys;
+        while (atomic_add(turn, 0) != mine) yield_thread();
+        fence_device();
+      }
+      add(0, piece);
+      if (more) barrier_arrive<5>(160);
+      barrier_sync<4>(160);
+      add(1, piece);
+      if (more) barrier_arrive<6>(160);
     }
-    add(0);
-    if (step + 1 < steps) barrier_arrive<5>(160);
-    barrier_sync<4>(160);
-    add(1);
-    if (step + 1 < steps) barrier_arrive<6>(160);
     if (plan.turns != nullptr && lane == 0) {
       tma_wait<0>();
       fence_device();
       atomic_add(turn, 1);
     }
+    sync_warp();
     if (++tile == at.end) tile = at.first, line += plan.q_tiles;
   }
   if (lane == 0) tma_wait<0>();
@@ -256,7 +263,7 @@ MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
                               const MK_GRID_CONSTANT BackwardPlan plan) {
 #if MK_SM90A
   using Tile = BackwardTile<D>;
-  constexpr int rows = Tile::rows, stages = Tile::stages;
+  constexpr int rows = Tile::rows, stages = Tile::stages, dout_stages = Tile::dout_stages;
   constexpr bool late = Featured && D > 64;  // dp after p: with both under way registers run out
   const BackwardPlace<Tile> at(plan, int(blockIdx.x));
   if (at.key >= at.S) return;
@@ -271,14 +278,16 @@ MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
   float *lse = reinterpret_cast<float*>(base + Tile::lse), *delta = reinterpret_cast<float*>(base + Tile::delta);
   std::uint64_t* row_keys = reinterpret_cast<std::uint64_t*>(base + Tile::row_keys);
   MBarrier* kv_full = reinterpret_cast<MBarrier*>(base + Tile::barriers);
-  MBarrier *q_full = kv_full + 1, *q_empty = q_full + stages, *dout_full = q_empty + stages, *dout_empty = dout_full + stages;
+  MBarrier *q_full = kv_full + 1, *q_empty = q_full + stages, *dout_full = q_empty + stages, *dout_empty = dout_full + dout_stages;
 
   const int warpgroup = int(threadIdx.x) / 128, thread = int(threadIdx.x) % 128, lane = thread % 32;
   if (threadIdx.x == 0) {
     mbar_init(kv_full, 1, "k, v full");
     for (int s = 0; s < stages; ++s) {
-      mbar_init(&q_full[s], 1, "q full"), mbar_init(&dout_full[s], 1, "dout full");
-      mbar_init(&q_empty[s], 8, "q empty"), mbar_init(&dout_empty[s], 8, "dout empty");  // one arrival a warp
+      mbar_init(&q_full[s], 1, "q full"), mbar_init(&q_empty[s], 8, "q empty");  // one arrival a warp
+    }
+    for (int s = 0; s < dout_stages; ++s) {
+      mbar_init(&dout_full[s], 1, "dout full"), mbar_init(&dout_empty[s], 8, "dout empty");
     }
     mbar_init_fence();
     prefetch_map(&q_map), prefetch_map(&k_map), prefetch_map(&v_map), prefetch_map(&dout_map);
@@ -301,19 +310,19 @@ MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
       int tile = at.first, line = at.line, head = at.head * plan.group;
 #pragma unroll 1
       for (int step = 0; step < steps; ++step, ring.advance()) {
-        const int s = ring.stage;
+        const int s = ring.stage, d = dout_stages == 1 ? 0 : s, d_phase = dout_stages == 1 ? step % 2 : ring.phase;
         const HeadBox queries(packed, at.sample, head, at.q_start, at.T, tile * rows, rows);
         const float* statistics = plan.statistics + std::int64_t(line + tile) * 2 * rows;
         mbar_wait(&q_empty[s], ring.phase ^ 1);
         mbar_expect(&q_full[s], Tile::q_bytes + rows * 4);
         fetch(q + s * Tile::q_bytes, &q_map, &q_full[s], Tile::q_slab, queries);
         bulk_load(lse + s * rows, statistics, &q_full[s], rows * 4);
-        mbar_wait(&dout_empty[s], ring.phase ^ 1);
-        mbar_expect(&dout_full[s], Tile::q_bytes + rows * (drops ? 12 : 4));
-        fetch(dout + s * Tile::q_bytes, &dout_map, &dout_full[s], Tile::q_slab, queries);
-        bulk_load(delta + s * rows, statistics + rows, &dout_full[s], rows * 4);
+        mbar_wait(&dout_empty[d], d_phase ^ 1);
+        mbar_expect(&dout_full[d], Tile::q_bytes + rows * (drops ? 12 : 4));
+        fetch(dout + d * Tile::q_bytes, &dout_map, &dout_full[d], Tile::q_slab, queries);
+        bulk_load(delta + d * rows, statistics + rows, &dout_full[d], rows * 4);
         if (drops) {
-          bulk_load(row_keys + s * rows, plan.row_keys + std::int64_t(line + tile) * rows, &dout_full[s], rows * 8);
+          bulk_load(row_keys + d * rows, plan.row_keys + std::int64_t(line + tile) * rows, &dout_full[d], rows * 8);
         }
         if (++tile == at.end) tile = at.first, line += plan.q_tiles, ++head;
       }
@@ -323,103 +332,139 @@ MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
   } else {
     registers_grow<kConsumerRegisters>();
     const int consumer = warpgroup - 1, warp = thread / 32;
-    const int from = at.key + 64 * consumer, key = from + warp * 16 + lane / 4;  // the consumer's, the thread's first
-    const unsigned char* k_part = k + (D == 64 ? 0 : consumer * Tile::kv_slab);  // those of its part of dq
+    const int below = Tile::split ? 0 : 64 * consumer;  // its first key of the tile
+    const int from = at.key + below, key = from + warp * 16 + lane / 4;  // the same in the sequence; the thread's first
+    const int slab = Tile::split ? 2 * consumer : 0;                     // its first of dk and dv
     const auto release = [&](MBarrier* empty) {
       if (lane == 0) mbar_arrive(empty);
     };
     using Keys = BackwardKeys<T, D>;
     Keys own;
-    own.k.rows = k + consumer * 64 * 128, own.v.rows = v + consumer * 64 * 128;
+    own.k.rows = k + below * 128, own.v.rows = v + below * 128;
 #pragma unroll
-    for (int i = 0; i < D / 2; ++i) own.dk[i] = own.dv[i] = 0;
+    for (int i = 0; i < Keys::columns / 2; ++i) own.dk[i] = own.dv[i] = 0;
     if (steps > 0) {
       mbar_wait(kv_full, 0);
       own.k.hold(warp, lane), own.v.hold(warp, lane);
       int tile = at.first, head = at.head * plan.group;
       float slope = Featured ? plan.scoring.slope(at.sample, head) : 0.0f;
-      float s[32];
-      mbar_wait(&q_full[0], 0);
-      own.multiply(s, own.k, q);
+      float next[32];  // scores of the next queries, under way; split: registers do not suffice
+      if (!Tile::split) {
+        mbar_wait(&q_full[0], 0);
+        own.multiply(next, own.k, q);
+      }
 #pragma unroll 1
       for (int step = 0; step < steps; ++step) {
-        const int stage = ring.stage, phase = ring.phase;
+        const int stage = ring.stage, dout_stage = dout_stages == 1 ? 0 : stage;
+        const int phase = ring.phase, dout_phase = dout_stages == 1 ? step % 2 : phase;
         ring.advance();
         unsigned char* ds_now = ds + step % 2 * Tile::ds_bytes;
 #pragma unroll
         for (int half = 0; half < rows / 64; ++half) {  // 64 queries
           const unsigned char *q_now = q + stage * Tile::q_bytes + half * 64 * 128;
-          const unsigned char* dout_now = dout + stage * Tile::q_bytes + half * 64 * 128;
-          float dp[32];
+          const unsigned char* dout_now = dout + dout_stage * Tile::q_bytes + half * 64 * 128;
+          float now[32], dp[32];
+          float(&s)[32] = Tile::split ? now : next;
           typename Keys::Operand p, change;
-          if (half == 0) mbar_wait(&dout_full[stage], phase);
+          if (Tile::split) {
+            mbar_wait(&q_full[stage], phase);
+            own.multiply(s, own.k, q_now);
+          }
+          if (half == 0) mbar_wait(&dout_full[dout_stage], dout_phase);
 
           const int row = tile * rows + half * 64, column = lane % 4 * 2;  // this thread's first query: row + column
-          const int place = stage * rows + half * 64 + column;
+          const int of_q = stage * rows + half * 64 + column, of_dout = dout_stage * rows + half * 64 + column;
           const bool masked = from + 64 > at.mask.behind_key(row) || from < at.mask.first_key(row + 63);
           const int distance = key - (row + column + at.mask.offset);
-          const std::uint64_t* keys = plan.row_keys == nullptr ? nullptr : row_keys + place;
+          const std::uint64_t* keys = plan.row_keys == nullptr ? nullptr : row_keys + of_dout;
           std::uint32_t kept = 0;
-          wgmma_wait<0>(s, own.dv, own.dk);
-          if (!late) own.multiply(dp, own.v, dout_now);
-          if constexpr (Featured) {
-            kept = own.featured(s, p, plan.scoring, lse + place, keys, at.mask, key, distance, slope);
-          } else if (masked) {
-            own.template probabilities<true>(s, p, plan.scoring.scale, lse + place, at.mask, key, distance);
+          if (Tile::split && !late) {
+            own.multiply(dp, own.v, dout_now);
+            wgmma_wait<1>(s);
           } else {
-            own.template probabilities<false>(s, p, plan.scoring.scale, lse + place, at.mask, key, distance);
+            wgmma_wait<0>(s, own.dv, own.dk);
+            if (!late) own.multiply(dp, own.v, dout_now);
+          }
+          if constexpr (Featured) {
+            kept = own.featured(s, p, plan.scoring, lse + of_q, keys, at.mask, key, distance, slope);
+          } else if (masked) {
+            own.template probabilities<true>(s, p, plan.scoring.scale, lse + of_q, at.mask, key, distance);
+          } else {
+            own.template probabilities<false>(s, p, plan.scoring.scale, lse + of_q, at.mask, key, distance);
           }
           if (late) own.multiply(dp, own.v, dout_now);
           wgmma_fence(own.dv, p);
-          own.accumulate(own.dv, p, dout_now);
+          own.accumulate(own.dv, p, dout_now + slab * Tile::q_slab);
           wgmma_wait<1>(dp);
-          own.template differences<Featured>(change, s, dp, kept, delta + place, plan.scoring.kept);
+          own.template differences<Featured>(change, s, dp, kept, delta + of_dout, plan.scoring.kept);
           wgmma_fence(own.dk, change);
-          own.accumulate(own.dk, change, q_now);
-          own.share(change, ds_now + half * Tile::ds_slab + (consumer * 64 + warp * 16) * 128, lane);
+          own.accumulate(own.dk, change, q_now + slab * Tile::q_slab);
+          own.share(change, ds_now + (Tile::split ? consumer : half) * Tile::ds_slab + (below + warp * 16) * 128, lane);
           fence_async();
           if (half + 1 < rows / 64) {
-            own.multiply(s, own.k, q_now + 64 * 128);
+            own.multiply(next, own.k, q_now + 64 * 128);
           }
         }
-        barrier_sync<7>(256);  // ds of both consumers
+        if (Tile::split) consumer_sync<1>(consumer, 128);
+        else barrier_sync<7>(256);  // ds of both consumers
+        const unsigned char* ds_part = ds_now + (D == 128 ? 0 : consumer * Tile::ds_slab);
+        const unsigned char* k_part = k + (D == 64 ? 0 : Tile::pieces * consumer * Tile::kv_slab);
+        const bool last = step + 1 == steps;
+        // The next scores run beside the store of dq. The last step computes its own again, and nobody reads them.
+        const auto next_scores = [&] {
+          if (!last) mbar_wait(&q_full[ring.stage], ring.phase);
+          own.multiply(next, own.k, q + (last ? stage : ring.stage) * Tile::q_bytes);
+        };
+        const auto put = [&](const float (&part)[32]) {
+          consumer_sync<5>(consumer, 160);  // the part before has been read
+#pragma unroll
+          for (int i = 0; i < 8; ++i) {
+            Vector<float, 4> four;
+#pragma unroll
+            for (int e = 0; e < 4; ++e) four[e] = part[4 * i + e];
+            store_shared(dq + consumer * Tile::part + 512 * i + 4 * thread, four);
+          }
+          fence_async();
+          if (consumer == 0) barrier_arrive<3>(160);
+          else barrier_arrive<4>(160);
+        };
         float part[32];
         wgmma_fence(part);
-        own.weigh_queries(part, ds_now + (D == 64 ? consumer * Tile::ds_slab : 0), k_part);
+        own.weigh_queries(part, ds_part, k_part);
         wgmma_wait<1>(own.dv, own.dk);
-        const bool last = step + 1 == steps;
-        if (!last) mbar_wait(&q_full[ring.stage], ring.phase);
-        own.multiply(s, own.k, q + (last ? stage : ring.stage) * Tile::q_bytes);
-        release(&q_empty[stage]), release(&dout_empty[stage]);
-        wgmma_wait<1>(part);
-        consumer_sync<5>(consumer, 160);  // the part before has been read
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          Vector<float, 4> four;
-#pragma unroll
-          for (int e = 0; e < 4; ++e) four[e] = part[4 * i + e];
-          store_shared(dq + consumer * Tile::part + 512 * i + 4 * thread, four);
+        if constexpr (Tile::pieces == 1) {
+          next_scores();
+          release(&q_empty[stage]), release(&dout_empty[dout_stage]);
+          wgmma_wait<1>(part);
+          put(part);
+        } else {
+          float other[32];
+          wgmma_wait<0>(part);
+          wgmma_fence(other);
+          own.weigh_queries(other, ds_part, k_part + Tile::kv_slab);
+          release(&dout_empty[dout_stage]);
+          put(part);
+          release(&q_empty[stage]);
+          wgmma_wait<0>(other);
+          put(other);
         }
-        fence_async();
-        if (consumer == 0) barrier_arrive<3>(160);
-        else barrier_arrive<4>(160);
         if (++tile == at.end) {
           tile = at.first, ++head;
           if (Featured && step + 1 < steps) slope = plan.scoring.slope(at.sample, head);
         }
       }
-      wgmma_wait<0>(s);
+      if (!Tile::split) wgmma_wait<0>(next);
     }
 
 #pragma unroll
-    for (int i = 0; i < D / 2; ++i) {
+    for (int i = 0; i < Keys::columns / 2; ++i) {
       own.dk[i] *= plan.scale;
       if (Featured) own.dv[i] *= plan.scoring.kept;
     }
     barrier_sync<7>(256);  // all products that read k and v are done
 #pragma unroll
-    for (int i = 0; i < Tile::slabs; ++i) {
-      const int place = i * Tile::kv_slab + (consumer * 64 + warp * 16) * 128;
+    for (int i = 0; i < Tile::own_slabs; ++i) {
+      const int place = (slab + i) * Tile::kv_slab + (below + warp * 16) * 128;
       write_fragment<T>(k + place, own.dk + 32 * i, lane);
       write_fragment<T>(v + place, own.dv + 32 * i, lane);
     }
@@ -428,8 +473,8 @@ MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
     if (thread == 0 && from < at.S) {
       const HeadBox box(packed, at.sample, at.head, at.k_start, at.S, from, 64);
 #pragma unroll
-      for (int i = 0; i < Tile::slabs; ++i) {
-        const int place = i * Tile::kv_slab + consumer * 64 * 128;
+      for (int i = slab; i < slab + Tile::own_slabs; ++i) {
+        const int place = i * Tile::kv_slab + below * 128;
         tma_store_4d(&dk_map, k + place, 64 * i, box.y, box.z, box.w);
         tma_store_4d(&dv_map, v + place, 64 * i, box.y, box.z, box.w);
       }
@@ -489,7 +534,15 @@ static void launch_backward(const AttentionBackward& p, Place place) {
   } else {
     MK_LAUNCH((attention_backward_kernel<T, D, false>), blocks, threads, Tile::shared, place, q, k, v, dout, dk, dv, plan);
   }
-  MK_LAUNCH((backward_dq_kernel<T, D>), dim3(check.blocks(lines)), dim3(256), 1024 + 2 * 64 * 128, place, dq, plan);
+  MK_LAUNCH((backward_dq_kernel<T, D>), dim3(check.blocks(lines)), dim3(256 * Tile::pieces), 1024 + Tile::line * 2,
+            place, dq, plan);
+}
+
+template <class T>
+static void launch_for_depth(const AttentionBackward& p, Place place) {
+  if (p.sizes.D <= 64) launch_backward<T, 64>(p, place);
+  else if (p.sizes.D <= 128) launch_backward<T, 128>(p, place);
+  else launch_backward<T, 256>(p, place);
 }
 
 void attention_backward(const AttentionBackward& p, Place place) {
@@ -497,7 +550,7 @@ void attention_backward(const AttentionBackward& p, Place place) {
   const AttentionSizes& s = p.sizes;
   check.require(p.dtype == Dtype::bf16 || p.dtype == Dtype::f16,
                 "dtype must be code 1 (bf16) or 2 (fp16), got " + std::to_string(int(p.dtype)));
-  check.require(s.D > 0 && s.D <= 128 && s.D % 8 == 0, "D must be a multiple of 8 up to 128, got " + std::to_string(s.D));
+  check.require(s.D > 0 && s.D <= 256 && s.D % 8 == 0, "D must be a multiple of 8 up to 256, got " + std::to_string(s.D));
   constexpr int64_t most = 1 << 28;
   check.size("B", s.B, 1, most), check.size("T", s.T, 1, most), check.size("S", s.S, 1, most);
   check.size("H", s.H, 1, most), check.size("Hkv", s.Hkv, 1, s.H), check.size("section", p.section, 1, most);
@@ -528,10 +581,8 @@ void attention_backward(const AttentionBackward& p, Place place) {
                 "dq, dk and dv must start on multiples of 16 bytes");
   check.writes("dq", p.dq, p.dtype, s.B * s.T * s.H * s.D);
   check.writes("dk", p.dk, p.dtype, s.B * s.S * s.Hkv * s.D), check.writes("dv", p.dv, p.dtype, s.B * s.S * s.Hkv * s.D);
-  if (p.dtype == Dtype::bf16 && s.D <= 64) launch_backward<bf16, 64>(p, place);
-  else if (p.dtype == Dtype::bf16) launch_backward<bf16, 128>(p, place);
-  else if (s.D <= 64) launch_backward<fp16, 64>(p, place);
-  else launch_backward<fp16, 128>(p, place);
+  if (p.dtype == Dtype::bf16) launch_for_depth<bf16>(p, place);
+  else launch_for_depth<fp16>(p, place);
 }
 
 }  // namespace megakern

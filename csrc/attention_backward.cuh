@@ -9,28 +9,38 @@
 
 namespace megakern {
 
-// Sizes of the kernels for head dims up to D. Of the 64 KB of scores of 64 x 128 (fp32, both products) each of two
-// consumers holds half.
+// Sizes of the kernels for head dims up to D. Each of two consumers sums dk and dv of 64 keys: with D up to 128 its own 64
+// keys, else one half of the columns of the same 64, so that both compute all scores (1.4 times the products).
 template <int D>
 struct BackwardTile {
-  static constexpr int rows = D == 64 ? 128 : 64, keys = 128, stages = 2;
-  static constexpr int slabs = D / 64;  // of 64 columns: 128 bytes, the width of a swizzle
-  static constexpr int q_slab = rows * 128, kv_slab = keys * 128, ds_slab = keys * 128;  // ds: 64 queries a slab
-  static constexpr int q_bytes = slabs * q_slab, kv_bytes = slabs * kv_slab, ds_bytes = rows / 64 * ds_slab;
-  static constexpr int part = 64 * 64;  // values of a tile's dq that one consumer makes: rows (D 64) or columns (D 128)
+  static constexpr bool split = D > 128;  // by columns
+  static constexpr int rows = D == 64 ? 128 : 64, keys = split ? 64 : 128;
+  static constexpr int stages = 2, dout_stages = split ? 1 : 2;
+  static constexpr int slabs = D / 64, own_slabs = split ? 2 : slabs;  // of 64 columns: 128 bytes, the width of a swizzle
+  static constexpr int q_slab = rows * 128, kv_slab = keys * 128;
+  static constexpr int q_bytes = slabs * q_slab, kv_bytes = slabs * kv_slab;
+  static constexpr int ds_slab = keys * 128;  // 64 queries: of all keys; split: a copy for each consumer
+  static constexpr int ds_bytes = (split ? 2 : rows / 64) * ds_slab;
+  static constexpr int part = 64 * 64, pieces = split ? 2 : 1;  // of dq: what a consumer makes at a time, of a tile
+  static constexpr int line = 2 * pieces * part;                // of sums of dq: a tile
   // Where things lie behind one aligned address: the producer has 24 registers a thread, too few for an address each.
   static constexpr int k = 0, v = k + kv_bytes, q = v + kv_bytes, dout = q + stages * q_bytes;
-  static constexpr int ds = dout + stages * q_bytes, dq = ds + 2 * ds_bytes, row_keys = dq + 2 * part * 4;
-  static constexpr int lse = row_keys + stages * rows * 8, delta = lse + stages * rows * 4;
-  static constexpr int barriers = delta + stages * rows * 4, bytes = barriers + 8 * (1 + 4 * stages);
+  static constexpr int ds = dout + dout_stages * q_bytes, dq = ds + 2 * ds_bytes, row_keys = dq + 2 * part * 4;
+  static constexpr int lse = row_keys + dout_stages * rows * 8, delta = lse + stages * rows * 4;
+  static constexpr int barriers = delta + dout_stages * rows * 4;
+  static constexpr int bytes = barriers + 8 * (1 + 2 * stages + 2 * dout_stages);
   static constexpr int shared = 1024 + round_up(bytes, 16);
-  static_assert(2 * part == rows * D);
+  static_assert(line == rows * D);
   static_assert(shared <= 227 * 1024, "shared memory of a block on sm_90");
+
+  // The first column and row of part number i of a line.
+  static constexpr MK_BOTH int column(int i) { return D == 64 ? 0 : 64 * i; }
+  static constexpr MK_BOTH int row(int i) { return D == 64 ? 64 * i : 0; }
 };
 
 // What the kernels get besides tensor maps. A line: one tile of queries of one head, in scratch memory.
 struct BackwardPlan {
-  float* dq_sums;           // (lines, rows * D): for each consumer 16 x 128 x 4 values, as they lie in its registers
+  float* dq_sums;           // (lines, rows * D): parts of 8 x 128 x 4 values, as they lie in a consumer's registers
   float* statistics;        // (lines, 2, rows): lse log2(e), +inf where a query sees nothing; sum over D of dout out
   std::uint64_t* row_keys;  // (lines, rows), of dropout; null without
   int* turns;               // (lines,): tiles of keys that have been added, where the order is fixed; null: any order
@@ -114,24 +124,24 @@ MK_KERNEL void __launch_bounds__(kRowThreads)
     plan.row_keys[std::int64_t(line) * Tile::rows + thread] = fold(key, at.row + thread);
   }
   if (plan.turns != nullptr && thread == 0) plan.turns[line] = 0;
-  float* sums = plan.dq_sums + std::int64_t(line) * 2 * Tile::part;
+  float* sums = plan.dq_sums + std::int64_t(line) * Tile::line;
 #pragma unroll
-  for (int i = 0; i < 2 * Tile::part; i += 4 * kRowThreads) store(sums + i + 4 * thread, filled<float, 4>(0.0f));
+  for (int i = 0; i < Tile::line; i += 4 * kRowThreads) store(sums + i + 4 * thread, filled<float, 4>(0.0f));
 }
 
-// dq of a line, from sums in fp32.
+// dq of a line, from sums in fp32: 128 threads a part.
 template <class T, int D>
-MK_KERNEL void __launch_bounds__(256)
+MK_KERNEL void __launch_bounds__(256 * BackwardTile<D>::pieces)
     backward_dq_kernel(const MK_GRID_CONSTANT TensorMap dq_map, const MK_GRID_CONSTANT BackwardPlan plan) {
 #if MK_SM90A
   using Tile = BackwardTile<D>;
   SharedMemory shared;
-  unsigned char* tiles = shared.take<unsigned char>(2 * 64 * 128, 1024);
+  unsigned char* tiles = shared.take<unsigned char>(Tile::line * 2, 1024);
   const int line = int(blockIdx.x), part = int(threadIdx.x) / 128, thread = int(threadIdx.x) % 128;
   const BackwardLine<Tile::rows> at(plan, line);
-  const int row = at.row + (D == 64 ? 64 * part : 0), col = D == 64 ? 0 : 64 * part;
+  const int row = at.row + Tile::row(part), col = Tile::column(part);
   if (at.row >= at.length) return;
-  const float* sums = plan.dq_sums + (std::int64_t(line) * 2 + part) * Tile::part + 4 * thread;
+  const float* sums = plan.dq_sums + std::int64_t(line) * Tile::line + part * Tile::part + 4 * thread;
   float v[32];
 #pragma unroll
   for (int i = 0; i < 8; ++i) {

@@ -1,4 +1,4 @@
-"""Launchers of csrc/attention_forward.cu, and the choice of the backward pass.
+"""Launchers of csrc/attention_forward.cu; those of csrc/attention_backward.cu are in a module of their own.
 
 The copy engine wants rows that start on multiples of 16 bytes: other views are copied first.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 
 from megakern.kernels.cuda.dropout import threshold_of
-from megakern.kernels.cuda.limits import backward_instead
 from megakern.kernels.cuda.linear import multiprocessors
 from megakern.kernels.cuda.module import DTYPES, call, pointer
 from megakern.kernels.memory import empty, empty_like
@@ -59,15 +58,8 @@ def copyable(x: torch.Tensor) -> torch.Tensor:
     return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
-def attention_backward(
-    dout, q, k, v, out, lse, q_offsets, k_offsets, slopes, window, scale, softcap, dropout_p, dropout_key, deterministic
-):
-    """-> dq, dk, dv, contiguous, like q, k, v. In C++, or by what `limits.backward_instead` names."""
-    if backward_instead(q.shape[-1]) is None:
-        from megakern.kernels.cuda import attention_backward as attention
-    elif q.device.type == "cuda":
-        from megakern.kernels.triton import attention
-    else:
-        from megakern.kernels.torch import attention
-    how = (window, scale, softcap, dropout_p, dropout_key, deterministic)
-    return attention.attention_backward(dout, q, k, v, out, lse, q_offsets, k_offsets, slopes, *how)
+def attention_backward(*arguments):
+    """-> dq, dk, dv, contiguous, like q, k, v."""
+    from megakern.kernels.cuda import attention_backward as backward  # which needs this module
+
+    return backward.attention_backward(*arguments)

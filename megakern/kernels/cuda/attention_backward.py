@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from megakern.kernels.cuda.attention import copyable, features_of
@@ -12,17 +14,30 @@ QUERIES_IN_CACHE = 32 << 20
 """Bytes of q, dout and the sums of dq whose heads are computed side by side: they stay in the L2 cache of 50 MB."""
 
 
-def tile_of(D: int) -> tuple[int, int]:
-    """Queries of a tile, and the head dim that is computed: BackwardTile of csrc/attention_backward.cuh."""
-    return (128, 64) if D <= 64 else (64, 128)
+@dataclass(frozen=True)
+class Tile:
+    """BackwardTile of csrc/attention_backward.cuh."""
+
+    columns: int
+    """The head dim that is computed."""
+    queries: int
+    keys: int
+
+
+TILES = (Tile(64, 128, 128), Tile(128, 64, 128), Tile(256, 64, 64))
+
+
+def tile_of(D: int) -> Tile:
+    return next(tile for tile in TILES if tile.columns >= D)
 
 
 def attention_backward(
     dout, q, k, v, out, lse, q_offsets, k_offsets, slopes, window, scale, softcap, dropout_p, dropout_key, deterministic
 ):
-    """-> dq, dk, dv, contiguous. `limits.py` says what is not computed here. dq repeats to the bit if `deterministic`.
+    """-> dq, dk, dv, contiguous. `limits.py` refuses what is not computed here. `deterministic`: dq repeats to the bit.
 
-    Scratch memory: 4 to 5 bytes an element of q, and 8 (with dropout 16) for each query and head.
+    Scratch memory: 4 bytes an element of q, its head dim and lengths rounded up to those of tiles, and 8 (with dropout
+    16) for each query of each head.
     """
     dq, dk, dv = empty_like(q), empty_like(k), empty_like(v)
     if q.numel() == 0 or k.numel() == 0:
@@ -35,7 +50,8 @@ def attention_backward(
         q_offsets, k_offsets = q_offsets.contiguous(), k_offsets.contiguous()
     slopes, features = features_of(slopes, softcap, dropout_p, dropout_key)
     lse = lse.contiguous()
-    rows, columns = tile_of(D)
+    tile = tile_of(D)
+    rows, columns = tile.queries, tile.columns
     B = q.shape[0]
     lines = B * H * (cdiv(T, rows) if q_offsets is None else T // rows + sequences)
     sums = empty((lines, rows, columns), torch.float32, q.device)

@@ -99,21 +99,15 @@ def _attention_tile(problem) -> str:
     )
 
 
-def backward_instead(D: int) -> str | None:
-    """Why the gradients of attention are another backend's (Triton's on a GPU, PyTorch's on a CPU), or None."""
-    if D > 128:
-        return f"its C++ kernel is for head dims up to 128, got {D}"
-    return None
-
-
 def _attention_backward(problem) -> str:
-    D = problem.sizes["D"]
-    instead = backward_instead(D)
-    if instead is not None:
-        return f"backward by {'Triton' if problem.device == 'cuda' else 'PyTorch'}: {instead}"
+    from megakern.kernels.cuda.attention_backward import tile_of  # which loads the compiled modules
+
+    tile = tile_of(problem.sizes["D"])
     order = "in the order of the keys" if problem.options["deterministic"] else "in any order"
-    tile = f"128 keys x {128 if D <= 64 else 64} queries"
-    return f"backward with TMA and wgmma, {tile}, dk and dv in registers, dq added to fp32 sums {order}"
+    return (
+        f"backward with TMA and wgmma, {tile.keys} keys x {tile.queries} queries, dk and dv in registers, "
+        f"dq added to fp32 sums {order}"
+    )
 
 
 OPS: dict[str, Op] = {
