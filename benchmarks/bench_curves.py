@@ -1,6 +1,6 @@
 """Loss curves of bf16 beside fp32, over several seeds: is what a faster precision learns within what a seed changes?
 
-    python -m benchmarks.bench_curves [--seconds N] [--seeds 5] [--steps 100] [--json FILE]
+    python -m benchmarks.bench_curves [--seconds N] [--seeds 5] [--steps 60] [--json FILE]
 
 A small GPT on bytes of Python's standard library. A seed chooses the initial weights and the batches, the same for each
 precision. bf16 holds when in every tenth of the run its loss, the mean over seeds, lies between the lowest and the
@@ -102,7 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=120.0, help="no seed begins that would not end in time")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--quick", action="store_true", help="30 steps")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     options = parser.parse_args(arguments)

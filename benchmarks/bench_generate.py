@@ -30,12 +30,12 @@ GOALS = (
     ("fp32 beside transformers' fp32", "megakern fp32", ("transformers fp32",), 2.0),
     ("bf16 beside transformers' best", "megakern bf16", ("transformers fp32", "transformers bf16"), 2.0),
 )
-PROMPT, TOKENS, QUICK_TOKENS = 32, 96, 24
+PROMPT, TOKENS, QUICK_TOKENS = 32, 64, 16
 
 
-def weights(config: mk.GPTConfig) -> dict[str, torch.Tensor]:
+def weights(config: mk.GPTConfig, device: torch.device) -> dict[str, torch.Tensor]:
     """Initial weights, those of the blocks larger: else a tied head says the last token again, for ever."""
-    plain = steps.plain_weights(config)
+    plain = steps.plain_weights(config, device)
     return {name: value * 8 if "blocks" in name and value.ndim == 2 else value for name, value in plain.items()}
 
 
@@ -57,7 +57,7 @@ class Generation:
             raise NotHereError(reason)
         from benchmarks.peers import hugging_face
 
-        model = hugging_face.model_of(config, self.device, weights(config)).to(self.dtype).eval()
+        model = hugging_face.model_of(config, self.device, weights(config, self.device)).to(self.dtype).eval()
         mask = torch.ones_like(self.prompt)
 
         def generate(count: int) -> list[int]:
@@ -74,7 +74,7 @@ class Generation:
         from megakern.model.generate import complete
 
         model = mk.GPT(config, device="meta", dtype=self.dtype, compute_dtype=self.dtype).eval()
-        steps.copy_weights(model.to_empty(device=self.device), steps.from_plain(weights(config), config))
+        steps.copy_weights(model.to_empty(device=self.device), steps.from_plain(weights(config, self.device), config))
         prompts = self.prompt.tolist()
         return lambda count: complete(model, prompts, max_new_tokens=count)[0].tokens
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import statistics
 import sys
 import time
@@ -41,6 +42,8 @@ class Workload:
     contestants: tuple[str, ...]
     at_once: int = 9
     """Contestants that fit into memory side by side."""
+    share: float = 1.0
+    """Of the time, beside the other workloads."""
     goals: tuple[tuple, ...] = field(default=())
     """(what, ours, peers, how many times as fast it shall be)"""
 
@@ -69,7 +72,8 @@ WORKLOADS = {
         ),
         Workload(
             "GPT-2 124M", gpt2("gpt2-124m", sequence_length=512), 4,
-            ("plain fp32", *BEST, "transformers bf16 autocast", "megakern fp32", "megakern bf16"), at_once=3,
+            ("plain fp32", "plain bf16 autocast", "megakern fp32", "megakern bf16", "plain bf16 compiled",
+             "transformers bf16 autocast"), at_once=4, share=1.5,
             goals=(("bf16 beside nanoGPT's best", "megakern bf16", BEST, 1.3),),
         ),
     ),
@@ -104,15 +108,19 @@ class Training:
         self.dtype = torch.bfloat16 if "bf16" in name else torch.float32
         self.done = 0
 
-    def run(self, count: int) -> tuple[float, list[float]]:
-        """-> seconds and losses of the next `count` steps; the last loss has been read, so the device is done."""
+    def run(self, count: int) -> tuple[list[float], list[float]]:
+        """-> seconds and loss of each of the next `count` steps; the loss has been read, so the device is done."""
         batches = [[ids.to(self.device) for ids in batch_of(self.workload, self.done + i)] for i in range(count)]
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        start = time.perf_counter()
-        losses = [self.step(*batch) for batch in batches]
+        times, losses = [time.perf_counter()], []
+        for batch in batches:
+            losses.append(self.step(*batch))
+            times.append(time.perf_counter())
         self.done += count
-        return time.perf_counter() - start, losses
+        seconds = [end - start for start, end in itertools.pairwise(times)]
+        self.profiled = 2 if seconds[-1] < 1 else 1  # steps; long ones need no mean
+        return seconds, losses
 
     def rates(self) -> tuple[float, float]:
         """FLOP/s of this precision's matmul, and what MFU divides by."""
@@ -124,7 +132,7 @@ class Training:
 
     def profile(self) -> dict[str, Any]:
         batch = [ids.to(self.device) for ids in batch_of(self.workload, self.done)]
-        return breakdown(lambda: self.step(*batch), 2)
+        return breakdown(lambda: self.step(*batch), self.profiled)
 
 
 def measure(workload: Workload, names: tuple[str, ...], deadline: float) -> dict[str, Any]:
@@ -167,12 +175,12 @@ def _measure_together(workload, baseline: Contestant, names: list[str], deadline
                 continue
             try:
                 if contestant is not baseline or not before:  # else it is warm, and further on
-                    _, row["losses"] = contestant.call("run", 3)
+                    seconds, row["losses"] = contestant.call("run", 3)
+                    slowest = max(slowest, seconds[-1])  # the first may have compiled
                     expected = expected or row["losses"]
                     if wrong := _disagreement(contestant.name, row["losses"], expected):
                         row["error"] = wrong
                         continue
-                slowest = max(slowest, contestant.call("run", 1)[0])
                 ready.append(contestant)
             except NotHereError as reason:
                 row["missing"] = str(reason)
@@ -204,7 +212,7 @@ def _turns(ready: list[Contestant], slowest: float, deadline: float) -> dict[str
     while ready and (not seconds[ready[0].name] or time.monotonic() < deadline - reserve):
         started = time.monotonic()
         for contestant in ready:
-            seconds[contestant.name].append(contestant.call("run", each)[0] / each)
+            seconds[contestant.name].append(statistics.fmean(contestant.call("run", each)[0]))
         reserve = 6 * slowest + 3 + time.monotonic() - started
         if len(seconds[ready[0].name]) >= MOST_TURNS:
             break
@@ -254,7 +262,8 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error(f"--only: {', '.join(sorted(unknown))}: no contestant; there are {known}")
         if options.quick and not options.only:
             names = tuple(name for name in names if name in QUICK) or names[:2]
-        deadline = started + options.seconds * (number + 1) / len(chosen)
+        shares = [each.share for each in chosen]
+        deadline = started + options.seconds * sum(shares[: number + 1]) / sum(shares)
         results.append(measure(workload, names, deadline))
         print(f"\n{report.train_table(results[-1])}", flush=True)
     if options.json:

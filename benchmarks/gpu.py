@@ -1,6 +1,6 @@
 """All that a GPU can say of this project, by one command: builds, runs the GPU tests and every benchmark, writes JSON.
 
-    python3 -m benchmarks.gpu --out DIR [--only tests|bench] [--ops norm,attention] [--backend triton] [--budget 520]
+    python3 -m benchmarks.gpu --out DIR [--only tests|bench|tune] [--ops norm,attention] [--backend triton] [--budget N]
 
 Uses the Python that runs it, with torch and triton; installs nothing. What no longer fits into --budget seconds is left
 out and named. DIR gets the logs, tests.json, and for each op the figures as benchmarks/results/ keeps them. The
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import gpu_tests, suite
+from benchmarks import gpu_tests, suite, tune
 from benchmarks.common import describe_machine, machine_facts
 from megakern.kernels.cuda import toolkit
 
@@ -36,15 +36,16 @@ def main(arguments: list[str] | None = None) -> int:
     facts = {**machine_facts(), **({"commit": options.commit} if options.commit else {})}
     print(describe_machine(facts), flush=True)
     failed = False
-    if options.only != "bench":
+    if options.only not in ("bench", "tune"):
         until = deadline if options.only == "tests" else started + SHARE_OF_TESTS * options.budget
         failed = not _tests(options, facts, until)
     if options.only != "tests":
         if failed_build := _finish(_build(options), deadline):
             print(failed_build)
-        failed |= not suite.run(_suite(options, facts, deadline - time.monotonic()))
-        if options.tune:
-            print(f"\n{tuned(options.out)}")
+        if options.only == "tune":
+            failed |= not tune.run(options.ops or tune.NAMES, options.out, deadline)
+        else:
+            failed |= not suite.run(_suite(options, facts, deadline - time.monotonic()))
     print(f"\n{time.monotonic() - started:.0f} s; everything is in {options.out}")
     return 1 if failed else 0
 
@@ -57,7 +58,6 @@ def _suite(options: argparse.Namespace, facts: dict, seconds: float) -> suite.Su
         budget=seconds,
         backend=options.backend,
         compile=not options.no_compile,
-        tune=options.out if options.tune else None,
         facts=facts,
     )
 
@@ -65,18 +65,18 @@ def _suite(options: argparse.Namespace, facts: dict, seconds: float) -> suite.Su
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu", help="folder for results and logs")
-    parser.add_argument("--only", choices=("tests", "bench"), help="one half of it")
-    ops = f"of {','.join(suite.OPS)}; benchmarks and tests"
+    parser.add_argument("--only", choices=("tests", "bench", "tune"), help="one half of it; or the tables (tune.py)")
+    ops = f"of {','.join(suite.NAMES)}; benchmarks and tests, of tune {','.join(tune.NAMES)}"
     parser.add_argument("--ops", type=lambda text: tuple(text.split(",")), help=ops)
     parser.add_argument("--backend", choices=("triton", "cuda"), help="this one alone")
     parser.add_argument("--budget", type=float, default=520, help="seconds for everything")
-    parser.add_argument("--tune", action="store_true", help="mk.autotune(True): time all configurations of the table")
     parser.add_argument("--commit", help="what is measured, where there is no git to ask")
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile among the peers")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, on the CPU too: does the suite itself work?")
     options = parser.parse_args(arguments)
-    if unknown := set(options.ops or ()) - set(suite.OPS):
-        parser.error(f"--ops: {', '.join(sorted(unknown))}: no such op; the ops are {', '.join(suite.OPS)}")
+    known = tune.NAMES if options.only == "tune" else suite.NAMES
+    if unknown := set(options.ops or ()) - set(known):
+        parser.error(f"--ops: {', '.join(sorted(unknown))}: no such op; the ops are {', '.join(known)}")
     if not torch.cuda.is_available() and not options.tiny:
         parser.error("there is no NVIDIA GPU here; --tiny runs the suite without one")
     return options
@@ -147,21 +147,6 @@ def _test_files(ops: tuple[str, ...] | None) -> list[str]:
     others = sorted((ROOT / "tests").glob("test_gpu*.py"))
     chosen = [path for path in kernels if ops is None or any(path.stem.startswith(f"test_{op}") for op in ops)]
     return [str(path.relative_to(ROOT)) for path in [*chosen, *(others if ops is None else [])]]
-
-
-# --- tuning ---
-
-
-def tuned(folder: Path) -> str:
-    """A line for each class of problems: every configuration's microseconds, the table's choice first."""
-    lines = ["tuned, us; the table's choice comes first"]
-    for file in sorted((folder / "megakern").glob("*.json")):
-        for problem, times in json.loads(file.read_text()).items():
-            found = {name: time for name, time in times.items() if name != "of"}
-            best = min(found, key=found.get)
-            figures = ", ".join(f"{name} {time:.1f}{' BEST' if name == best else ''}" for name, time in found.items())
-            lines.append(f"{problem}: {figures}")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

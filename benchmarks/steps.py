@@ -48,11 +48,11 @@ def make_step(name: str, config: mk.GPTConfig, device: torch.device) -> Step:
             raise NotHereError("its peer here is a GPT-2; beside a Llama stands transformers'")
         from benchmarks.peers import megatron
 
-        model = megatron.model_of(config, plain_weights(config), device)
+        model = megatron.model_of(config, plain_weights(config, device), device)
         return torch_step(model, megatron.loss_of(model), how, device)
     from benchmarks.peers import hugging_face
 
-    model = hugging_face.model_of(config, device, None if config.positions == "rope" else plain_weights(config))
+    model = hugging_face.model_of(config, device, None if config.positions == "rope" else plain_weights(config, device))
 
     if how.endswith("patched"):
         mk.patch(model)
@@ -172,23 +172,24 @@ def plain_shape(config: mk.GPTConfig) -> dict[str, int]:
 def plain_model(config: mk.GPTConfig, device: torch.device) -> torch.nn.Module:
     from benchmarks.peers.plain_gpt import PlainGPT
 
-    model = PlainGPT(**plain_shape(config))
-    model.load_state_dict(plain_weights(config))
-    return model.to(device)
+    torch.manual_seed(0)
+    with device:
+        return PlainGPT(**plain_shape(config))
 
 
-def plain_weights(config: mk.GPTConfig) -> dict[str, torch.Tensor]:
-    """The start of every GPT-2: the plain model's weights from a fixed seed."""
+def plain_weights(config: mk.GPTConfig, device: torch.device) -> dict[str, torch.Tensor]:
+    """The start of every GPT-2: the plain model's weights from a fixed seed, made on the device."""
     from benchmarks.peers.plain_gpt import PlainGPT
 
     torch.manual_seed(0)
-    return PlainGPT(**plain_shape(config)).state_dict()
+    with device:
+        return PlainGPT(**plain_shape(config)).state_dict()
 
 
 def our_weights(config: mk.GPTConfig, device: torch.device) -> dict[str, torch.Tensor] | None:
     """The same by our names; of a Llama those of transformers' model, or None where that is not installed."""
     if config.positions != "rope":
-        return from_plain(plain_weights(config), config)
+        return from_plain(plain_weights(config, device), config)
     if why_not("transformers", device.type) is not None:
         return None
     from benchmarks.peers import hugging_face

@@ -46,12 +46,13 @@ class CpuClock:
     LARGEST = 256 << 20
 
     def __init__(self, rounds: int, seconds: float = 0.3) -> None:
-        """At least `rounds` turns of each contestant, and as many as the slowest one makes in `seconds`."""
+        """At least `rounds` turns of each contestant, and as many as the slowest one makes in `seconds`, reading the
+        buffer included."""
         self.rounds, self.seconds = rounds, seconds
         self._buffer = torch.ones(min(self.LARGEST, 2 * last_cache()) // 4)
 
     def take_turns(self, calls: dict[str, Call]) -> dict[str, Times]:
-        once = max(self._seconds(call) for call in calls.values())
+        once = max(self._seconds(call) for call in calls.values()) + self._seconds(self._buffer.sum)
         rounds = max(self.rounds, min(self.MOST, int(self.seconds / once)))
         seconds: dict[str, list[float]] = {name: [] for name in calls}
         for _ in range(rounds):

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from benchmarks import gpu, gpu_tests, report, suite
+from benchmarks import gpu, gpu_tests, report, suite, tune
 from benchmarks.common import Case, Options, run
 
 
@@ -93,7 +93,16 @@ def test_what_tuning_found_is_a_line_a_class(tmp_path):
     (tmp_path / "megakern").mkdir()
     times = {"linear M<=4096": {"of": "", "square": 30.0, "small": 20.25}}
     (tmp_path / "megakern" / "gpu.json").write_text(json.dumps(times))
-    assert gpu.tuned(tmp_path).splitlines()[1] == "linear M<=4096: square 30.0, small 20.2 BEST"
+    assert tune.tuned(tmp_path).splitlines()[1] == "linear M<=4096: square 30.0, small 20.2 BEST"
+
+
+def test_every_table_has_its_script_and_a_script_that_fails_is_told(tmp_path, capsys):
+    root = gpu_tests.ROOT / "benchmarks"
+    assert {path.stem for path in root.glob("tune_*.py")} == {f"tune_{name}" for name in tune.SCRIPTS}
+    if not gpu.torch.cuda.is_available():
+        assert not tune.run(("norm",), tmp_path, time.monotonic() + 600)
+        assert "tune norm: FAILED with exit code 1" in capsys.readouterr().out
+    assert tune.run(("norm",), tmp_path, time.monotonic()) and "tune norm: LEFT OUT" in capsys.readouterr().out
 
 
 def test_cases_after_the_deadline_are_left_out_and_named():
@@ -106,6 +115,7 @@ def test_cases_after_the_deadline_are_left_out_and_named():
     "arguments, message",
     [
         (["--ops", "norm,convolution", "--tiny"], "--ops: convolution: no such op; the ops are norm, attention"),
+        (["--only", "tune", "--ops", "rope", "--tiny"], "--ops: rope: no such op; the ops are attention, linear, loss"),
         ([], "there is no NVIDIA GPU here; --tiny runs the suite without one"),
     ],
 )
