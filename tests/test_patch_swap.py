@@ -256,8 +256,8 @@ def test_what_attention_cannot_give_is_an_error():
 
 def test_an_old_or_absent_transformers(monkeypatch):
     model = make("llama")
-    monkeypatch.setattr(sys.modules["transformers"], "__version__", "4.57.1")  # not the object imported at first
-    with pytest.raises(ImportError, match=r"transformers 5 or newer is needed, this is 4\.57\.1"):
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "5.3.0")  # not the object imported at first
+    with pytest.raises(ImportError, match=r"transformers 5\.4 or newer is needed, this is 5\.3\.0"):
         mk.patch(model)
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError, match=r"patch: transformers is not installed; pip install 'megakern\[hf\]'"):

@@ -20,7 +20,9 @@ from megakern.ops.dispatch import BACKENDS, UNAVAILABLE
 from megakern.patching.families import FAMILIES, PARTS, Entry, entry_of, parent_entry
 from megakern.patching.report import Report, Tally
 
-OLDEST_TRANSFORMERS = 5
+# Older ones give mask functions other arguments. All tests pass with 5.4.0 (those of torch.compile not run), 5.20.2
+# and 5.23.0.
+OLDEST_TRANSFORMERS = (5, 4)
 
 
 def patch(
@@ -43,7 +45,7 @@ def patch(
 
     Returns what was swapped and what was not, and why. Called again with the same arguments it changes nothing. Raises
     TypeError: not a module; ValueError: no model of these families in it, a compiled model, a model patched with other
-    arguments, an unknown or unusable backend; ImportError: no transformers, or one older than 5.
+    arguments, an unknown or unusable backend; ImportError: no transformers, or one older than 5.4.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch: model must be a torch.nn.Module that holds a {FAMILIES}, got {type(model).__name__}")
@@ -294,9 +296,10 @@ def _check_transformers() -> None:
         import transformers
     except ImportError as error:
         raise ImportError("patch: transformers is not installed; pip install 'megakern[hf]'") from error
-    if int(transformers.__version__.split(".")[0]) < OLDEST_TRANSFORMERS:
+    if tuple(int(number) for number in transformers.__version__.split(".")[:2]) < OLDEST_TRANSFORMERS:
+        oldest = ".".join(map(str, OLDEST_TRANSFORMERS))
         raise ImportError(
-            f"patch: transformers {OLDEST_TRANSFORMERS} or newer is needed, this is {transformers.__version__}; "
+            f"patch: transformers {oldest} or newer is needed, this is {transformers.__version__}; "
             f"pip install -U transformers"
         )
 
