@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megakern.cli import main
-from megakern.config import GPTConfig
+from megakern.config import ConfigError, GPTConfig
 from megakern.parallel.context import ParallelContext
 from megakern.train.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
 from megakern.train.launch import StopRequest
@@ -38,6 +38,13 @@ def make(tiny_data, tmp_path):
         return Trainer(new.config, new.run, ParallelContext())
 
     return trainer
+
+
+def test_a_rank_that_starts_late_takes_the_new_run_for_its_own(make):
+    trainer = make()
+    assert new_run(trainer.config, trainer.run, 1, rank=1).run == trainer.run
+    with pytest.raises(ConfigError, match="is a run already"):
+        new_run(trainer.config, trainer.run, 1)
 
 
 def losses(trainer: Trainer) -> list[float]:

@@ -54,7 +54,8 @@ def run(files: list[Path], report: Path) -> tuple[subprocess.CompletedProcess, P
 @pytest.fixture(scope="module")
 def running(request, tmp_path_factory):
     """A future for each file that this session wants. The longest file goes to the process that has least so far."""
-    wanted = {item.callspec.params["file"] for item in request.session.items if "running" in item.fixturenames}
+    own = [item for item in request.session.items if item.path == request.path and "running" in item.fixturenames]
+    wanted = {item.callspec.params["file"] for item in own}
     shares: list[list[Path]] = [[] for _ in range(PROCESSES)]
     for file in sorted(wanted, key=lambda file: -file.stat().st_size):
         min(shares, key=lambda share: sum(other.stat().st_size for other in share)).append(file)

@@ -197,7 +197,7 @@ def _their_logits(family, used, read: Read, dtype, tokens, positions) -> list:
     made = getattr(transformers, family.architecture)
     # Of the file's keys only those that were understood: others may name code or kernels to be fetched.
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # its defaults may lie outside the vocabulary
-    config = made.config_class(**used, **ids, attn_implementation="eager")
+    config = made.config_class(**{**used, **ids}, attn_implementation="eager")
     with torch.device("meta"):
         model = made(config).eval()
 

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from megakern.parallel import trace
 from megakern.train import machine
 
 
@@ -69,6 +70,7 @@ class SpeedCallback:
         self._tick()
         counts = self._counts.clone()
         if dist.is_available() and dist.is_initialized():
+            trace.collective("all_reduce", counts, None)
             dist.all_reduce(counts)
         tokens, *keys = counts.tolist()
         self._counts.zero_()

@@ -107,9 +107,12 @@ def check_run(config: RunConfig, nproc: int) -> RunConfig:
     )
 
 
-def new_run(config: RunConfig, run: Path, nproc: int) -> NewRun:
-    """Raises ConfigError when the settings are wrong or RUN is in use."""
-    if (run / "config.toml").exists():
+def new_run(config: RunConfig, run: Path, nproc: int, *, rank: int = 0) -> NewRun:
+    """Raises ConfigError when the settings are wrong or RUN is in use.
+
+    `rank`: of a world that was joined. Its first one alone looks whether RUN is free: it makes RUN while others start.
+    """
+    if rank == 0 and (run / "config.toml").exists():
         raise ConfigError(f"{run} is a run already; go on with: megakern train --resume {run}, or name another --out")
     if config.train.init_from:
         base = find_base(config, PreparedData(config.data.path).tokenizer)
