@@ -146,6 +146,16 @@ def test_bytes(hf):
         assert theirs.decode(ids) == ours.decode(ids) == text
 
 
+def test_tokens_that_another_tokenizer_does_not_have_are_left_out(hf):
+    edit(hf, eos_token_id=[281, 5])
+    edit(hf, "generation_config.json", remove=("eos_token_id",))
+    edit(hf, "tokenizer_config.json", eos_token="<|endoftext|>", bos_token="<s>", chat_template=TEMPLATE)
+    run, _ = both_ways(hf, tokenizer="bytes")
+    assert json.loads((run / "generation.json").read_text()) == {"eos_token_ids": [5]}
+    assert json.loads((run / "special_tokens.json").read_text()) == {"eos_token": "<|endoftext|>"}
+    assert ChatTemplate.load(run).source == TEMPLATE
+
+
 def test_another_tokenizer_by_name(hf, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(hf, other)

@@ -59,12 +59,15 @@ class Carried:
         """bos_token_id and eos_token_id; null where there is none, for transformers has defaults of its own."""
         ids = list(self.eos_ids) or [self.tokenizer.eod]
         bos = self.special.get("bos_token")
-        vocabulary = tokenizers.Tokenizer.from_str(json.dumps(library_table(self.tokenizer))).get_vocab()
-        return {"bos_token_id": vocabulary.get(bos), "eos_token_id": ids[0] if len(ids) == 1 else ids}
+        return {"bos_token_id": _vocabulary(self.tokenizer).get(bos), "eos_token_id": ids[0] if len(ids) == 1 else ids}
 
 
 def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _vocabulary(tokenizer: Tokenizer) -> dict[str, int]:
+    return tokenizers.Tokenizer.from_str(json.dumps(library_table(tokenizer))).get_vocab()
 
 
 def library_table(tokenizer: Tokenizer) -> dict:
@@ -91,7 +94,10 @@ def _byte_table(tokenizer: ByteTokenizer) -> dict:
 
 
 def from_hf(folder: Path, family: str, vocab_size: int, tokenizer: str | None, problems: list[str]) -> Carried | None:
-    """What a folder of Hugging Face has. tokenizer: use this file instead. None when there is a problem."""
+    """What a folder of Hugging Face has. None when there is a problem.
+
+    tokenizer: use this file instead; tokens of the folder that it does not have are then left out.
+    """
     before = len(problems)
     settings = _table(folder, TOKENIZER_CONFIG, problems)
     special = _special(settings, TOKENIZER_CONFIG, problems)
@@ -102,6 +108,8 @@ def from_hf(folder: Path, family: str, vocab_size: int, tokenizer: str | None, p
     try:
         if tokenizer is not None:
             found = named_tokenizer(tokenizer)
+            eos_ids = tuple(each for each in eos_ids if each < found.vocab_size)
+            special = {key: text for key, text in special.items() if text in _vocabulary(found)}
         elif (table := _library(folder, family, problems)) is not None:
             found = _with_eod(table, special.get("eos_token"), eos_ids)
     except DataError as error:
