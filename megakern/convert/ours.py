@@ -21,9 +21,9 @@ from megakern.train.checkpoint_plan import Part
 from megakern.train.files import Files
 from megakern.train.manifest import CheckpointError, Manifest, piece_key
 
-PART_BYTES = (4 * 2**20, 256 * 2**20)
-"""Smallest and largest limit of a shard. In between it is half the largest tensor: a shard and its bytes are in memory
-together while it is written, and those two are then no more than that tensor."""
+PART_BYTES = (4 * 2**20, 128 * 2**20)
+"""Smallest and largest limit of a shard; in between it is a sixth of the largest tensor. While one is made, the one
+before and its bytes are still there, and a piece is copied twice: together that is no more than the tensor."""
 CHUNK_BYTES = 16 * 2**20
 """Read at once where nothing else decides."""
 
@@ -84,7 +84,7 @@ def write_checkpoint(
     """
     item = getattr(torch, dtype).itemsize
     low, high = PART_BYTES
-    limit = max(low, min(high, max(math.prod(rule.shape) for rule in rules) * item // 2))
+    limit = max(low, min(high, max(math.prod(rule.shape) for rule in rules) * item // 6))
     pieces = [list(_pieces_of(rules, rank, ranks, item, limit)) for rank in range(ranks)]
     plan = {f"model.{rule.ours}": (dtype, rule.shape, {}) for rule in rules}
     for rank, own in enumerate(pieces):

@@ -34,7 +34,7 @@ ROPE_POSITIONS = 4096
 """Of the probe. transformers multiplies position and frequency in fp32: at position 119,673 of a model of Qwen2-0.5B's
 shape that changes its logits by 2.4e-4 of the largest, and with such angles in ours the difference is 1.6e-6."""
 TOLERANCE = 1e-4
-"""Largest difference of a logit, as a part of the largest logit. Measured: 5e-7 for two right models of the tests' size,
+"""Largest difference of a logit, as a part of the largest logit. Measured: 5e-7 for right models of the tests' size,
 1.1e-5 for one of Qwen2-0.5B's; 2.4e-4 for the wrong kind of GELU, or a base of rope of 1001 for 1000, in small models,
 and 2e-2 for an epsilon of 1e-5 for 1e-6 in the larger one."""
 
