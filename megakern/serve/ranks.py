@@ -29,6 +29,7 @@ from megakern.inference import Loaded, load_run
 from megakern.model.beam import Hypothesis, beam_search
 from megakern.model.engine import Engine, Request
 from megakern.model.sampling import Sampling
+from megakern.parallel import trace
 from megakern.parallel.context import ParallelContext
 from megakern.train import launch
 from megakern.train.checkpoint import CheckpointError
@@ -48,15 +49,18 @@ class Link:
 
     def tell(self, message: dict[str, Any]) -> None:
         text = torch.tensor(list(json.dumps(message).encode()), dtype=torch.uint8)
-        dist.broadcast(torch.tensor([len(text)]), 0, group=self._group)
-        dist.broadcast(text, 0, group=self._group)
+        self._send(torch.tensor([len(text)]))
+        self._send(text)
 
     def hear(self) -> dict[str, Any]:
-        length = torch.zeros(1, dtype=torch.int64)
-        dist.broadcast(length, 0, group=self._group)
-        text = torch.empty(int(length), dtype=torch.uint8)
-        dist.broadcast(text, 0, group=self._group)
-        return json.loads(bytes(text.tolist()))
+        text = torch.empty(int(self._send(torch.zeros(1, dtype=torch.int64))), dtype=torch.uint8)
+        return json.loads(bytes(self._send(text).tolist()))
+
+    def _send(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Rank 0's values in place of the others'."""
+        trace.collective("broadcast", tensor, self._group)
+        dist.broadcast(tensor, 0, group=self._group)
+        return tensor
 
 
 class LedEngine(Engine):
