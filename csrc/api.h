@@ -331,4 +331,23 @@ struct AttentionBackward {
 };
 void attention_backward(const AttentionBackward&, Place);
 
+// --- attention_decode.cu: few queries, many keys; math in megakern/ops/attention.py and paged_attention.py ---
+
+// q, out (B, T, H, D), out contiguous, lse (B, H, T) fp32. Keys: k, v (B, S, Hkv, D); or pages (pages, page_size, Hkv, D)
+// with the page's stride in place of the sample's, table (B, table_columns) of their numbers and lengths (B,), S unused.
+// splits: pieces of the keys; above 1 parts (splits, B, T, H, D) and part_lse (splits, B, H, T) are room for their results.
+struct AttentionDecode {
+  const void *q, *k, *v;
+  const int32_t *table, *lengths;
+  void* out;
+  float *lse, *parts, *part_lse;
+  Dtype dtype;
+  AttentionSizes sizes;
+  AttentionStrides q_strides, k_strides, v_strides;
+  int64_t pages, page_size, table_columns, table_stride, left, right, splits;
+  float scale;
+  AttentionFeatures features;
+};
+void attention_decode(const AttentionDecode&, Place);
+
 }  // namespace megakern

@@ -130,6 +130,7 @@ PYBIND11_MODULE(MEGAKERN_MODULE, m) {
   BIND(dropout, "out = x keep / (1 - p) + residual.");
   BIND(attention_forward, "out = softmax(scale q k^T) v, and lse.");
   BIND(attention_backward, "dq, dk, dv of attention.");
+  BIND(attention_decode, "out = softmax(scale q k^T) v of few queries over many keys, in one tensor or in pages.");
 
 #if defined(MEGAKERN_SIMT)
   m.def("set_schedule", &megakern::simt::set_schedule, "The order in which threads run; simt/simt.h has the names.");

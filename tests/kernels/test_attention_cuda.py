@@ -22,6 +22,12 @@ SEED = 0x5EED_1234_5678
 pytestmark = pytest.mark.only("cuda", "simt")
 
 
+@pytest.fixture(autouse=True)
+def not_decoding(monkeypatch):
+    """Few queries too: their own kernel has tests in test_attention_decode.py."""
+    monkeypatch.setattr(launchers, "decodes", lambda *sizes: False)
+
+
 def make(B, T, S, H, Hkv, D, dtype, device):
     shapes = {"q": (B, T, H, D), "k": (B, S, Hkv, D), "v": (B, S, Hkv, D)}
     return {name: draw(*shape, dtype=dtype, device=device, seed=i) for i, (name, shape) in enumerate(shapes.items())}

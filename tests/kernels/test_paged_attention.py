@@ -16,6 +16,7 @@ from tests.kernels.inputs import draw, fenced
 from tests.paging import dense, paged
 
 OP = "paged_attention"
+pytestmark = pytest.mark.only("triton")  # the C++ kernels have no fp32: test_attention_decode.py
 DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
 LENGTHS = [70, 33, 0]
 OPTIONS = [
@@ -99,7 +100,6 @@ def test_opcheck_and_compile(backend, device, unguarded):
     assert torch.equal(compiled(q, *given), paged_attention(q, *given, backend=backend))
 
 
-@pytest.mark.only("triton")
 def test_pieces_fill_the_machine_and_repeat_anywhere(backend, device):
     config = configs.attention_decode(8, 128, torch.bfloat16)
     assert configs.key_splits(256, 8192, config) == 1, "one for each place is enough"

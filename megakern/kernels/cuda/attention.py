@@ -1,4 +1,4 @@
-"""Launchers of csrc/attention_forward.cu; those of csrc/attention_backward.cu are in a module of their own.
+"""Launchers of csrc/attention_forward.cu, and of attention_decode.cu for few queries.
 
 The copy engine wants rows that start on multiples of 16 bytes: other views are copied first.
 """
@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import torch
 
-from megakern.kernels.cuda.dropout import threshold_of
+from megakern.kernels.cuda.attention_backward import attention_backward
+from megakern.kernels.cuda.attention_decode import copyable, decode, decodes, features_of
 from megakern.kernels.cuda.linear import multiprocessors
 from megakern.kernels.cuda.module import DTYPES, call, pointer
 from megakern.kernels.memory import empty, empty_like
+
+__all__ = ["attention_backward", "attention_forward"]
 
 KEYS_IN_CACHE = 32 << 20
 """Bytes of keys and values whose heads are computed side by side: they stay in the L2 cache of 50 MB."""
@@ -21,6 +24,8 @@ def attention_forward(
 ):
     """-> out like q, lse (B, H, T), packed (H, T), in fp32. `limits.py` refuses what is not computed here."""
     (T, H, D), (S, Hkv) = q.shape[-3:], k.shape[-3:-1]
+    if decodes(T, H // Hkv, q_offsets is not None, dropout_p > 0):
+        return decode(q, k, v, None, None, slopes, window, scale, softcap)
     out = empty_like(q)
     lse = empty((*q.shape[:-3], H, T), torch.float32, q.device)
     if q.numel() == 0:
@@ -40,26 +45,6 @@ def attention_forward(
     return out, lse
 
 
-def features_of(slopes, softcap: float, dropout_p: float, dropout_key) -> tuple[torch.Tensor | None, tuple]:
-    """Slopes whose memory the second result names, to be kept alive, and the fields of api.h's AttentionFeatures."""
-    slopes = None if slopes is None else slopes.contiguous()
-    stride = 0 if slopes is None or slopes.ndim == 1 else slopes.shape[1]
-    return slopes, (pointer(slopes), stride, softcap, *dropout_key, threshold_of(dropout_p), 1.0 / (1.0 - dropout_p))
-
-
 def heads_at_a_time(S: int, H: int, Hkv: int, D: int) -> int:
     """Query heads whose keys and values fit `KEYS_IN_CACHE`: whole groups, at least one."""
     return H // Hkv * max(1, KEYS_IN_CACHE // (4 * S * D))
-
-
-def copyable(x: torch.Tensor) -> torch.Tensor:
-    """x, or a copy of it where the copy engine cannot take its rows as they lie."""
-    fits = x.data_ptr() % 16 == 0 and x.stride(-1) == 1 and all(n > 0 and n % 8 == 0 for n in x.stride()[:-1])
-    return x if fits else x.clone(memory_format=torch.contiguous_format)
-
-
-def attention_backward(*arguments):
-    """-> dq, dk, dv, contiguous, like q, k, v."""
-    from megakern.kernels.cuda import attention_backward as backward  # which needs this module
-
-    return backward.attention_backward(*arguments)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megakern.kernels.cuda.attention import copyable, features_of
+from megakern.kernels.cuda.attention_decode import copyable, features_of
 from megakern.kernels.cuda.module import DTYPES, call, cdiv, pointer
 from megakern.kernels.memory import empty, empty_like
 

@@ -82,21 +82,49 @@ _NORM = Op(_norm, most={"C": 2**31 - 1})
 
 
 def _attention(problem) -> str | None:
+    return _head_dim(problem) or _no_keys(problem, "S") or (_not_hopper() if problem.device == "cuda" else None)
+
+
+def _head_dim(problem) -> str | None:
     D = problem.sizes["D"]
-    if D % 8 or D > 256:
-        return f"its C++ kernel is for head dims that are multiples of 8 up to 256, got {D}"
-    if not problem.sizes["S"] or not problem.sizes["T"]:
-        return "its C++ kernel wants at least one query and one key"
-    return _not_hopper() if problem.device == "cuda" else None
+    return f"its C++ kernel is for head dims that are multiples of 8 up to 256, got {D}" if D % 8 or D > 256 else None
+
+
+def _no_keys(problem, name: str) -> str | None:
+    some = problem.sizes[name] and problem.sizes["T"]
+    return None if some else "its C++ kernel wants at least one query and one key"
+
+
+def _paged_attention(problem) -> str | None:
+    from megakern.kernels.cuda.attention_decode import FEW_ROWS  # which loads the compiled modules
+
+    rows = problem.sizes["T"] * (problem.sizes["H"] // problem.sizes["Hkv"])
+    if rows > FEW_ROWS:
+        return f"its C++ kernel is for up to {FEW_ROWS} rows (queries x query heads of a key-value head), got {rows}"
+    if problem.sizes["P"] * problem.sizes["page_size"] > 1 << 28:
+        return f"its C++ kernel takes up to {1 << 28} keys"
+    return _head_dim(problem) or _no_keys(problem, "P") or (_small_block() if problem.device == "cuda" else None)
+
+
+@constant_result
+def _small_block() -> str | None:
+    from megakern.kernels.cuda.configs import kind_of
+
+    shared, wanted = kind_of(torch.cuda.current_device()).shared, 163 << 10
+    return None if shared >= wanted else f"its C++ kernel wants {wanted} bytes of shared memory, this GPU has {shared}"
 
 
 def _attention_tile(problem) -> str:
-    D = problem.sizes["D"]
+    from megakern.kernels.cuda.attention_decode import decodes
+
+    D, T, H, Hkv = (problem.sizes[name] for name in ("D", "T", "H", "Hkv"))
     keys = 128 if D <= 128 else 112 if D <= 192 else 80
-    return (
-        f"forward with TMA and wgmma, 128 queries x {keys} keys, two consumer warpgroups in turn, persistent blocks; "
-        + _attention_backward(problem)
-    )
+    forward = f"TMA and wgmma, 128 queries x {keys} keys, two consumer warpgroups in turn, persistent blocks"
+    few = decodes(T, H // Hkv, problem.options["packed"], problem.options["dropout"])
+    return f"forward: {_DECODE if few else forward}; {_attention_backward(problem)}"
+
+
+_DECODE = "keys split over blocks, 16 rows of a group each, cp.async and mma; a second kernel combines"
 
 
 def _attention_backward(problem) -> str:
@@ -125,6 +153,7 @@ OPS: dict[str, Op] = {
     "linear_cross_entropy": Op(
         "matrix products by PyTorch; the loss as cross_entropy with in_place", most={"V": 2**31 - 1}
     ),
+    "paged_attention": Op(_DECODE, dtypes=(torch.bfloat16, torch.float16), refusal=_paged_attention),
     "rms_norm": _NORM,
     "rope": Op("16 bytes of both halves of two heads a thread at a time; a token's angles are read once a thread"),
     "swiglu": _ELEMENTWISE,
