@@ -345,6 +345,37 @@ def test_what_is_no_request_at_all(running):
     )
 
 
+NASTY = [
+    b"", b"null", b'"a"', b"[" * 5000, b'{"a":' * 3000, b'\xff\xfe{"model"',
+    *(
+        b'{"model": "tiny", ' + rest + b"}"
+        for rest in (
+            b'"prompt": "a", "max_tokens": 1' + b"0" * 5000, b'"prompt": "a", "temperature": NaN',
+            b'"prompt": "a", "top_p": 1e999', b'"prompt": "a", "\\ud800": 1', b'"prompt": "\\ud800"',
+            b'"prompt": [[], "a"]', b'"prompt": [true]', b'"prompt": [-1]',
+            b'"prompt": [123456789012345678901234567890]', b'"prompt": "a", "max_tokens": 1.5', b'"stream": true',
+            b'"prompt": "a", "logit_bias": {"a": "b"}', b'"prompt": {"a": 1}', b'"model": "\\ud800", "prompt": "a"',
+        )
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_no_body_breaks_the_server(running, path):
+    for body in NASTY:
+        status, answer = post(running.url, body, path)
+        assert status == 400 or (status == 404 and b"ud800" in body), (body[:80], status, answer)
+        assert answer["error"]["message"] and answer["error"]["type"] == "invalid_request_error"
+    chats = [
+        {"role": "user", "content": "\ud800"}, {"role": "\ud800", "content": "a"}, {"role": "user"},
+        {"role": "user", "content": "\ufdd0"}, {"role": "user", "content": None}, {"role": "user", "content": "a", "tool_calls": []}, [], 5,
+    ]  # fmt: skip
+    for message in chats:
+        status, answer = post(running.url, {**CHAT, "messages": [message]}, "/v1/chat/completions")
+        assert status == 400, (message, answer)
+    running.wait_until_free()
+
+
 def test_large_and_slow_bodies(running):
     status, answer = post(running.url, {**GOOD, "prompt": "a" * 30_000})
     assert (

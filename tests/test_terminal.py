@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -222,3 +223,15 @@ def test_what_is_wrong_with_two_processes_is_said_once(run):
     assert "--nproc must be 1 or more, got 0" in finish(start("generate", run, "--prompt", "a", "--nproc", 0), 2)
     text = finish(start("generate", run, "--prompt", "a", "--nproc", 3), 2)
     assert text == "megakern: model.kv_heads = 4 is not divisible by parallel.tp = 3; choose another tp\n"
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
+def test_the_request_that_the_readme_shows(run):
+    shown = re.search(r"^    (curl -s http://127\.0\.0\.1:8000/v1/.*\n.*)", (ROOT / "README.md").read_text(), re.M)[1]
+    process = start("serve", run, "--port", 0, "--name", "RUN")
+    url = wait_for_line(process, r"RUN at (http://127\.0\.0\.1:\d+)")[1]
+    asked = shown.replace("http://127.0.0.1:8000", url)
+    done = subprocess.run(["bash", "-c", asked], capture_output=True, text=True, timeout=60, check=True)
+    process.send_signal(signal.SIGTERM)
+    assert done.stdout.startswith('data: {"id":"chatcmpl-') and done.stdout.endswith("data: [DONE]\n\n"), done.stdout
+    finish(process, 143)

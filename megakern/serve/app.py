@@ -10,7 +10,7 @@ import json
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -171,7 +171,8 @@ class Service:
         prompt_tokens = sum(len(each.prompt) for each in requests[:: body.n or 1])
         if body.stream:
             with_usage = body.stream_options is not None and body.stream_options.include_usage
-            return EventStream(self._events(jobs, deltas, form, prompt_tokens if with_usage else None))
+            events = self._events(len(jobs), deltas, form, prompt_tokens if with_usage else None)
+            return EventStream(events, at_end=lambda: self.worker.cancel(jobs))
         try:
             choices = await _unless_gone(_collect(len(jobs), deltas), http)
         finally:
@@ -184,27 +185,23 @@ class Service:
         counts = usage(prompt_tokens, sum(each[-1].tokens for each in choices))
         return JSONResponse(form.whole(choices, counts))
 
-    async def _events(self, jobs: list[Job], deltas, form, prompt_tokens: int | None) -> AsyncIterator[bytes]:
-        made = [0] * len(jobs)
-        try:
-            if isinstance(form, ChatAnswer):
-                for index in range(len(jobs)):
-                    yield event(form.opening(index))
-            left = len(jobs)
-            while left:
-                index, delta = await deltas.get()
-                if delta.finish == "error":
-                    yield event(RefusedError(503, delta.text).content())
-                    return
-                made[index] = delta.tokens
-                left -= delta.finish is not None
-                for chunk in form.chunks(index, delta):
-                    yield event(chunk)
-            if prompt_tokens is not None:
-                yield event(form.last(usage(prompt_tokens, sum(made))))
-            yield DONE
-        finally:
-            self.worker.cancel(jobs)
+    async def _events(self, count: int, deltas, form, prompt_tokens: int | None) -> AsyncIterator[bytes]:
+        made, left = [0] * count, count
+        if isinstance(form, ChatAnswer):
+            for index in range(count):
+                yield event(form.opening(index))
+        while left:
+            index, delta = await deltas.get()
+            if delta.finish == "error":
+                yield event(RefusedError(503, delta.text).content())
+                return
+            made[index] = delta.tokens
+            left -= delta.finish is not None
+            for chunk in form.chunks(index, delta):
+                yield event(chunk)
+        if prompt_tokens is not None:
+            yield event(form.last(usage(prompt_tokens, sum(made))))
+        yield DONE
 
 
 async def _collect(count: int, deltas: asyncio.Queue[tuple[int, Delta]]) -> list[list[Delta]]:
@@ -234,9 +231,10 @@ async def _unless_gone(work, http: HttpRequest):
 
 
 class EventStream(Response):
-    """Server-sent events, which end when the client has gone, at once and not with the next event."""
+    """Server-sent events, which end when the client has gone, at once and not with the next event; then `at_end`."""
 
-    def __init__(self, events: AsyncIterator[bytes]) -> None:
+    def __init__(self, events: AsyncIterator[bytes], at_end: Callable[[], None]) -> None:
+        self.at_end = at_end
         self.events, self.status_code, self.background = events, 200, None
         self.init_headers({"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-store"})
         del self.headers["content-length"]
@@ -259,6 +257,7 @@ class EventStream(Response):
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await self.events.aclose()
+            self.at_end()  # here and not in the generator, which may never have started
 
 
 def page_and_policy() -> tuple[str, str]:
