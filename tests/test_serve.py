@@ -368,7 +368,8 @@ def test_no_body_breaks_the_server(running, path):
         assert answer["error"]["message"] and answer["error"]["type"] == "invalid_request_error"
     chats = [
         {"role": "user", "content": "\ud800"}, {"role": "\ud800", "content": "a"}, {"role": "user"},
-        {"role": "user", "content": "\ufdd0"}, {"role": "user", "content": None}, {"role": "user", "content": "a", "tool_calls": []}, [], 5,
+        {"role": "user", "content": "\ufdd0"}, {"role": "user", "content": None}, [], 5,
+        {"role": "user", "content": "a", "tool_calls": []},
     ]  # fmt: skip
     for message in chats:
         status, answer = post(running.url, {**CHAT, "messages": [message]}, "/v1/chat/completions")
