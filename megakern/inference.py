@@ -135,7 +135,7 @@ class TextOf:
 
 def prompt_ids(loaded: Loaded, text: str) -> tuple[int, ...]:
     """Raises ConfigError for a prompt that leaves no room."""
-    ids = loaded.tokenizer.encode(text) or [loaded.tokenizer.eod]
+    ids = loaded.tokenizer.encode_prompt(text) or [loaded.tokenizer.eod]
     longest = loaded.config.model.sequence_length
     require(
         len(ids) < longest,

@@ -16,6 +16,7 @@ from megakern.convert.run import convert
 from megakern.data.chat import ChatTemplate
 from megakern.data.files import DataError
 from megakern.data.tokenizer import Tokenizer
+from megakern.inference import load_run, prompt_ids
 from tests import hf_models
 from tests.hf_models import edit, transformers
 
@@ -95,6 +96,20 @@ def test_the_chat_template_goes_along(hf, place):
         assert again.apply_chat_template(TALK, tokenize=False, add_generation_prompt=ask) == text
         ids = again.apply_chat_template(TALK, tokenize=True, add_generation_prompt=ask, return_dict=False)
         assert ids == ours.encode(TALK, Tokenizer.load(run / "tokenizer.json"), add_generation_prompt=ask)
+
+
+def test_what_the_tokenizer_puts_before_a_prompt(hf):
+    """As Llama's <s>: transformers' generate reads it, and so does ours; a document of training has none."""
+    library = tokenizers.Tokenizer.from_file(str(hf / "tokenizer.json"))
+    library.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 282)])
+    library.save(str(hf / "tokenizer.json"))
+    run, out = both_ways(hf)
+    loaded = load_run(run)
+    for text in ("", *TEXTS[:3]):
+        wanted = transformers.AutoTokenizer.from_pretrained(hf)(text)["input_ids"]
+        assert list(prompt_ids(loaded, text)) == wanted == [282, *loaded.tokenizer.encode(text)]
+        assert transformers.AutoTokenizer.from_pretrained(out)(text)["input_ids"] == wanted
+    assert loaded.tokenizer.encode_prompt("a<s>b")[1:] == loaded.tokenizer.encode("a<s>b"), "text makes no tokens"
 
 
 def test_tokens_that_end_an_answer(hf):

@@ -87,6 +87,10 @@ class Tokenizer:
         """`encode` of `text`, and for each id the number of the first character that it stands for or is part of."""
         raise NotImplementedError
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """`encode` of a text to be continued, with what the tokenizer's file puts around a text, as Llama's <s>."""
+        return self.encode(text)
+
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
         """`encode` of each text as an integer array (n,): a tenth of the memory of lists. Threads where it can."""
         raise NotImplementedError
@@ -211,6 +215,11 @@ class JsonTokenizer(Tokenizer):
         _utf8(text)
         self._library.encode_special_tokens = False
         return self._library.encode(text, add_special_tokens=False).ids
+
+    def encode_prompt(self, text: str) -> list[int]:
+        _utf8(text)
+        self._library.encode_special_tokens = True
+        return self._library.encode(text).ids
 
     def encode_with_starts(self, text: str, *, allow_special: bool = False) -> tuple[list[int], list[int]]:
         _utf8(text)
