@@ -205,7 +205,8 @@ def _prepare(options: argparse.Namespace) -> None:
 
     given = {name: getattr(options, name) for name in ("template", "longest", "too_long")}
     given = {name: value for name, value in given.items() if value is not None}
-    require(options.chat or not given, f"--{'/'.join(given).replace('_', '-')} is for conversations; add --chat")
+    named = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+    require(options.chat or not given, f"{named}: for conversations; add --chat")
     manifest = prepare(
         options.inputs,
         options.out,

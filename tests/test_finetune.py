@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from megakern.cli import main
 from megakern.config import ConfigError, GPTConfig
 from megakern.data.chat import ChatTemplate
 from megakern.data.files import DataError
@@ -21,6 +22,8 @@ from megakern.data.manifest import PreparedData
 from megakern.data.packing import PackedLoader, PackedRows, best_fit, packed_validation_batches
 from megakern.data.prepare import ChatOptions, prepare
 from megakern.data.tokenizer import EOD
+from megakern.evaluate import answer_held_out, describe
+from megakern.inference import load_run
 from megakern.layers.dropout import DropoutKey
 from megakern.model.gpt import GPT
 from megakern.parallel.context import ParallelContext
@@ -358,3 +361,36 @@ def test_every_layout_trains_the_same(ranks, chat_data, tmp_path):
         (found, other), _ = ranks.run(train_in_layout, 2, tmp_path, chat_data, *layout)
         assert found == pytest.approx(wanted, rel=2e-6), layout
         assert other == pytest.approx(held_out, rel=2e-6), layout
+
+
+def test_options_of_prepare_for_conversations_alone(tmp_path, capsys):
+    path = write_lines(tmp_path / "t.jsonl", [GOOD])
+    assert main(["prepare", str(path), "--out", str(tmp_path / "out"), "--longest", "9", "--too-long", "cut"]) == 2
+    assert "--longest, --too-long: for conversations; add --chat" in capsys.readouterr().err
+    assert main(["eval", str(tmp_path), "--stride", "3"]) == 2
+    assert "eval: --stride is for --text" in capsys.readouterr().err
+    assert main(["eval", str(tmp_path), "--text", str(path), "--answers", "3"]) == 2
+    assert "eval: --text is read alone, without --answers" in capsys.readouterr().err
+
+
+def test_answers_that_are_right_are_counted(chat_data, tmp_path):
+    """Of a model that has learned its few held-out conversations by heart, and of one that has not."""
+    trainer = runs.train(tmp_path / "run", runs.config_of(chat_data, MODEL, steps=1))
+    loaded = load_run(trainer.run)
+    data = PreparedData(chat_data)
+    first = answer_held_out(loaded, data, 5)
+    assert len(first) == 5 and all(
+        each.wanted[-1] == 256 and len(each.found) <= len(each.wanted) + 20 for each in first
+    )
+    mask = data.answers("validation")
+    assert sum(len(each.wanted) for each in answer_held_out(loaded, data, 10**6)) == int(mask.sum())
+    for each in first:  # what it says is what greedy decoding by hand says
+        ids = list(each.before)
+        for token in each.found:
+            with torch.no_grad():
+                assert int(loaded.model(torch.tensor([ids]))[0, -1].argmax()) == token
+            ids.append(token)
+    right = [dataclasses.replace(each, found=each.wanted) for each in first[:3]] + [
+        dataclasses.replace(first[3], found=[65])
+    ]
+    assert describe(right, loaded.tokenizer).startswith("3 of 4 right word for word (0.750); not ")

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 from torch.distributed.tensor import DTensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from megakern.cli import main
 from megakern.config import ConfigError, GPTConfig
+from megakern.data.chat import ChatTemplate
 from megakern.data.tokenizer import train_bpe
 from megakern.inference import load_run
 from megakern.layers.lora import LowRank, add_adapters, merge_adapters
@@ -272,3 +277,66 @@ def test_another_tokenizer_is_refused(tiny_data, base, tmp_path):
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, init_from=str(other)))
     with pytest.raises(ConfigError, match=r"has another tokenizer \(.*\) than the data"):
         new_run(config, tmp_path / "run", 1)
+
+
+def test_commands(tiny_data, base, tmp_path, capsys):
+    """merge-lora makes a run that eval takes; what it lacks is named."""
+    adapters = runs.train(tmp_path / "run", tuned(tiny_data, base, steps=1)).run
+    assert main(["ckpt", "merge-lora", str(adapters)]) == 2
+    assert "ckpt merge-lora: name what to make with --out" in capsys.readouterr().err
+    assert main(["ckpt", "merge-lora", str(base), "--out", str(tmp_path / "merged")]) == 2
+    assert "has no adapters to merge" in capsys.readouterr().err
+    assert main(["ckpt", "merge-lora", str(adapters), "--out", str(tmp_path / "merged")]) == 0
+    capsys.readouterr()
+    shown = []
+    for run in (adapters, tmp_path / "merged"):
+        assert main(["eval", str(run), "--data", str(tiny_data)]) == 0
+        shown.append(capsys.readouterr().out.split("\n", 1)[1])
+    assert shown[0] == shown[1] and "held-out loss" in shown[0]
+
+
+@pytest.mark.slow
+def test_verify_takes_a_run_of_adapters(tiny_data, base, tmp_path, capsys):
+    adapters = runs.train(tmp_path / "run", tuned(tiny_data, base, steps=1)).run
+    words = ["verify", str(adapters), "--steps", "2", "--layouts", "tp=2", "dp=2", "--precisions", "fp32"]
+    assert main(words) == 0, capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_converted_model_learns_conversations(tmp_path, capsys):
+    """A Llama of transformers: imported, tuned by adapters on conversations in its own template, merged, exported."""
+    library = tokenizers.Tokenizer.from_str(json.dumps(train_bpe(["user assistant hello you"], 270).content()))
+    library.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    template += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    theirs = PreTrainedTokenizerFast(tokenizer_object=library, eos_token="<|im_end|>", chat_template=template)
+    shape = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}
+    config = LlamaConfig(vocab_size=len(theirs), max_position_embeddings=64, num_key_value_heads=2, **shape)
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "hf")
+    theirs.save_pretrained(tmp_path / "hf")
+    lines = tmp_path / "talk.jsonl"
+    lines.write_text(
+        "".join(json.dumps({"prompt": f"say {i % 7}", "response": str(i % 7) * 2}) + "\n" for i in range(50))
+    )
+    tune = tmp_path / "tune.toml"
+    tune.write_text("[lora]\nrank = 4\n[train]\nsteps = 30\nbatch = 2\n[optimizer]\nlr = 1e-2\n")
+    step = {name: str(tmp_path / name) for name in ("hf", "base", "data", "run", "merged", "back")}
+    for words in (
+        ["convert", step["hf"], "--out", step["base"]],
+        ["prepare", "--chat", str(lines), "--tokenizer", f"{step['base']}/tokenizer.json", "--out", step["data"]],
+        ["train", str(tune), "--out", step["run"], "--nproc", "1", "--data.path", step["data"], "--train.init_from",
+         step["base"], "--train.precision", "fp32"],
+        ["ckpt", "merge-lora", step["run"], "--out", step["merged"]],
+        ["convert", step["merged"], "--out", step["back"]],
+    ):  # fmt: skip
+        assert main(words) == 0, (words, capsys.readouterr())
+    losses = runs.losses(tmp_path / "run")
+    assert losses[29] < losses[0] - 0.1
+    tuned_run, talk = load_run(tmp_path / "run"), [{"role": "user", "content": "say 3"}]
+    ids = theirs.apply_chat_template(talk, return_dict=False, add_generation_prompt=True)
+    assert ids == ChatTemplate.load(tmp_path / "run").encode(talk, tuned_run.tokenizer, add_generation_prompt=True)
+    assert tuned_run.stop_tokens == (0, library.token_to_id("<|im_end|>"))
+    again, ids = LlamaForCausalLM.from_pretrained(tmp_path / "back").eval(), torch.tensor([ids])
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, tuned_run.model(ids), rtol=1e-4, atol=1e-5)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -88,12 +89,10 @@ class ConversationWriter:
 
     def __init__(self, prefix: Path, tokenizer: Tokenizer, template: ChatTemplate, longest: int | None, too_long: str):
         self.tokenizer, self.template, self.longest, self.too_long = tokenizer, template, longest, too_long
-        self.done, self.ends = Written(), set()
+        self.done = Written()
+        self.ends: set[int] = set()  # last tokens of answers
         self._tokens = IndexedWriter(prefix, dtype_for(tokenizer.vocab_size))
         self._answers = open(prefix.with_name(prefix.name + ".answers"), "wb")  # noqa: SIM115 - closed below
-        self._special = {
-            each for name in tokenizer.special_tokens for each in tokenizer.encode(name, allow_special=True)
-        }
 
     def add(self, conversation: str, where: str) -> None:
         """Raises DataError that starts with `where`: too long, or the template does not show its answers."""
@@ -102,6 +101,7 @@ class ConversationWriter:
             ids, mask = self.template.answer_mask(talk["messages"], self.tokenizer, tools=talk["tools"])
         except ConfigError as error:
             raise DataError(f"{where}: {error}") from error
+        self.ends |= {token for token, (own, after) in zip(ids, pairwise([*mask, False]), strict=True) if own > after}
         if self.longest is not None and len(ids) > self.longest:
             if self.too_long == "refuse":
                 raise DataError(
@@ -113,8 +113,6 @@ class ConversationWriter:
                 return
             self.done.cut += 1
             ids, mask = ids[: self.longest], mask[: self.longest]
-        elif mask[-1] and ids[-1] in self._special:
-            self.ends.add(ids[-1])
         if not any(mask[1:]):
             self.done.without_answer += 1
             return
@@ -135,4 +133,6 @@ class ConversationWriter:
 
 def answer_ends(writers: Iterable[ConversationWriter], tokenizer: Tokenizer) -> list[int]:
     """Special tokens that end an answer: what generation stops at."""
-    return sorted({tokenizer.eod}.union(*(writer.ends for writer in writers)))
+    special = {each for name in tokenizer.special_tokens for each in tokenizer.encode(name, allow_special=True)}
+    ends = {token for writer in writers for token in writer.ends}
+    return sorted({tokenizer.eod} | (special & ends))

@@ -116,7 +116,7 @@ class _Comparison:
     def _gradients(self) -> None:
         scaler = self.trainer.scaler
         scale = 1.0 if scaler is None else scaler.scale
-        gradients = {name: p.grad for name, p in self.trainer.model.named_parameters()}
+        gradients = {name: p.grad for name, p in self.trainer.model.named_parameters() if p.requires_grad}
         if self.reference is None:
             self._write("gradients", gradients)
             return
