@@ -55,7 +55,11 @@ def train_base(out: Path, library: Path, *, short: bool) -> Path:
     if (out / "base/config.toml").exists():
         megakern("train", "--resume", out / "base")
     else:
-        small = ["--model.width", 64, "--model.vocab_size", 512, "--train.steps", 4] if short else []
+        small = (
+            ["--model.width", 64, "--model.vocab_size", 512, "--train.steps", 4, "--train.precision", "fp32"]
+            if short
+            else []
+        )
         config = Path(__file__).with_suffix(".toml")
         megakern("train", config, "--out", out / "base", "--nproc", 1, "--data.path", out / "text", *small)
     return out / "base"
@@ -77,7 +81,7 @@ def main() -> None:
     if (run / "config.toml").exists():
         megakern("train", "--resume", run)
     else:
-        steps = ["--train.steps", 4 if options.short else 300]
+        steps = ["--train.steps", 4, "--train.precision", "fp32"] if options.short else []
         layout = ["--nproc", options.nproc, "--parallel.tp", options.nproc]
         tune = Path(__file__).with_name("code_model_tune.toml")
         megakern("train", tune, "--out", run, *layout, "--data.path", out / "data", "--train.init_from", base, *steps)

@@ -63,7 +63,7 @@ def main() -> None:
     if not (options.out / "data/manifest.json").exists():
         how = ["--vocab-size", 400, "--longest", 65, "--validation", 0.05]
         megakern("prepare", "--chat", lines, "--out", options.out / "data", *how)
-    short = ["--train.steps", 4, "--train.save_every", 0] if options.short else []
+    short = ["--train.steps", 4, "--train.save_every", 0, "--train.precision", "fp32"] if options.short else []
     run = train(options.out, Path(__file__).with_suffix(".toml"), *short, nproc=options.nproc)
     megakern("eval", run, "--answers", 20 if options.short else 300)
     print(f"\nit translates to Veshi: megakern chat {run}")

@@ -39,6 +39,8 @@ def test_short_versions_run_and_go_on(name, forked, tmp_path, monkeypatch, capsy
     assert f"megakern chat {tmp_path / 'run'}" in shown
     assert (tmp_path / "run/chat_template.jinja").exists() and (tmp_path / "run/ckpt/step-00000004").is_dir()
     before = (tmp_path / "run/ckpt/step-00000004/manifest.json").read_bytes()
+    if name != "translation":  # one of them is enough
+        return
     run_example(name, tmp_path, monkeypatch, capsys, "--short")  # started again, there is nothing left to train
     assert (tmp_path / "run/ckpt/step-00000004/manifest.json").read_bytes() == before
 

@@ -196,12 +196,12 @@ def test_resume_of_adapters_is_exact(tiny_data, base, tmp_path, master):
 def train_under(folder: Path, data: Path, base: Path, tp: int, sequence_parallel: bool) -> dict[int, float]:
     parallel = ParallelContext.create(tp=tp, sequence_parallel=sequence_parallel)
     run = folder / f"{tp}-{sequence_parallel}"
-    runs.train(run, tuned(data, base, save_every=0, steps=4), parallel)
+    runs.train(run, tuned(data, base, save_every=0, steps=2), parallel)
     return runs.losses(run)
 
 
 def test_adapters_train_the_same_under_every_layout(ranks, tiny_data, base, tmp_path):
-    wanted = runs.losses(runs.train(tmp_path / "alone", tuned(tiny_data, base, save_every=0, steps=4)).run)
+    wanted = runs.losses(runs.train(tmp_path / "alone", tuned(tiny_data, base, save_every=0, steps=2)).run)
     for layout in ((2, False), (2, True), (1, False)):
         found, _ = ranks.run(train_under, 2, tmp_path, tiny_data, base, *layout)
         assert found == pytest.approx(wanted, rel=2e-6), layout
