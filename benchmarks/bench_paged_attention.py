@@ -1,4 +1,4 @@
-"""Decoding over paged keys and values: bytes of keys and values, once. The peer is attention over dense ones.
+"""Decoding over paged keys and values: bytes of keys and values, once. The peers: attention over dense ones, flash-attn.
 
 "torch sdpa" reads the same number of keys from one dense tensor, as PyTorch has no paged attention of its own.
 """
@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 import megakern as mk
 from benchmarks.common import Case, draw, main, ours, run, sizes
+from benchmarks.peers.libraries import peer
 
 PAGE = 256
 # BxSxHxHkvxD: B sequences of S keys, one new token each.
@@ -18,6 +19,11 @@ SHAPES = {
     "cuda": ["32x8192x64x8x128", "128x8192x64x8x128", "1x32768x32x8x128", "8x4096x32x32x64"],
     "tiny": ["2x300x2x1x8"],
 }
+
+
+def flash(module, q, k_cache, v_cache, table, lengths):
+    """Its pages hold a multiple of 256 keys."""
+    return module.flash_attn_with_kvcache(q, k_cache, v_cache, cache_seqlens=lengths, block_table=table, causal=True)
 
 
 def cases(options):
@@ -33,7 +39,11 @@ def cases(options):
         def sdpa(q, *rest, dense=dense, grouped=kv_heads != H):
             return F.scaled_dot_product_attention(q.transpose(1, 2), *dense, enable_gqa=grouped).transpose(1, 2)
 
-        contestants = {**ours(options, "paged_attention", mk.paged_attention), "torch sdpa": sdpa}
+        contestants = {
+            **ours(options, "paged_attention", mk.paged_attention),
+            "torch sdpa": sdpa,
+            **peer(options, "flash-attn", "flash_attn", flash),
+        }
         bytes_read = 2.0 * B * S * kv_heads * D * q.element_size()
         yield Case(shape, contestants, (q, *cache, table, lengths), bytes_read, "B", None)
 

@@ -266,8 +266,8 @@ def main(arguments: list[str] | None = None) -> int:
         deadline = started + options.seconds * sum(shares[: number + 1]) / sum(shares)
         results.append(measure(workload, names, deadline))
         print(f"\n{report.train_table(results[-1])}", flush=True)
-    if options.json:
-        write_results(options.json, {"workloads": results})
+        if options.json:  # after each, as the next may be ended
+            write_results(options.json, {"workloads": results})
     return 1 if any(report.failures(result["rows"]) for result in results) else 0
 
 

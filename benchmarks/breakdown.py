@@ -52,7 +52,7 @@ def breakdown(step: Callable[[], Any], steps: int = 2) -> dict[str, Any]:
             torch.cuda.synchronize()
         wall = time.perf_counter() - started
     if gpu:
-        events = [e for e in profile.events() if e.device_type == DeviceType.CUDA and not _is_annotation(e.name)]
+        events = [e for e in profile.events() if e.device_type == DeviceType.CUDA and not _is_annotation(e)]
         spans = [(e.name, e.time_range.start, e.time_range.end) for e in events]
         busy = _union((start, end) for _, start, end in spans) / 1e6
         times = ((name, (end - start) / 1e6) for name, start, end in spans)
@@ -62,9 +62,10 @@ def breakdown(step: Callable[[], Any], steps: int = 2) -> dict[str, Any]:
     return summary(times, busy, wall, steps)
 
 
-def _is_annotation(name: str) -> bool:
-    """Ranges that the profiler or a library marked, which are no kernels."""
-    return name.startswith(("ProfilerStep", "Optimizer.", "## ", "nccl:"))
+def _is_annotation(event) -> bool:
+    """Ranges that the profiler, the compiler or a library marked, which are no kernels."""
+    marked = ("ProfilerStep", "Optimizer.", "Torch-Compiled", "CompiledFunction", "## ", "nccl:")
+    return event.is_user_annotation or event.name.startswith(marked)
 
 
 def _union(spans: Iterable[tuple[float, float]]) -> float:

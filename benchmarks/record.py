@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
             out=folder,
             only=tuple(options.only),
             kind=machine.device_type(),
-            budget=60 * options.minutes - 30,
+            budget=max(5.0, 60 * options.minutes - suite.GRACE),
             facts=facts,
         )
     )

@@ -41,7 +41,7 @@ def bench(*, only: tuple[str, ...], quick: bool, out: Path | None, minutes: floa
             only=only,
             kind=machine.device_type(),
             quick=quick,
-            budget=seconds if minutes is None else 60 * minutes - 20,  # what has begun is ended up to 20 s later
+            budget=seconds if minutes is None else max(5.0, 60 * minutes - suite.GRACE),  # what has begun may take that
             backend=backend,
         )
     except ValueError as error:

@@ -16,6 +16,7 @@ from benchmarks.peers import libraries
 from benchmarks.timing import CpuClock
 from megakern.bench import bench, find_suite
 from megakern.config import ConfigError
+from tests import test_architecture
 
 # --- what is shown is what was measured ---
 
@@ -152,6 +153,12 @@ def test_a_library_that_is_not_installed_is_a_reason(monkeypatch):
 
 
 # --- the command ---
+
+
+def test_every_op_is_a_part_of_the_suite():
+    stems = {path.stem.removeprefix("bench_") for path in (tables.ROOT / "benchmarks").glob("bench_*.py")}
+    assert set(test_architecture.OPS) <= set(suite.OPS) <= stems
+    assert set(suite.QUICK) | set(suite.PARTS["cpu"]) <= {*stems, "ops"}
 
 
 def test_parts_share_the_budget():
