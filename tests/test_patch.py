@@ -9,8 +9,10 @@ import copy
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import megakern as mk
+from megakern.kernels.torch import linear_cross_entropy
 from megakern.patching import attention as hook
 from tests.closeness import FLOOR, assert_close_to_ref
 from tests.hugging import FAMILIES, T, V, batch, gradients, make, reference_loss, transformers, wide
@@ -130,6 +132,36 @@ def test_a_mask_made_by_a_larger_model_around_this_one():
     q, k = torch.randn(1, 6, 4, 8), torch.randn(1, 2, 9, 8)
     expected = transformers.AttentionInterface()["sdpa"](layer, q, k, k, None)[0]
     torch.testing.assert_close(hook.attend(layer, q, k, k, None)[0], expected)
+
+
+def test_the_logits_are_never_all_there(monkeypatch):
+    """Elements of the largest tensor with the vocabulary as last dim, forward and backward, inside of our op too."""
+    monkeypatch.setitem(linear_cross_entropy.CHUNK_BYTES, "cpu", 7 * V * 4)
+    largest = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.ndim > 1 and out.shape[-1] == V:
+                largest[-1] = max(largest[-1], out.numel())
+            return out
+
+    chunks = linear_cross_entropy._Problem.chunks
+
+    def watched(problem):
+        for chunk, logits in chunks(problem):
+            largest[-1] = max(largest[-1], logits.numel())
+            yield chunk, logits
+
+    monkeypatch.setattr(linear_cross_entropy._Problem, "chunks", watched)
+    plain = make("llama")
+    patched = copy.deepcopy(plain)
+    mk.patch(patched)
+    for model in (patched, plain):
+        largest.append(0)
+        with Watch():
+            model(**batch("left")).loss.backward()
+    assert largest == [7 * V, 3 * T * V]
 
 
 # --- dropout of attention ---

@@ -12,7 +12,7 @@ from torch import nn
 
 import megakern as mk
 from megakern.ops.dispatch import UNAVAILABLE
-from tests.hugging import FAMILIES, LAYERS, batch, gradients, make, transformers
+from tests.hugging import FAMILIES, LAYERS, T, batch, gradients, make, transformers
 
 # Modules of each part, of two layers: norms, activations, rotary tables and layers, attentions, heads.
 COUNTS = {
@@ -235,6 +235,11 @@ def test_errors():
         with pytest.raises(ValueError, match="patch: backend 'cuda' was asked for, but "):
             mk.patch(model, backend="cuda")
     mk.patch(model, rope=False)
+    inner = type(model)
+    model.__class__ = type("FSDPLlama", (inner,), {})
+    with pytest.raises(ValueError, match="unpatch: FSDPLlama was made of a patched class later on"):
+        mk.unpatch(model)
+    model.__class__ = inner
     with pytest.raises(ValueError, match=r"patched already, with norm, .* and backend=None; mk.unpatch"):
         mk.patch(model)
     compiled = torch.compile(make("llama"), backend="eager")
@@ -300,8 +305,10 @@ def test_compiled_whole(family):
     model = make(family)
     mk.patch(model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    for kind in ("plain", "left") if family == "llama" else ("left",):
-        inputs = {**batch(kind), "use_cache": False}
+    offsets = torch.tensor([0, 7, 8, T], dtype=torch.int32)
+    packed = {**batch("packed", rows=1), "cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets}
+    for inputs in (batch("plain"), packed, batch("left")) if family == "llama" else (batch("left"),):
+        inputs["use_cache"] = False
         expected = model(**inputs).loss
         expected.backward()
         wanted = gradients(model)

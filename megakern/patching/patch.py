@@ -81,7 +81,7 @@ def patch(
 def unpatch(model: nn.Module) -> None:
     """Undo `patch`: classes, config and attention implementation are those from before it.
 
-    Raises ValueError when nothing in `model` is patched.
+    Raises ValueError when nothing in `model` is patched, or a class was derived from a patched one (FSDP2).
     """
     patched = [m for m in model.modules() if "_megakern" in m.__dict__] if isinstance(model, nn.Module) else []
     if not patched:
@@ -89,6 +89,12 @@ def unpatch(model: nn.Module) -> None:
 
     from megakern.patching import classes
 
+    for module in patched:
+        if hasattr(type(module), "_unpatched") and not classes.is_swapped(module):
+            raise ValueError(
+                f"unpatch: {type(module).__name__} was made of a patched class later on, as fully_shard does; nothing "
+                f"is undone"
+            )
     for module in patched:
         classes.restore(module)
     for module in model.modules():
