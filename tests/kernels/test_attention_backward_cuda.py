@@ -113,25 +113,27 @@ def test_rows_and_keys_that_see_nothing_have_no_gradient(options, backend, devic
     assert (dk[:, :292] == 0).all() and (dv[:, :292] == 0).all() and dk[:, 296:].abs().min() > 0
 
 
-SCHEDULES = ["forward", "reverse", "random:1", "pct:1", "pct:2"]
+SCHEDULES = ["reverse", "random:1", "pct:1"]
 
 
 @pytest.mark.only("simt")
+@pytest.mark.parametrize("options", [{"causal": False}, {}, {"window": (150, 70), "causal": False}])
 @pytest.mark.parametrize("D", [64, 128, 160])
-def test_deterministic_whatever_the_order(D, backend, device):
-    """Four blocks add to each dq, under schedules that start them in other orders. Without, the bits differ."""
+def test_deterministic_whatever_the_order(D, options, backend, device):
+    """Up to four blocks add to each dq, under schedules that start them in other orders."""
     from megakern import _simt
 
     inputs = make(1, 140, 500 if D < 136 else 250, 1, 1, D, torch.float16, device)
 
-    def under(schedule, **options):
+    def under(schedule, **more):
         _simt.set_schedule(schedule)
-        return gradients(inputs, backend, causal=False, **options)
+        return gradients(inputs, backend, **options, **more)
 
     first = under("forward", deterministic=True)
-    assert all(same(first, under(schedule, deterministic=True)) for schedule in SCHEDULES[1:])
-    any_order = [under(schedule) for schedule in SCHEDULES[:3]]
-    assert same(any_order[0], first) and not torch.equal(any_order[0][0], any_order[1][0])
+    assert all(same(first, under(schedule, deterministic=True)) for schedule in SCHEDULES)
+    any_order = [under(schedule) for schedule in ("forward", "reverse")]
+    if options == {"causal": False}:  # four blocks for each query
+        assert not torch.equal(any_order[0][0], any_order[1][0])
     assert all(torch.equal(x[i], first[i]) for x in any_order for i in (1, 2)), "dk and dv are sums of one block each"
 
 

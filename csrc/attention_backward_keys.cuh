@@ -1,0 +1,166 @@
+// What a consumer of attention_backward.cu computes: products of its keys with a tile of queries, probabilities and their
+// gradient in registers.
+#pragma once
+
+#include "attention_backward.cuh"
+
+namespace megakern {
+
+// What a consumer does with 64 keys (rows of all fragments) and 64 queries (columns).
+template <class T, int D>
+struct BackwardKeys {
+  using Tile = BackwardTile<D>;
+  using Operand = std::uint32_t[4][4];  // A of 64 x 64, from registers
+
+  // Own keys or values as an operand. Up to D 64 they stay in registers: from shared memory a product of 64 x 64 would
+  // wait for its operands as long as it computes.
+  struct Own {
+    static constexpr bool held = D == 64;
+    const unsigned char* rows;
+    std::uint32_t a[held ? D / 16 : 1][4];
+
+    MK_DEVICE void hold(int warp, int lane) {
+      if constexpr (held) {
+        const int r = lane % 16;
+#pragma unroll
+        for (int step = 0; step < D / 16; ++step) {
+          ldmatrix_x4(a[step], rows + (16 * warp + r) * 128 + ((2 * step + lane / 16) ^ (r % 8)) * 16);
+        }
+      }
+    }
+  };
+
+  static constexpr int columns = 64 * Tile::own_slabs;  // of dk and dv
+  float dk[columns / 2], dv[columns / 2];
+  Own k, v;
+
+  // d = a b^T over D: s = k q^T, dp = v dout^T.
+  static MK_DEVICE void multiply(float (&d)[32], Own& a, const unsigned char* b) {
+    if constexpr (Own::held) wgmma_fence(d, a.a);
+    else wgmma_fence(d);
+#pragma unroll
+    for (int step = 0; step < D / 16; ++step) {
+      const std::uint64_t of_b = matrix_descriptor(b, step / 4 * Tile::q_slab + step % 4 * 32);
+      if constexpr (Own::held) {
+        wgmma_rs<T, 64, false>(d, a.a[step], of_b, step > 0);
+      } else {
+        wgmma_ss<T, 64, false, false>(d, matrix_descriptor(a.rows, step / 4 * Tile::kv_slab + step % 4 * 32), of_b, step > 0);
+      }
+    }
+    wgmma_commit();
+  }
+
+  // d += a b: dv with p and dout, dk with ds and q.
+  static MK_DEVICE void accumulate(float (&d)[columns / 2], const Operand& a, const unsigned char* b) {
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+      wgmma_rs<T, columns, true>(d, a[step], matrix_descriptor(b, step * 2048, Tile::q_slab), true);
+    }
+    wgmma_commit();
+  }
+
+  // dq = ds^T k, of 64 queries and 64 columns, over all keys.
+  static MK_DEVICE void weigh_queries(float (&dq)[32], const unsigned char* ds, const unsigned char* k) {
+#pragma unroll
+    for (int step = 0; step < Tile::keys / 16; ++step) {
+      wgmma_ss<T, 64, true, true>(dq, matrix_descriptor(ds, step * 2048), matrix_descriptor(k, step * 2048), step > 0);
+    }
+    wgmma_commit();
+  }
+
+  // May a query see a key that is so far behind its own?
+  static MK_DEVICE bool sees(const AttentionMask& mask, int key, int away) {
+    return away <= mask.right && away >= -mask.left && key < mask.S;
+  }
+
+  // s becomes p, and p, rounded, an operand. distance: of the thread's first key from the one beside its first query.
+  template <bool Masked>
+  static MK_DEVICE void probabilities(float (&s)[32], Operand& p, float scale, const float* lse, const AttentionMask& mask,
+                                      int key, int distance) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const Vector<float, 2> log = load<2>(lse + 8 * i);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          float& value = s[4 * i + 2 * h + j];
+          value = exp2_approx(fmaf(value, scale, -log[j]));
+          if (Masked && !sees(mask, key + 8 * h, distance + 8 * h - 8 * i - j)) value = 0;
+        }
+      }
+    }
+    pack_fragment<T>(p, s);
+  }
+
+  // The same with cap, ALiBi and dropout: s becomes p times the slope of the cap; p, the operand, is 0 where it is
+  // dropped. -> a bit an element: not dropped.
+  static MK_DEVICE std::uint32_t featured(float (&s)[32], Operand& p, const AttentionScoring& f, const float* lse,
+                                          const std::uint64_t* row_keys, const AttentionMask& mask, int key, int distance,
+                                          float slope) {
+    std::uint32_t kept = ~0u;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {  // two queries, two keys
+      float(&four)[4] = reinterpret_cast<float(&)[4]>(s[4 * i]);
+      const Vector<float, 2> log = load<2>(lse + 8 * i);
+      float fall[4] = {1.0f, 1.0f, 1.0f, 1.0f}, used[4];  // the slope of the cap; p for dv
+      if (f.cap > 0) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const float bent = bend(four[e] * f.scale);
+          four[e] = bent * f.cap, fall[e] = 1.0f - bent * bent;
+        }
+      } else {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) four[e] *= f.scale;
+      }
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int column = 8 * i + e % 2, away = distance + 8 * (e / 2) - column;  // of the key from the query's own
+        const float weight = exp2_approx(four[e] - slope * float(abs(away)) - log[e % 2]);
+        used[e] = sees(mask, key + 8 * (e / 2), away) ? weight : 0.0f, four[e] = used[e] * fall[e];
+      }
+      if (row_keys != nullptr) {
+        const Vector<std::uint64_t, 2> of_row = load<2>(row_keys + 8 * i);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          if (keep(of_row[e % 2], std::uint32_t(key + 8 * (e / 2)), f.threshold)) continue;
+          kept &= ~(1u << (4 * i + e)), used[e] = 0;
+        }
+      }
+      p[i / 2][i % 2 * 2] = packed<T>(used[0], used[1]), p[i / 2][i % 2 * 2 + 1] = packed<T>(used[2], used[3]);
+    }
+    return kept;
+  }
+
+  // ds = p (dp - delta), an operand.
+  template <bool Featured>
+  static MK_DEVICE void differences(Operand& ds, const float (&s)[32], const float (&dp)[32], std::uint32_t kept,
+                                    const float* delta, float factor) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const Vector<float, 2> less = load<2>(delta + 8 * i);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float d[2];
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const int e = 4 * i + 2 * h + j;
+          float value = dp[e];
+          if (Featured) value = kept >> e & 1 ? value * factor : 0.0f;
+          d[j] = s[e] * (value - less[j]);
+        }
+        ds[i / 2][i % 2 * 2 + h] = packed<T>(d[0], d[1]);
+      }
+    }
+  }
+
+  // An operand to rows of 128 bytes, one for each of this warp's 16 keys.
+  static MK_DEVICE void share(const Operand& ds, unsigned char* to, int lane) {
+    const int r = lane % 16;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) stmatrix_x4(to + r * 128 + ((2 * j + lane / 16) ^ (r % 8)) * 16, ds[j]);
+  }
+};
+
+}  // namespace megakern
