@@ -1,4 +1,4 @@
-"""Decoding over paged keys and values: bytes of keys and values, once. The peers: attention over dense ones, flash-attn.
+"""Decoding over paged keys and values: bytes of keys and values, once. Peers: attention over dense ones, flash-attn.
 
 "torch sdpa" reads the same number of keys from one dense tensor, as PyTorch has no paged attention of its own.
 """
