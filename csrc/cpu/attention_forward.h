@@ -26,31 +26,36 @@ struct ForwardTile {
   void softmax(const QueryBlock& block, int64_t first_key, int64_t keys, float scale) {
     const Vec factor = set1(scale * kLog2E);
     const bool all = block.sees_all(first_key, first_key + keys);
-    const auto score = [&](int64_t j, int n) {
-      const Vec s = _mm512_mul_ps(_mm512_load_ps(scores + j * kQueries + n * kLanes), factor);
+    const auto seen = [&](Vec s, int64_t j, int n) {
       return all ? s : _mm512_mask_blend_ps(block.sees(first_key + j, n), set1(-INFINITY), s);
     };
+    Vec tops_of[kQueryVectors], sums[kQueryVectors];  // not members: those go through memory at each step
     for (int n = 0; n < kQueryVectors; ++n) {
       Vec tops[4] = {maximum[n], maximum[n], maximum[n], maximum[n]};  // a maximum waits 4 cycles for the one before
       for (int64_t j = 0; j < keys; j += 4)
-        for (int i = 0; i < 4; ++i) tops[i] = _mm512_max_ps(tops[i], score(j + i, n));
+        for (int i = 0; i < 4; ++i) {
+          const Vec s = _mm512_mul_ps(_mm512_load_ps(scores + (j + i) * kQueries + n * kLanes), factor);
+          tops[i] = _mm512_max_ps(tops[i], seen(s, j + i, n));
+        }
       const Vec top = _mm512_max_ps(_mm512_max_ps(tops[0], tops[1]), _mm512_max_ps(tops[2], tops[3]));
       const Vec old = exp2<Product::kAccuracy>(_mm512_sub_ps(maximum[n], top));
       _mm512_store_ps(keep_old + n * kLanes, old);
-      maximum[n] = top, sum[n] = _mm512_mul_ps(sum[n], old);
+      maximum[n] = tops_of[n] = top, sums[n] = _mm512_mul_ps(sum[n], old);
     }
     for (int64_t j = 0; j < keys; j += 2) {
       Vec rows[2][kQueryVectors];
       for (int i = 0; i < 2; ++i) {
         for (int n = 0; n < kQueryVectors; ++n) {
-          Vec value = exp2<Product::kAccuracy>(_mm512_sub_ps(score(j + i, n), maximum[n]));
-          sum[n] = _mm512_add_ps(sum[n], value);
+          const Vec s = _mm512_load_ps(scores + (j + i) * kQueries + n * kLanes);
+          Vec value = exp2<Product::kAccuracy>(seen(_mm512_fmsub_ps(s, factor, tops_of[n]), j + i, n));
+          sums[n] = _mm512_add_ps(sums[n], value);
           if (block.drops()) value = block.dropped(value, first_key + j + i, n);
           rows[i][n] = value;
         }
       }
       store_key_pair<Product>(rows, j, kGroup == 1 ? p : nullptr, kGroup == 1 ? nullptr : p);
     }
+    for (int n = 0; n < kQueryVectors; ++n) sum[n] = sums[n];
   }
 
   // out (D, kQueries), transposed, times the factor of its query.

@@ -54,7 +54,11 @@ MEGAKERN_INLINE __m512i rounded_bits(Vec x) {
   return _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x00400000));
 }
 
+#if defined(MEGAKERN_AVX512_BF16)  // takes subnormals for zero
+MEGAKERN_INLINE __m256i narrow(Vec x) { return (__m256i)_mm512_cvtneps_pbh(x); }
+#else
 MEGAKERN_INLINE __m256i narrow(Vec x) { return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded_bits(x), 16)); }
+#endif
 
 MEGAKERN_INLINE Vec load(const float* p, Mask m) { return _mm512_maskz_loadu_ps(m, p); }
 MEGAKERN_INLINE Vec load(const bf16* p, Mask m) { return widen(_mm256_maskz_loadu_epi16(m, p)); }
