@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -20,6 +22,7 @@ from megakern.data.chat import ChatTemplate
 from megakern.inference import Writer, load_run
 from megakern.model.sampling import Sampling
 from megakern.serve.chat import Chat, talk
+from megakern.serve.generate import show
 from tests.commands import ROOT, finish, start
 from tests.runs import config_of, train
 from tests.serving import tiny_loaded
@@ -189,6 +192,53 @@ def test_serve_refuses_what_others_could_reach(run, capsys):
     assert "--host 0.0.0.0 can be reached from other machines: guard it with --token-file" in capsys.readouterr().err
     assert main(["serve", str(run), "--port", "0", "--max-requests", "0"]) == 2
     assert "max_requests must be 1 or more, got 0" in capsys.readouterr().err
+
+
+def test_text_cannot_steer_the_terminal(capsys, monkeypatch):
+    text = "a\x1b[2J\tb\r\x07\n\x9bc\x7f é"
+    show(text)
+    assert capsys.readouterr().out == text, "a file or pipe gets all"
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    show(text)
+    assert capsys.readouterr().out == "a\ufffd[2J\tb\ufffd\ufffd\n\ufffdc\ufffd é"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [(), ("--nproc", "2")], ids=["one process", "two"])
+def test_chat_in_a_terminal(run, more):
+    """A prompt, history by the arrow keys, Ctrl-C within an answer, Ctrl-D."""
+    words = ["chat", str(run), "--max-tokens", "30", "--temperature", "1", *more]
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execve(
+            sys.executable, [sys.executable, "-m", "megakern", *words],
+            {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+    text = b""
+
+    def until(wanted: bytes) -> bytes:
+        nonlocal text
+        end = time.monotonic() + 60
+        while wanted not in text:
+            assert time.monotonic() < end, text
+            if select.select([terminal], [], [], 0.1)[0]:
+                text += os.read(terminal, 4096)
+        found, text = text, b""
+        return found
+
+    assert b"Ctrl-C stops an answer" in until(b"> ")
+    os.write(terminal, b"hello\r")
+    until(b"\n\x1b[?2004h> ")
+    os.write(terminal, b"/what\r")
+    assert b"there is no command /what" in until(b"> ")
+    os.write(terminal, b"\x1b[A\x7f\r")
+    assert b"there is no command /wha:" in until(b"> ")
+    os.write(terminal, b"a long story\r")
+    until(b"story")
+    os.write(terminal, b"\x03")
+    until(b"> ")
+    os.write(terminal, b"\x04")
+    assert os.waitpid(pid, 0)[1] == 0
 
 
 def two_processes(*words: object, code: int = 0) -> str:

@@ -14,6 +14,7 @@ from megakern.config import ConfigError, require
 from megakern.data.chat import ChatTemplate
 from megakern.inference import Loaded, Writer
 from megakern.model.sampling import Sampling
+from megakern.serve.generate import show
 
 HELP = "/reset forgets the conversation, /system TEXT sets what the model is told first, /quit ends"
 
@@ -111,14 +112,14 @@ def _say(chat: Chat, text: str) -> None:
     try:
         with _noted(signal.SIGINT) as interrupted:
             for piece in pieces:
-                print(piece, end="", flush=True)
+                show(piece)
                 if interrupted:
                     break
     except ConfigError as error:
         print(f"megakern: {error}", file=sys.stderr)
         return
     pieces.close()
-    print(flush=True)
+    show("\n")
     if chat.left_out > left_out:
         print(f"[{chat.left_out - left_out} of the oldest turns no longer fit and are left out]", file=sys.stderr)
 

@@ -11,6 +11,14 @@ from megakern.config import require
 from megakern.inference import Loaded, Writer, best_texts
 from megakern.model.sampling import Sampling
 
+# All of C0 but tab and line end, DEL, and C1: a model must not steer the terminal that shows its text.
+_CONTROL = dict.fromkeys({*range(32), *range(127, 160)} - {9, 10}, "\ufffd")
+
+
+def show(text: str) -> None:
+    """To the standard output, at once; to a terminal without control characters."""
+    print(text.translate(_CONTROL) if sys.stdout.isatty() else text, end="", flush=True)
+
 
 def write_prompts(
     loaded: Loaded, prompts: Sequence[str], *, max_tokens: int, sampling: Sampling, stop: Sequence[str] = ()
@@ -19,10 +27,10 @@ def write_prompts(
     start = time.perf_counter()
     writer = Writer(loaded, prompts, max_tokens=max_tokens, sampling=sampling, stop=stop)
     if len(prompts) == 1:
-        print(prompts[0], end="", flush=True)
+        show(prompts[0])
         for piece in writer:
-            print(piece.text, end="", flush=True)
-        print(flush=True)
+            show(piece.text)
+        show("\n")
     else:
         texts = [""] * len(prompts)
         for piece in writer:
@@ -49,7 +57,7 @@ def write_best(
         found = best_texts(loaded, prompt, repetition_penalty=repetition_penalty, **how)
         tokens += max(each.tokens for each in found)
         if len(prompts) == 1:
-            print(prompt + found[0].text, flush=True)
+            show(prompt + found[0].text + "\n")
         else:
             beams_found = [{"text": each.text, "score": round(each.score, 4)} for each in found]
             print(json.dumps({"index": index, "prompt": prompt, "beams": beams_found}, ensure_ascii=False), flush=True)
