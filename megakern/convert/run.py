@@ -83,7 +83,7 @@ def convert(
     require(
         not out.exists() and not out.is_symlink(), f"{out} exists already, and is not overwritten; name another --out"
     )
-    require(source.exists(), f"{source}: there is no such file or folder")
+    require(source.is_file() or source.is_dir(), f"{source}: there is no such file or folder")
     exporting = (source / "config.toml").exists()
     for name, value, wrong in (
         ("ranks", ranks, exporting), ("tokenizer", tokenizer, exporting),

@@ -17,7 +17,7 @@ from megakern.config import ConfigError
 from megakern.data.chat import GENERATION_FILE, LONGEST, SPECIAL_FILE, TEMPLATE_FILE, ChatTemplate
 from megakern.data.files import DataError
 from megakern.data.tokenizer import BYTE_NAMES, ByteTokenizer, JsonTokenizer, Tokenizer
-from megakern.model.hf.reading import file_problem, read_json
+from megakern.model.hf.reading import MAX_JSON, file_problem, read_json
 from megakern.train.files import Files
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -172,7 +172,8 @@ def _gpt2_table(folder: Path, problems: list[str]) -> dict | None:
     if problem := file_problem(folder, "merges.txt"):
         problems.append(problem)
         return None
-    lines = (folder / "merges.txt").read_text(encoding="utf-8", errors="replace").splitlines()
+    with open(folder / "merges.txt", encoding="utf-8", errors="replace") as file:
+        lines = file.read(MAX_JSON).splitlines()
     merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
     try:
         library = tokenizers.Tokenizer(models.BPE(vocabulary, merges))
