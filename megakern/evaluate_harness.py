@@ -14,9 +14,9 @@ from megakern.config import ConfigError, require
 from megakern.data.chat import ChatTemplate
 from megakern.inference import Loaded, TextOf, load_run
 from megakern.model.engine import Request
-from megakern.model.generate import engine_for
+from megakern.model.generate import room_for
 from megakern.model.sampling import Sampling
-from megakern.scoring import score_continuations, token_scores
+from megakern.scoring import first_token, score_continuations, token_scores
 
 NEW_TOKENS = 256
 """Where a task does not say how many."""
@@ -41,8 +41,8 @@ class Scores:
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
         """args (text,): log-probability of the whole text, each token once, in windows that do not overlap."""
-        T, eod = self.loaded.config.model.sequence_length, self.loaded.tokenizer.eod
-        encoded = [[eod, *self.loaded.tokenizer.encode(request.args[0])] for request in requests]
+        T, first = self.loaded.config.model.sequence_length, first_token(self.loaded.tokenizer)
+        encoded = [[first, *self.loaded.tokenizer.encode(request.args[0])] for request in requests]
         return [sum(sum(window) for window in token_scores(self.loaded, ids, T)) for ids in encoded]
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
@@ -79,7 +79,7 @@ class Scores:
         for text, given in arguments:
             until, tokens, sampling = _options(given)
             require(1 <= tokens < T, f"max_gen_toks must be from 1 to {T - 1}, the sequence less 1, got {tokens}")
-            prompt = (tokenizer.encode(text, allow_special=True) or [tokenizer.eod])[-(T - tokens) :]
+            prompt = (tokenizer.encode(text, allow_special=True) or [first_token(tokenizer)])[-(T - tokens) :]
             requests.append(
                 Request(
                     prompt=tuple(prompt),
@@ -89,7 +89,9 @@ class Scores:
                 )
             )
             writers.append(TextOf(tokenizer, loaded.stop_tokens, until))
-        texts, engine = [""] * len(requests), engine_for(loaded.model, requests)
+        texts, engine = [""] * len(requests), loaded.engine(**room_for(loaded.config.model, requests))
+        for request in requests:
+            engine.add(request)
         while engine.busy:
             for step in engine.step():
                 if writers[step.key].finish is None:

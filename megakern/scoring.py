@@ -1,8 +1,8 @@
 """Log-probabilities of given tokens under a model: of texts of any length by a sliding window, and of continuations.
 
-A text of N tokens is read after one end-of-document token, so that its first token counts too. With sequences of T and
-a stride of s, window i predicts the tokens from i s on up to i s + T - 1, and counts those that no window before it
-did: each token once, with T - s or more tokens before it where there are so many.
+A text of N tokens is read after one token that stands before texts, so that its first token counts too. With sequences
+of T and a stride of s, window i predicts the tokens from i s on up to i s + T - 1, and counts those that no window
+before it did: each token once, with T - s or more tokens before it where there are so many.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 
 from megakern.config import require
 from megakern.data.loader import IGNORE
+from megakern.data.tokenizer import Tokenizer
 from megakern.inference import Loaded
 
 LOGIT_BYTES = 256 * 2**20
@@ -48,8 +49,15 @@ def score_text(loaded: Loaded, text: str, *, stride: int | None = None) -> TextS
     require(1 <= stride <= T, f"--stride must be from 1 to the model's sequence_length of {T}, got {stride}")
     require(bool(text), "there is no text to score: it is empty")
     ids = loaded.tokenizer.encode(text)
-    nats = -sum(score for window in token_scores(loaded, [loaded.tokenizer.eod, *ids], stride) for score in window)
+    nats = -sum(
+        score for window in token_scores(loaded, [first_token(loaded.tokenizer), *ids], stride) for score in window
+    )
     return TextScore(nats, len(ids), len(text.encode()))
+
+
+def first_token(tokenizer: Tokenizer) -> int:
+    """What stands before a text: the one its tokenizer's file puts there, as Llama's <s>, else the end of the last."""
+    return (tokenizer.encode_prompt("") or [tokenizer.eod])[0]
 
 
 def token_scores(loaded: Loaded, ids: Sequence[int], stride: int) -> Iterator[list[float]]:
@@ -93,14 +101,14 @@ def score_continuations(
 ) -> list[tuple[float, bool]]:
     """(log-probability, whether greedy generation gives it) of each continuation after its context, both of ids.
 
-    A context that is too long loses its beginning; an empty one is the end-of-document token. Raises ConfigError: a
+    A context that is too long loses its beginning; an empty one is `first_token`. Raises ConfigError: a
     continuation longer than the model's sequence.
     """
     T = loaded.config.model.sequence_length
     rows = []
     for context, continuation in pairs:
         require(len(continuation) <= T, f"a continuation has {len(continuation)} tokens, the model's sequence has {T}")
-        ids = [*(context or [loaded.tokenizer.eod]), *continuation][-(T + 1) :]
+        ids = [*(context or [first_token(loaded.tokenizer)]), *continuation][-(T + 1) :]
         rows.append((ids[:-1], ids[1:], len(continuation)))
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))  # rows of like length share a pass
     found: dict[int, tuple[float, bool]] = {}

@@ -179,6 +179,8 @@ def test_a_run_of_adapters_from_start_to_merged(tiny_data, base, tmp_path):
     merged = load_run(tmp_path / "merged")
     assert merged.config.lora.rank == 0 and merged.config.train.init_from == ""
     assert torch.equal(merged.model(tokens), loaded.model(tokens))
+    with pytest.raises(checkpoint.CheckpointError, match=r"has weights alone .*: megakern train CONFIG"):
+        runs.open_trainer(tmp_path / "merged", dataclasses.replace(merged.config, data=trainer.config.data))
 
 
 @pytest.mark.parametrize("master", ["none", "split"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 import subprocess
@@ -11,13 +12,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tokenizers
 import torch
 
 from megakern import scoring
 from megakern.config import ConfigError, GPTConfig
 from megakern.data.chat import ChatTemplate
 from megakern.data.files import DataError
-from megakern.data.tokenizer import EOD
+from megakern.data.tokenizer import EOD, JsonTokenizer, Tokenizer, train_bpe
 from megakern.evaluate import evaluate_run, evaluate_text
 from megakern.evaluate_harness import Scores, harness_model
 from megakern.inference import load_run
@@ -72,6 +74,17 @@ def test_more_context_or_smaller_passes_change_little(loaded, monkeypatch):
     monkeypatch.setattr(scoring, "LOGIT_BYTES", 1)  # a window at a time
     assert scoring.score_text(loaded, TEXT, stride=5).nats == pytest.approx(whole.nats, rel=1e-6)
     assert scoring.score_text(loaded, "a").tokens == 1
+
+
+def test_what_stands_before_a_text():
+    """The end of the last one; or what the tokenizer's file puts there."""
+    assert scoring.first_token(Tokenizer.load("bytes")) == 256
+    library = tokenizers.Tokenizer.from_str(json.dumps(train_bpe(["a b c"], 260).content()))
+    assert scoring.first_token(JsonTokenizer(json.loads(library.to_str()))) == library.token_to_id(EOD)
+    library.add_special_tokens(["<s>"])
+    start = library.token_to_id("<s>")
+    library.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", start)])
+    assert scoring.first_token(JsonTokenizer(json.loads(library.to_str()))) == start
 
 
 def test_the_command_shows_it(run, tmp_path):
@@ -209,7 +222,6 @@ def test_the_harness_itself_runs_it(run, loaded, scores, tmp_path):
     """Needs `pip install megakern[eval]`, which is not among the tests' packages for its size (600 MB); or
     LM_EVAL_PATH, a folder that has it."""
     import importlib.util
-    import json
 
     path = os.environ.get("LM_EVAL_PATH", "")
     if not path and importlib.util.find_spec("lm_eval") is None:

@@ -48,11 +48,12 @@ class _ColumnParallel(torch.autograd.Function):
         ctx.group, ctx.sequence, ctx.activation = region.group, sequence, activation
         ctx.targets = [target_of(weight) for weight in weights]
         ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in biases]
-        ctx.backend = chosen_backend(x, weights[0], biases[0], activation)
+        pairs = list(zip(weights, biases, strict=True))
+        ctx.backends = [chosen_backend(x, weight, bias, activation) for weight, bias in pairs]
         keep = activation is not None
 
         def outputs_of(rows):
-            results = [forward_pieces(rows, *pair, activation, keep=keep) for pair in zip(weights, biases, strict=True)]
+            results = [forward_pieces(rows, *pair, activation, keep=keep) for pair in pairs]
             return (*(y for y, _, _ in results), *(pre for _, pre, _ in results if keep))
 
         if not sequence:
@@ -74,11 +75,14 @@ class _ColumnParallel(torch.autograd.Function):
         needs_x, needs_weights, needs_biases = needs[0], needs[4::2], needs[5::2]
         arriving = start_gather_sequence(x, ctx.group) if ctx.sequence and any(needs_weights) else None
         if ctx.activation:
-            dys = [activation_backward(dy, z, ctx.activation, ctx.backend) for dy, z in zip(dys, pres, strict=True)]
+            dys = [
+                activation_backward(dy, z, ctx.activation, backend)
+                for dy, z, backend in zip(dys, pres, ctx.backends, strict=True)
+            ]
         dx = None
         if needs_x:
-            for dz, weight in zip(dys, weights, strict=True):
-                part = input_gradient(dz, weight.to(dz.dtype), ctx.backend)
+            for dz, weight, backend in zip(dys, weights, ctx.backends, strict=True):
+                part = input_gradient(dz, weight.to(dz.dtype), backend)
                 dx = part if dx is None else dx.add_(part)
         x = arriving.wait() if arriving is not None else x
         leaving = None
@@ -88,7 +92,7 @@ class _ColumnParallel(torch.autograd.Function):
         for i, dz in enumerate(dys):
             target = ctx.targets[i] if needs_weights[i] else None
             bias_dtype = ctx.bias_dtypes[i] if needs_biases[i] else None
-            gradients += parameter_gradients(dz, x, target, bias_dtype, ctx.backend)
+            gradients += parameter_gradients(dz, x, target, bias_dtype, ctx.backends[i])
         return leaving.wait() if leaving is not None else None, None, None, None, *gradients
 
 

@@ -85,6 +85,8 @@ def start(model: GPT, optimizer: AdamW, config: RunConfig) -> None:
     adapters = adapter_names(model)
     parameters = {name: value for name, value in model.named_parameters() if name not in adapters}
     path = Path(config.train.init_from)
+    if model.parallel.world_rank == 0:
+        print(f"starts from the weights of {path}", flush=True)
     if config.optimizer.master == "none" or adapters:
         load_base(model, path)
         start_masters(model, optimizer, config)
@@ -96,6 +98,15 @@ def start(model: GPT, optimizer: AdamW, config: RunConfig) -> None:
     checkpoint.load(path, wide, model.parallel, cast=True, only="model.")
     for parameter, value in zip(parameters.values(), wide.values(), strict=True):
         optimizer.set_master(parameter, local_of(value))
+
+
+def require_optimizer(path: Path) -> None:
+    """Raises CheckpointError when the checkpoint has weights alone: a converted or merged run, which cannot go on."""
+    if not any(name.startswith("optimizer.") for name in checkpoint.read_manifest(path).tensors):
+        raise checkpoint.CheckpointError(
+            f"{path} has weights alone (converted, or merged), so there is no training to resume; start a new run from "
+            f"it: megakern train CONFIG.toml --train.init_from {path.parent.parent} --out NEW"
+        )
 
 
 def load_base(model: GPT, path: Path) -> dict:

@@ -27,7 +27,7 @@ from megakern.train.metrics import MetricsFile, ProgressLine
 from megakern.train.saver import Saver
 from megakern.train.scaler import LossScaler
 from megakern.train.schedule import learning_rate
-from megakern.train.start import Base, check_base, load_base, start
+from megakern.train.start import Base, check_base, load_base, require_optimizer, start
 from megakern.train.state_bytes import state_bytes
 from megakern.train.summary import Summary
 
@@ -242,6 +242,7 @@ class Trainer:
         except checkpoint.NoCheckpointError:
             start(self.model, self.optimizer, self.config)
             return  # a new run
+        require_optimizer(path)
         self.optimizer.start_state(0)
         state = checkpoint.load(path, self._tensors(), self.parallel)
         checkpoint.require_tokenizer(state, self.data.tokenizer.sha256, path)
