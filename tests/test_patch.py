@@ -45,6 +45,19 @@ def test_loss_and_gradients(family, dtype):
         assert patched(**inputs).logits is None, "in training the logits are not made"
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_packed_sequences_are_apart_though_a_cache_is_the_default(family):
+    """Without the patch a new cache, which a config asks for by default, keeps masks from seeing the packing."""
+    plain = make(family)
+    patched = copy.deepcopy(plain)
+    mk.patch(patched)
+    apart = batch("packed")
+    inputs = {name: value for name, value in apart.items() if name != "use_cache"}
+    assert_same_training(patched, plain, apart, ours=inputs)
+    assert abs(plain(**inputs).loss - plain(**apart).loss) > 1e-3, "nothing to see here any more"
+    assert patched.eval()(**inputs).loss.item() == pytest.approx(plain(**apart).loss.item(), abs=1e-5)
+
+
 def test_packed_by_the_arguments_of_flash_attention():
     plain = make("qwen2")
     patched = copy.deepcopy(plain)

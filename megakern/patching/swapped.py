@@ -230,6 +230,10 @@ def _forward(mixin, output, model, inputs, labels, logits_to_keep, options):
     if not isinstance(model, mixin):  # held by a wrapper beyond unpatch, as accelerate's autocast does
         return type(model).forward(model, **inputs, labels=labels, logits_to_keep=logits_to_keep, **options)
     _refuse_probabilities(model, options)
+    if labels is not None and inputs["use_cache"] is None and inputs["past_key_values"] is None:
+        # No cache for a loss. And beside the new cache that it would make, Hugging Face's mask does not look for rows
+        # whose positions start again: packed sequences would see each other, as they do without FlashAttention.
+        inputs["use_cache"] = False
     if torch.compiler.is_compiling():
         _say_that_rows_are_whole(inputs, options)
     if "loss" not in model._megakern.parts or _needs_logits(model, labels, logits_to_keep, options):
