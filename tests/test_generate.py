@@ -13,6 +13,7 @@ from megakern.layers.parameter import local
 from megakern.model.generate import complete, generate
 from megakern.model.sampling import Sampling
 from megakern.parallel.random import fill_normal
+from tests.closeness import assert_close_to_ref
 
 GPT2, LLAMA = mk.presets["tiny-gpt2"], mk.presets["tiny-llama"]
 FAMILIES = {
@@ -80,6 +81,22 @@ def test_a_draw_depends_on_its_place_in_the_text_alone():
         model, [PROMPTS[0] + whole[:5]], max_new_tokens=7, sampling=Sampling(temperature=1.0, seed=3)
     )[0].tokens  # fmt: skip
     assert rest == whole[5:]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_comes_as_near_as_the_model_without_a_cache(dtype):
+    """Log-probabilities of one text, by steps over a cache of this dtype and in one pass, against float64."""
+    config = dataclasses.replace(FAMILIES["qwen3"], init_std=0.1)
+    model = mk.GPT(config, seed=4, dtype=torch.float32, compute_dtype=dtype)
+    wide = mk.GPT(config, seed=4, dtype=torch.float64)
+    (found,) = complete(model, PROMPTS[:1], max_new_tokens=30, logprobs=0)
+    text = torch.tensor([PROMPTS[0] + found.tokens])
+    own = torch.tensor(found.tokens)[:, None]
+    with torch.no_grad():
+        truth, same = (
+            torch.log_softmax(each(text)[0].double(), -1)[6:-1].gather(-1, own)[:, 0] for each in (wide, model)
+        )
+    assert_close_to_ref(torch.tensor([each.logprob for each in found.logprobs]).to(dtype), truth, same.to(dtype))
 
 
 def test_rows_stop_on_their_own():

@@ -17,7 +17,7 @@ import torch
 from megakern.config import ConfigError
 from megakern.inference import Writer
 from megakern.model.sampling import Sampling
-from megakern.serve import server
+from megakern.serve import app, server
 from megakern.serve.app import Limits
 from tests.serving import Running, serving, tiny_loaded
 
@@ -240,6 +240,26 @@ def test_a_client_that_goes_frees_its_pages(running, stream, monkeypatch):
     started = len(steps)
     running.wait_until_free()
     assert len(steps) - started < 60, "200 steps are what the whole texts take"
+
+
+def test_a_client_that_takes_nothing_is_left(monkeypatch):
+    monkeypatch.setattr(app, "SEND_SECONDS", 0.1)
+    ended, sent = [], []
+
+    async def events():
+        for i in range(100):
+            yield b"data: %d" % i
+
+    async def never():
+        await asyncio.Event().wait()
+
+    async def send(message):
+        sent.append(message)
+        if len(sent) == 4:
+            await never()
+
+    asyncio.run(app.EventStream(events(), lambda: ended.append(len(sent)))({}, never, send))
+    assert ended == [4]
 
 
 def post(url: str, body: bytes | dict, path: str = "/v1/completions", **headers: str) -> tuple[int, dict]:

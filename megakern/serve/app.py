@@ -33,6 +33,7 @@ from megakern.serve.protocol import ChatRequest, CompletionRequest, RefusedError
 from megakern.serve.worker import ClosedError, Delta, FullError, Job, Worker
 
 PAGE = Path(__file__).with_name("page.html")
+SEND_SECONDS = 60.0  # that a client may take nothing of what is written to it, before its connection is closed
 COMPLETION_TOKENS = 16  # OpenAI's default of /v1/completions
 
 
@@ -240,17 +241,21 @@ class EventStream(Response):
         del self.headers["content-length"]
 
     async def __call__(self, scope, receive, send) -> None:
+        async def send_soon(message) -> None:
+            await asyncio.wait_for(send(message), SEND_SECONDS)
+
         async def run() -> None:
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            await send_soon({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             async for part in self.events:
-                await send({"type": "http.response.body", "body": part, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+                await send_soon({"type": "http.response.body", "body": part, "more_body": True})
+            await send_soon({"type": "http.response.body", "body": b"", "more_body": False})
 
         tasks = [asyncio.ensure_future(run()), asyncio.ensure_future(_gone(receive))]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             if tasks[0].done():
-                with contextlib.suppress(OSError):  # the client has gone while it was written to
+                # The client has gone while it was written to, or takes nothing any more.
+                with contextlib.suppress(OSError, asyncio.TimeoutError):
                     tasks[0].result()
         finally:
             for task in tasks:
