@@ -222,9 +222,13 @@ def test_checkpoints_of_nanogpt_that_are_wrong(tmp_path, changes, message):
 
 def test_files_that_are_nothing_of_these(tmp_path):
     path = tmp_path / "ckpt.pt"
-    for content in (b"", b"hello", b"PK\x03\x04" + bytes(100), bytes(2000)):
+    for content in (b"", b"hello", bytes(2000)):
         path.write_bytes(content)
-        refused(path, "not readable as tensors and numbers alone")
+        refused(path, "neither a zip file, as torch.save writes nanoGPT's checkpoints, nor one of llm.c")
+    path.write_bytes(b"PK\x03\x04" + bytes(100))
+    refused(path, "not readable as tensors and numbers alone")
+    torch.save({"model": Evil(tmp_path / "made")}, path, _use_new_zipfile_serialization=False)
+    refused(path, "neither a zip file")
 
 
 def test_a_file_of_weights_needs_a_tokenizer(tmp_path):

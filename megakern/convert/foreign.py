@@ -125,6 +125,11 @@ _ARGUMENTS = {"n_layer": int, "n_head": int, "n_embd": int, "block_size": int, "
 
 def read_nanogpt(path: Path) -> tuple[Imported, Tensors]:
     """Raises ConfigError: not such a file, or one that holds more than tensors, numbers and plain containers."""
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\x03\x04":  # an older, bare pickle is not opened at all
+            raise ConfigError(
+                f"{path}: neither a zip file, as torch.save writes nanoGPT's checkpoints, nor one of llm.c"
+            )
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, ValueError, OSError, EOFError, KeyError, torch.serialization.pickle.UnpicklingError) as error:
