@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
 from megakern.cli import main
 from megakern.config import ConfigError, GPTConfig
@@ -26,6 +27,7 @@ from megakern.evaluate import answer_held_out, describe
 from megakern.inference import load_run
 from megakern.layers.dropout import DropoutKey
 from megakern.model.gpt import GPT
+from megakern.parallel.collectives import finish_gradients
 from megakern.parallel.context import ParallelContext
 from megakern.train.batches import evaluate
 from tests import runs
@@ -229,36 +231,48 @@ def packed_and_alone(chat_data) -> tuple[tuple[torch.Tensor, ...], list[tuple[in
     return batch, [place for place in places if place[2] > place[1] and batch[0][place[0], place[1]] != 0]
 
 
-@pytest.mark.parametrize("positions", ["rope", "learned"])
-def test_packed_is_each_conversation_alone(chat_data, positions):
-    """Logits, loss and gradients against float64 runs of one conversation at a time; a window too."""
+def alone(config: GPTConfig, chat_data: Path, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Logits, the sum of losses, and all gradients, of one conversation at a time."""
     batch, places = packed_and_alone(chat_data)
     assert len(places) > 4
-    config = dataclasses.replace(MODEL, positions=positions, window=9 if positions == "learned" else None)
+    model = GPT(config, seed=1, dtype=dtype)
+    logits, loss = [], 0.0
+    for row, start, stop in places:
+        tokens, targets = (x[row : row + 1, start:stop] for x in batch[:2])
+        logits.append(model(tokens).detach()[0])
+        loss = loss + model(tokens, targets, reduction="sum")
+    loss.backward()
+    return [torch.cat(logits), loss.detach(), *(p.grad for p in model.parameters())]
 
-    def alone(dtype: torch.dtype):
-        model = GPT(config, seed=1, dtype=dtype)
-        logits, loss = [], 0.0
-        for row, start, stop in places:
-            tokens, targets = (x[row : row + 1, start:stop] for x in batch[:2])
-            logits.append(model(tokens).detach()[0])
-            loss = loss + model(tokens, targets, reduction="sum")
-        loss.backward()
-        return [torch.cat(logits), loss.detach(), *(p.grad for p in model.parameters())]
 
-    model = GPT(config, seed=1)
-    tokens, targets, cu_seqlens = batch
-    found = model(tokens, cu_seqlens=cu_seqlens).detach()
+def packed(config: GPTConfig, chat_data: Path, parallel: ParallelContext | None = None) -> list[torch.Tensor]:
+    """The same of packed rows."""
+    (tokens, targets, cu_seqlens), places = packed_and_alone(chat_data)
+    model = GPT(config, parallel, seed=1)
+    with torch.no_grad():
+        found = model(tokens, cu_seqlens=cu_seqlens)
     loss = model(tokens, targets, cu_seqlens=cu_seqlens, reduction="sum")
     loss.backward()
-    logits = torch.cat([found[row, start:stop] for row, start, stop in places])
-    for ours, reference, same in zip(
-        [logits, loss.detach(), *(p.grad for p in model.parameters())],
-        alone(torch.float64),
-        alone(torch.float32),
-        strict=True,
-    ):
-        assert_close_to_ref(ours, reference, same)
+    finish_gradients(model.parameters())
+    gradients = [p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for p in model.parameters()]
+    return [torch.cat([found[row, start:stop] for row, start, stop in places]), loss.detach(), *gradients]
+
+
+def packed_on_two_ranks(config: GPTConfig, chat_data: Path, sequence_parallel: bool) -> list[torch.Tensor]:
+    return packed(config, chat_data, ParallelContext.create(tp=2, sequence_parallel=sequence_parallel))
+
+
+@pytest.mark.parametrize("positions", ["rope", "learned"])
+def test_packed_is_each_conversation_alone(ranks, chat_data, positions):
+    """Logits, loss, gradients against float64 runs of one conversation at a time, also under tp = 2; and a window."""
+    config = dataclasses.replace(MODEL, positions=positions, window=9 if positions == "learned" else None)
+    wide, same = (alone(config, chat_data, dtype) for dtype in (torch.float64, torch.float32))
+    found = [packed(config, chat_data)]
+    for sequence_parallel in (False, True):
+        found.append(ranks.run(packed_on_two_ranks, 2, config, chat_data, sequence_parallel)[1])
+    for each in found:
+        for ours, reference, plain in zip(each, wide, same, strict=True):
+            assert_close_to_ref(ours, reference, plain)
 
 
 def test_dropout_of_packed_rows_does_not_depend_on_their_neighbours(chat_data):
