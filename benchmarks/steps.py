@@ -1,10 +1,10 @@
 """Training steps of megakern and of its peers: the same weights, batches, optimizer and clipping for all.
 
 A contestant's name is who made it, and how: "plain fp32", "plain bf16 autocast", "plain bf16 compiled" (autocast
-too), "transformers ..." likewise (and with " patched" at its end after `mk.patch`), "Megatron-Core bf16 masters" (bf16
-weights, fp32 masters: its own way), "megakern fp32", "megakern bf16", "megakern bf16 split" (bf16 weights, and the bits
-that masters have more). "plain" is peers/plain_gpt.py: fp32 and eager is what nanoGPT does by default on a CPU, "bf16
-compiled" its best.
+too), "transformers ..." likewise (and with " patched" at its end after `mk.patch`), "Megatron-Core bf16 masters"
+(bf16 weights, fp32 masters: its own way), "megakern fp32", "megakern fp32 bf16 products" (`train.matmul_precision =
+"medium"`), "megakern bf16", "megakern bf16 split" (bf16 weights, and the bits that masters have more). "plain" is
+peers/plain_gpt.py: fp32 and eager is what nanoGPT does by default on a CPU, "bf16 compiled" its best.
 """
 
 from __future__ import annotations
@@ -103,10 +103,11 @@ def torch_step(model: torch.nn.Module, loss_of: Callable, how: str, device: torc
 
 
 def run_config(config: mk.GPTConfig, how: str) -> RunConfig:
-    """The settings of a `megakern train` that does what `how` says: "fp32", "bf16" or "bf16 split"."""
-    precision, _, master = how.partition(" ")
+    """Settings of a `megakern train` that does what `how` says: a precision, "fp32 bf16 products" or "bf16 split"."""
+    rounded = how.endswith(" bf16 products")
+    precision, _, master = how.removesuffix(" bf16 products").partition(" ")
     table = {
-        "train": {"precision": precision},
+        "train": {"precision": precision, "matmul_precision": "medium" if rounded else "highest"},
         "optimizer": {"master": master or "none", "weight_decay": ADAMW["weight_decay"], "lr": ADAMW["lr"]},
     }
     return dataclasses.replace(make_config(table, [], "the benchmark's settings"), model=config)
@@ -116,6 +117,7 @@ def our_step(how: str, config: mk.GPTConfig, device: torch.device) -> Step:
     """The model and optimizer that `megakern train` makes, and its step."""
     machine.keep_freed_memory()
     settings = run_config(config, how)
+    torch.set_float32_matmul_precision(settings.train.matmul_precision)
     model = build.make_model(settings, ParallelContext(), "meta")
     values = our_weights(config, device)
     if config.positions == "rope":  # with tables that are no parameters

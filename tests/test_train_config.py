@@ -60,6 +60,7 @@ def test_overrides_are_toml_values():
         ("[parallel]\noverlap_rows = -1\n", [], r"parallel.overlap_rows must be 0 \(never\) or more, got -1"),
         ('[train]\nrecompute_modules = ["moe"]\n', [], "train.recompute_modules must be some of attention, mlp, norm"),
         ('[train]\nprecision = "fp8"\n', [], "train.precision must be one of auto, fp32, bf16, fp16, got 'fp8'"),
+        ('[train]\nmatmul_precision = "low"\n', [], "train.matmul_precision must be one of highest, high, medium, got"),
         ('[optimizer]\nschedule = "cos"\n', [], "optimizer.schedule must be one of"),
         ('[train]\non_save_error = "go"\n', [], "train.on_save_error must be one of stop, continue, got 'go'"),
         ("[optimizer]\nlr = -1.0\n", [], "optimizer.lr must be above 0"),

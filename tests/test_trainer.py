@@ -52,6 +52,23 @@ def losses(trainer: Trainer) -> list[float]:
     return [r["loss"] for r in read_metrics(trainer.run / "metrics.jsonl") if r["kind"] == "train"]
 
 
+def test_products_in_less_than_fp32_are_those_of_pytorch(make):
+    """The same losses as with PyTorch's own switch, and fp32 again for the trainer after it."""
+    wanted = {}
+    for name in ("highest", "medium"):
+        trainer = make(name, steps=2, matmul_precision=name)
+        assert torch.get_float32_matmul_precision() == name
+        wanted[name] = losses(trainer)
+    trainer = make("switched", steps=2)
+    assert torch.get_float32_matmul_precision() == "highest"
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert losses(trainer) == wanted["medium"]
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert wanted["medium"] == pytest.approx(wanted["highest"], rel=1e-2)
+
+
 def test_loss_falls_and_matches_an_ordinary_loop(make):
     """The same run written out with torch's own optimizer, schedule and clipping."""
     from megakern.data.loader import Loader

@@ -31,6 +31,7 @@ else:
     import tomli as tomllib
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+MATMUL_PRECISIONS = ("highest", "high", "medium")
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
 ON_SAVE_ERROR = ("stop", "continue")
 STATE_DTYPES = ("float32", "bfloat16")
@@ -159,6 +160,10 @@ class TrainConfig:
     """Sequences of one dp rank in one forward and backward pass. None: `batch` / dp, no gradient accumulation."""
     precision: str = "auto"
     """fp32, bf16, fp16 (with loss scaling), or auto: bf16 on GPUs that have it and on CPUs where it measures faster."""
+    matmul_precision: str = "highest"
+    """How fp32 operands are multiplied: highest: in fp32; medium: rounded to bf16 where that is faster (CPUs with
+    AVX512-BF16 or AMX; GPUs take TF32), high: as TF32 on GPUs. Sums stay fp32, as do parameters and activations. Holds
+    for PyTorch's products, in the whole process: `torch.set_float32_matmul_precision`."""
     recompute: str = "none"
     """What backward computes again to save memory: none, selective (`recompute_modules`), or full (each block)."""
     recompute_modules: tuple[str, ...] = RECOMPUTE_DEFAULT
@@ -195,7 +200,8 @@ class TrainConfig:
             self.micro_batch is None or (self.micro_batch >= 1 and self.batch % self.micro_batch == 0),
             f"train.batch = {self.batch} must be a multiple of train.micro_batch = {self.micro_batch}",
         )
-        for name, allowed in (("precision", PRECISIONS), ("recompute", RECOMPUTE), ("on_save_error", ON_SAVE_ERROR)):
+        choices = {"precision": PRECISIONS, "matmul_precision": MATMUL_PRECISIONS, "recompute": RECOMPUTE}
+        for name, allowed in (*choices.items(), ("on_save_error", ON_SAVE_ERROR)):
             value = getattr(self, name)
             require(value in allowed, f"train.{name} must be one of {', '.join(allowed)}, got {value!r}")
         modules = self.recompute_modules

@@ -50,6 +50,7 @@ class Trainer:
         model, seed = config.model, config.train.seed
         self.loader = make_loader(self.data, model.sequence_length, seed, vocab_size=model.vocab_size)
         precision = machine.DTYPES[config.train.precision]
+        torch.set_float32_matmul_precision(config.train.matmul_precision)
         self.model = make_model(config, parallel, self.device)
         self.optimizer = make_optimizer(self.model, config)
         self.scaler = LossScaler() if precision == torch.float16 else None
