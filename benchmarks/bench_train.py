@@ -178,6 +178,9 @@ def _measure_together(workload, baseline: Contestant, names: list[str], deadline
                 if contestant is not baseline or not before:  # else it is warm, and further on
                     seconds, row["losses"] = contestant.call("run", 3)
                     slowest = max(slowest, seconds[-1])  # the first may have compiled
+                    print(
+                        f"{workload.name}, {contestant.name}: {seconds[-1]:.2f} s a step", file=sys.stderr, flush=True
+                    )
                     expected = expected or row["losses"]
                     if wrong := _disagreement(contestant.name, row["losses"], expected):
                         row["error"] = wrong

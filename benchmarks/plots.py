@@ -16,7 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import tables
-from megakern.train.metrics import quantity
 from megakern.train.plot import have_matplotlib
 
 FOLDER = tables.ROOT / "docs" / "speed"
@@ -84,6 +83,7 @@ def _bars(axes, names: list[str], values: list[float], labels: list[str], spread
 
 def _train(figure, results: dict) -> None:
     workloads = [w for w in results["workloads"] if any("ms" in row for row in w["rows"])]
+    figure.set_size_inches(2 + 6 * len(workloads), 4.5)
     for axes, workload in zip(figure.subplots(1, len(workloads), squeeze=False)[0], workloads, strict=True):
         rows = [row for row in workload["rows"] if "ms" in row]
         rates = [row["tokens_per_second"] for row in rows]
@@ -124,13 +124,14 @@ def _scaling(figure, results: dict) -> None:
 
 
 def _growth(figure, results: dict) -> None:
+    figure.set_size_inches(10, 6)
     axes = figure.subplots()
     for row in results["rows"]:
         axes.loglog(row["sizes"], row["ms"], "o-", lw=1, ms=3, label=f"{row['op']}: {row['exponent']:.2f}")
     axes.set_xlabel("size")
     axes.set_ylabel("ms")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7, title="exponent", title_fontsize=7)
+    figure.legend(loc="outside right upper", fontsize=7, title="exponent", title_fontsize=7)
 
 
 def _ops(figure, files: dict[str, dict]) -> None:
@@ -153,7 +154,8 @@ def _ops(figure, files: dict[str, dict]) -> None:
     axes.set_xscale("log")
     axes.set_yticks(range(len(points)), list(points), fontsize=7)
     axes.invert_yaxis()
-    axes.xaxis.set_major_formatter(lambda value, _: quantity(value, "x"))
+    for formatter in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        formatter(lambda value, _: f"{value:g}")
     axes.set_xlabel("times as fast as the fastest peer, a dot a shape")
     axes.grid(alpha=0.3, axis="x")
 
