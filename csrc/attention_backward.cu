@@ -17,7 +17,7 @@
 
 #include "attention_backward.cuh"
 #include "attention_backward_keys.cuh"
-#include "device/checks.h"
+#include "device/attention_checks.h"
 #include "device/pipeline.cuh"
 
 namespace megakern {
@@ -337,20 +337,25 @@ MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
 template <class T, int D>
 static void launch_backward(const AttentionBackward& p, Place place) {
   using Tile = BackwardTile<D>;
-  Checks check("attention_backward");
   const AttentionSizes& s = p.sizes;
-  const bool packed = p.q_offsets != nullptr;
+  AttentionChecks check("attention_backward", p.dtype, s, p.left, p.right, p.scale);
+  check.size("S", s.S, 1, check.most), check.size("section", p.section, 1, check.most);
+  const bool packed = check.offsets(p.q_offsets, p.k_offsets, p.sequences);
+  check.features(p.features, packed ? p.sequences : s.B);
+  check.rows("q", p.q, p.q_strides, s.B, s.T, s.H), check.rows("dout", p.dout, p.dout_strides, s.B, s.T, s.H);
+  check.rows("out", p.out, p.out_strides, s.B, s.T, s.H), check.reads("lse", p.lse, Dtype::f32, s.B * s.H * s.T);
+  check.rows("k", p.k, p.k_strides, s.B, s.S, s.Hkv), check.rows("v", p.v, p.v_strides, s.B, s.S, s.Hkv);
+  check.fills("dq", p.dq, p.dtype, s.B * s.T * s.H * s.D);
+  check.fills("dk", p.dk, p.dtype, s.B * s.S * s.Hkv * s.D), check.fills("dv", p.dv, p.dtype, s.B * s.S * s.Hkv * s.D);
   const int64_t rows = Tile::rows, keys = Tile::keys;
   const int64_t q_tiles = packed ? s.T / rows + p.sequences : ceil_div(s.T, rows);
   const int64_t k_tiles = packed ? s.S / keys + p.sequences : ceil_div(s.S, keys), lines = s.B * s.H * q_tiles;
   check.require(p.lines == lines, "scratch memory must have " + std::to_string(lines) + " lines, got " + std::to_string(p.lines));
   check.size("lines", lines, 1, kInt32Max);
-  check.writes("dq_sums", p.dq_sums, Dtype::f32, lines * rows * D);
-  check.writes("statistics", p.statistics, Dtype::f32, lines * 2 * rows);
-  if (p.row_keys) check.writes("row_keys", p.row_keys, Dtype::i64, lines * rows);
+  check.fills("dq_sums", p.dq_sums, Dtype::f32, lines * rows * D);
+  check.fills("statistics", p.statistics, Dtype::f32, lines * 2 * rows);
+  if (p.row_keys) check.fills("row_keys", p.row_keys, Dtype::i64, lines * rows);
   if (p.turns) check.writes("turns", p.turns, Dtype::i32, lines);
-  check.require(vectors_fit(p.dq_sums, 16) && vectors_fit(p.statistics, 16) && vectors_fit(p.row_keys, 16),
-                "scratch memory must start on multiples of 16 bytes");
 
   const AttentionStrides q_dense = {s.T * s.H * s.D, s.H * s.D, s.D}, k_dense = {s.S * s.Hkv * s.D, s.Hkv * s.D, s.D};
   const auto of_queries = [&](const void* x, const AttentionStrides& by, int box) {
@@ -393,41 +398,6 @@ static void launch_for_depth(const AttentionBackward& p, Place place) {
 }
 
 void attention_backward(const AttentionBackward& p, Place place) {
-  Checks check("attention_backward");
-  const AttentionSizes& s = p.sizes;
-  check.require(p.dtype == Dtype::bf16 || p.dtype == Dtype::f16,
-                "dtype must be code 1 (bf16) or 2 (fp16), got " + std::to_string(int(p.dtype)));
-  check.require(s.D > 0 && s.D <= 256 && s.D % 8 == 0, "D must be a multiple of 8 up to 256, got " + std::to_string(s.D));
-  constexpr int64_t most = 1 << 28;
-  check.size("B", s.B, 1, most), check.size("T", s.T, 1, most), check.size("S", s.S, 1, most);
-  check.size("H", s.H, 1, most), check.size("Hkv", s.Hkv, 1, s.H), check.size("section", p.section, 1, most);
-  check.size("B H", s.B * s.H, 1, most);
-  check.size("left", p.left, -1, most), check.size("right", p.right, -1, most);
-  check.require(s.H % s.Hkv == 0, "Hkv must divide H");
-  check.require(std::isfinite(p.scale), "scale must be finite");
-  const bool packed = p.q_offsets != nullptr;
-  check.require(packed == (p.k_offsets != nullptr), "q_offsets and k_offsets come in pairs");
-  if (packed) {
-    check.require(s.B == 1, "B must be 1 with offsets, got " + std::to_string(s.B));
-    check.size("sequences", p.sequences, 1, most);
-    check.reads("q_offsets", p.q_offsets, Dtype::i32, p.sequences + 1);
-    check.reads("k_offsets", p.k_offsets, Dtype::i32, p.sequences + 1);
-  }
-  const auto reads = [&](const char* name, const void* x, const AttentionStrides& by, int64_t T, int64_t H) {
-    check.require(vectors_fit(x, by.token * 2) && vectors_fit(x, by.head * 2) && vectors_fit(x, by.sample * 2),
-                  std::string("the rows of ") + name + " must start on multiples of 16 bytes");
-    check.require(by.token > 0 && by.head > 0 && by.sample > 0, std::string("the strides of ") + name + " must be above 0");
-    const int64_t reach = (s.B - 1) * by.sample + (T - 1) * by.token + (H - 1) * by.head + s.D;
-    check.reads(name, x, p.dtype, reach);
-  };
-  reads("q", p.q, p.q_strides, s.T, s.H), reads("dout", p.dout, p.dout_strides, s.T, s.H);
-  reads("out", p.out, p.out_strides, s.T, s.H);
-  reads("k", p.k, p.k_strides, s.S, s.Hkv), reads("v", p.v, p.v_strides, s.S, s.Hkv);
-  check.reads("lse", p.lse, Dtype::f32, s.B * s.H * s.T);
-  check.require(vectors_fit(p.dq, 16) && vectors_fit(p.dk, 16) && vectors_fit(p.dv, 16),
-                "dq, dk and dv must start on multiples of 16 bytes");
-  check.writes("dq", p.dq, p.dtype, s.B * s.T * s.H * s.D);
-  check.writes("dk", p.dk, p.dtype, s.B * s.S * s.Hkv * s.D), check.writes("dv", p.dv, p.dtype, s.B * s.S * s.Hkv * s.D);
   if (p.dtype == Dtype::bf16) launch_for_depth<bf16>(p, place);
   else launch_for_depth<fp16>(p, place);
 }

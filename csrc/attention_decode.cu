@@ -10,7 +10,7 @@
 #include <cmath>
 
 #include "device/attention.cuh"
-#include "device/checks.h"
+#include "device/attention_checks.h"
 #include "device/fragment.cuh"
 #include "device/shared.cuh"
 #include "device/vector.cuh"
@@ -324,18 +324,11 @@ static void launch_decode(const AttentionDecode& d, DecodePlan plan, Place place
 }
 
 void attention_decode(const AttentionDecode& d, Place place) {
-  Checks check("attention_decode");
   const AttentionSizes& s = d.sizes;
-  check.require(d.dtype == Dtype::bf16 || d.dtype == Dtype::f16,
-                "dtype must be code 1 (bf16) or 2 (fp16), got " + std::to_string(int(d.dtype)));
-  check.require(s.D >= 8 && s.D <= 256 && s.D % 8 == 0, "D must be a multiple of 8 up to 256, got " + std::to_string(s.D));
-  constexpr int64_t most = 1 << 28;
-  check.size("B", s.B, 1, most), check.size("T", s.T, 1, most), check.size("H", s.H, 1, most);
-  check.size("Hkv", s.Hkv, 1, s.H), check.size("left", d.left, -1, most), check.size("right", d.right, -1, most);
-  check.require(s.H % s.Hkv == 0, "Hkv must divide H");
+  AttentionChecks check("attention_decode", d.dtype, s, d.left, d.right, d.scale);
+  constexpr int64_t most = AttentionChecks::most;
   check.size("rows of a group", s.T * (s.H / s.Hkv), 1, most);
   check.size("splits", d.splits, 1, 1 << 16);
-  check.require(std::isfinite(d.scale), "scale must be finite");
   const bool pages = d.table != nullptr;
   check.require(pages == (d.lengths != nullptr), "table and lengths come in pairs");
   int shift = 0;
@@ -350,28 +343,16 @@ void attention_decode(const AttentionDecode& d, Place place) {
     check.size("S", s.S, 1, most);
   }
   const AttentionFeatures& f = d.features;
-  check.require(f.softcap >= 0, "softcap must be at least 0");
+  check.features(f, s.B);
   check.require(f.threshold == kDropNothing, "there is no dropout here: threshold must be -2^31");
-  if (f.slopes != nullptr) {
-    check.require(f.slope_stride == 0 || f.slope_stride >= s.H, "slope_stride must be 0 or at least H");
-    check.reads("slopes", f.slopes, Dtype::f32, f.slope_stride == 0 ? 1 : s.B, s.H, f.slope_stride);
-  }
-  const auto reads = [&](const char* name, const void* x, const AttentionStrides& by, int64_t B, int64_t T, int64_t H) {
-    check.require(vectors_fit(x, by.token * 2) && vectors_fit(x, by.head * 2) && vectors_fit(x, by.sample * 2),
-                  std::string("the rows of ") + name + " must start on multiples of 16 bytes");
-    check.require(by.token > 0 && by.head > 0 && by.sample > 0, std::string("the strides of ") + name + " must be above 0");
-    check.reads(name, x, d.dtype, (B - 1) * by.sample + (T - 1) * by.token + (H - 1) * by.head + s.D);
-  };
-  reads("q", d.q, d.q_strides, s.B, s.T, s.H);
-  reads("k", d.k, d.k_strides, pages ? d.pages : s.B, pages ? d.page_size : s.S, s.Hkv);
-  reads("v", d.v, d.v_strides, pages ? d.pages : s.B, pages ? d.page_size : s.S, s.Hkv);
+  check.rows("q", d.q, d.q_strides, s.B, s.T, s.H);
+  check.rows("k", d.k, d.k_strides, pages ? d.pages : s.B, pages ? d.page_size : s.S, s.Hkv);
+  check.rows("v", d.v, d.v_strides, pages ? d.pages : s.B, pages ? d.page_size : s.S, s.Hkv);
   const int64_t rows = s.B * s.T * s.H;
-  check.require(vectors_fit(d.out, 16), "out must start on a multiple of 16 bytes");
-  check.writes("out", d.out, d.dtype, rows * s.D);
+  check.fills("out", d.out, d.dtype, rows * s.D);
   check.writes("lse", d.lse, Dtype::f32, rows);
   if (d.splits > 1) {
-    check.require(vectors_fit(d.parts, 16), "parts must start on a multiple of 16 bytes");
-    check.writes("parts", d.parts, Dtype::f32, d.splits * rows * s.D);
+    check.fills("parts", d.parts, Dtype::f32, d.splits * rows * s.D);
     check.writes("part_lse", d.part_lse, Dtype::f32, d.splits * rows);
   }
 

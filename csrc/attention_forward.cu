@@ -11,7 +11,7 @@
 #include <cmath>
 
 #include "device/attention.cuh"
-#include "device/checks.h"
+#include "device/attention_checks.h"
 #include "device/fragment.cuh"
 #include "device/pipeline.cuh"
 #include "device/shared.cuh"
@@ -357,45 +357,16 @@ static void launch_for_depth(const AttentionForward& p, Place place) {
 }
 
 void attention_forward(const AttentionForward& p, Place place) {
-  Checks check("attention_forward");
   const AttentionSizes& s = p.sizes;
-  check.require(p.dtype == Dtype::bf16 || p.dtype == Dtype::f16,
-                "dtype must be code 1 (bf16) or 2 (fp16), got " + std::to_string(int(p.dtype)));
-  check.require(s.D >= 8 && s.D <= 256 && s.D % 8 == 0, "D must be a multiple of 8 up to 256, got " + std::to_string(s.D));
-  constexpr int64_t most = 1 << 28;
-  check.size("B", s.B, 1, most), check.size("T", s.T, 1, most), check.size("S", s.S, 1, most);
-  check.size("H", s.H, 1, most), check.size("Hkv", s.Hkv, 1, s.H), check.size("section", p.section, 1, most);
-  check.size("B H", s.B * s.H, 1, most), check.size("blocks", p.blocks, 1, 1 << 16);
-  check.size("left", p.left, -1, most), check.size("right", p.right, -1, most);
-  check.require(s.H % s.Hkv == 0, "Hkv must divide H");
-  check.require(std::isfinite(p.scale), "scale must be finite");
-  const bool packed = p.q_offsets != nullptr;
-  check.require(packed == (p.k_offsets != nullptr), "q_offsets and k_offsets come in pairs");
-  if (packed) {
-    check.require(s.B == 1, "B must be 1 with offsets, got " + std::to_string(s.B));
-    check.size("sequences", p.sequences, 1, most);
-    check.reads("q_offsets", p.q_offsets, Dtype::i32, p.sequences + 1);
-    check.reads("k_offsets", p.k_offsets, Dtype::i32, p.sequences + 1);
-  }
-  const AttentionFeatures& f = p.features;
-  check.require(f.softcap >= 0, "softcap must be at least 0");
-  if (f.slopes != nullptr) {
-    const int64_t samples = packed ? p.sequences : s.B;
-    check.require(f.slope_stride == 0 || f.slope_stride >= s.H, "slope_stride must be 0 or at least H");
-    check.reads("slopes", f.slopes, Dtype::f32, f.slope_stride == 0 ? 1 : samples, s.H, f.slope_stride);
-  }
-  const auto reads = [&](const char* name, const void* x, const AttentionStrides& by, int64_t T, int64_t H) {
-    check.require(vectors_fit(x, by.token * 2) && vectors_fit(x, by.head * 2) && vectors_fit(x, by.sample * 2),
-                  std::string("the rows of ") + name + " must start on multiples of 16 bytes");
-    check.require(by.token > 0 && by.head > 0 && by.sample > 0, std::string("the strides of ") + name + " must be above 0");
-    const int64_t reach = (s.B - 1) * by.sample + (T - 1) * by.token + (H - 1) * by.head + s.D;
-    check.reads(name, x, p.dtype, reach);
-  };
-  reads("q", p.q, p.q_strides, s.T, s.H);
-  reads("k", p.k, p.k_strides, s.S, s.Hkv);
-  reads("v", p.v, p.v_strides, s.S, s.Hkv);
-  check.require(vectors_fit(p.out, 16), "out must start on a multiple of 16 bytes");
-  check.writes("out", p.out, p.dtype, s.B * s.T * s.H * s.D);
+  AttentionChecks check("attention_forward", p.dtype, s, p.left, p.right, p.scale);
+  check.size("S", s.S, 1, check.most), check.size("section", p.section, 1, check.most);
+  check.size("blocks", p.blocks, 1, 1 << 16);
+  const bool packed = check.offsets(p.q_offsets, p.k_offsets, p.sequences);
+  check.features(p.features, packed ? p.sequences : s.B);
+  check.rows("q", p.q, p.q_strides, s.B, s.T, s.H);
+  check.rows("k", p.k, p.k_strides, s.B, s.S, s.Hkv);
+  check.rows("v", p.v, p.v_strides, s.B, s.S, s.Hkv);
+  check.fills("out", p.out, p.dtype, s.B * s.T * s.H * s.D);
   check.writes("lse", p.lse, Dtype::f32, s.B * s.H * s.T);
   if (p.dtype == Dtype::bf16) launch_for_depth<bf16>(p, place);
   else launch_for_depth<fp16>(p, place);
