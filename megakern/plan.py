@@ -194,7 +194,8 @@ def _step(config: RunConfig, parameters: int, model: GPT, counter: AllocationCou
     fill_model(model, config, "cpu")
     start_peak = counter.peak
     optimizer = make_optimizer(model, config)
-    for parameter in model.parameters():
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in learning:
         optimizer.state[parameter]["step"] = 0  # a number here: the optimizer reads it back, a fake tensor has none
     start_masters(model, optimizer, config)
     tokens = torch.zeros(rows, length, dtype=torch.int64)
@@ -207,7 +208,7 @@ def _step(config: RunConfig, parameters: int, model: GPT, counter: AllocationCou
         loss.backward()
         del loss
     finish_gradients(model.parameters())
-    gradients = sum(_bytes(parameter.grad) for parameter in model.parameters())
+    gradients = sum(_bytes(parameter.grad) for parameter in learning)
     gradient_norm(model.parameters())
     optimizer.step()
     states = sum(
@@ -226,7 +227,7 @@ def _step(config: RunConfig, parameters: int, model: GPT, counter: AllocationCou
         gradients=gradients,
         optimizer=states,
         peak=counter.peak,
-        written=sum(_bytes(parameter) for parameter in model.parameters()) + states,
+        written=sum(_bytes(parameter) for parameter in learning) + states,
     )
 
 
