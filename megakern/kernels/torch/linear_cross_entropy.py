@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from megakern.kernels.torch import cross_entropy
+from megakern.kernels.torch import cross_entropy, native
 from megakern.kernels.torch.cross_entropy import check_targets, shard_of, wide_dtype
 
 # Largest chunk of logits, in bytes. On a GPU larger chunks keep the matrix products long and the sums into dweight few.
@@ -57,7 +57,9 @@ class _Gradients:
         if not with_dweight:
             return
         dweight = self.dweight[: weight.shape[0]]
-        if x.dtype == torch.bfloat16:  # a chunk's product is rounded once, and added in fp32
+        if native.takes_weight_gradient(dlogits, x, dweight.dtype):
+            native.weight_gradient(dlogits, x, dweight, add=True, with_sums=False)
+        elif x.dtype == torch.bfloat16:  # a chunk's product is rounded once, and added in fp32
             dweight.add_(torch.mm(dlogits.t(), x))
         else:  # fp16 is widened: the sum over a chunk's rows can leave its range
             dweight.addmm_(dlogits.to(self.problem.wide).t(), x.to(self.problem.wide))
