@@ -57,8 +57,9 @@ def gpt2(preset: str, **changes: Any) -> mk.GPTConfig:
 SMALL = {"layers": 6, "width": 384, "heads": 6, "vocab_size": 1024, "sequence_length": 256}
 LLAMA = dataclasses.replace(mk.presets["llama-3-8b"], layers=4, sequence_length=4096)
 BEST = ("plain bf16 autocast", "plain bf16 compiled")
-ON_GPU = ("plain bf16 autocast", "plain bf16 compiled", "transformers bf16 autocast", "Megatron-Core bf16 masters",
-          "megakern bf16", "megakern bf16 split")  # fmt: skip
+# In the order in which they are measured, until time is up.
+ON_GPU = ("plain bf16 autocast", "megakern bf16", "plain bf16 compiled", "transformers bf16 autocast",
+          "megakern bf16 split", "Megatron-Core bf16 masters")  # fmt: skip
 WORKLOADS = {
     "cpu": (
         Workload(
@@ -73,8 +74,8 @@ WORKLOADS = {
         ),
         Workload(
             "GPT-2 124M", gpt2("gpt2-124m", sequence_length=512), 4,
-            ("plain fp32", "plain bf16 autocast", "megakern fp32", "megakern bf16", "plain bf16 compiled",
-             "transformers bf16 autocast"), at_once=4, share=1.5,
+            ("plain fp32", "plain bf16 autocast", "megakern bf16", "megakern fp32", "plain bf16 compiled",
+             "transformers bf16 autocast"), at_once=3, share=1.5,  # 4 to 5 GB each
             goals=(("bf16 beside nanoGPT's best", "megakern bf16", BEST, 1.3),),
         ),
     ),
@@ -83,7 +84,7 @@ WORKLOADS = {
         Workload("GPT-2 1.5B", gpt2("gpt2-1.5b"), 8, ON_GPU, at_once=2),
         Workload(  # all of its widths; four of 32 layers, so that the optimizer's states of two contestants fit
             "Llama 3 8B, 4 layers", LLAMA, 2,
-            ("transformers bf16 autocast", "transformers bf16 compiled", "megakern bf16", "megakern bf16 split"),
+            ("transformers bf16 autocast", "megakern bf16", "transformers bf16 compiled", "megakern bf16 split"),
             at_once=2,
         ),
     ),
