@@ -290,7 +290,7 @@ struct AttentionFeatures {
 
 // q, out (B, T, H, D), k, v (B, S, Hkv, D), out contiguous, lse (B, H, T) fp32. A query sees at most `left` keys before and
 // `right` after the one beside it; -1: no limit. Packed, with B 1: offsets (sequences + 1,) of the queries and the keys
-// of each sequence; else null. section: heads in flight at a time; blocks: multiprocessors to use.
+// of each sequence; else null. tile: one of attention_forward.cu's. section: heads in flight at a time; blocks: at most so many.
 struct AttentionForward {
   const void *q, *k, *v;
   const int32_t *q_offsets, *k_offsets;
@@ -301,6 +301,7 @@ struct AttentionForward {
   int64_t sequences;
   AttentionStrides q_strides, k_strides, v_strides;
   int64_t left, right, section, blocks;
+  int tile_rows, tile_keys;
   float scale;
   AttentionFeatures features;
 };

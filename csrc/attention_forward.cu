@@ -34,17 +34,19 @@ struct AttentionPlan {
 };
 
 // Head dims up to D, Keys at a time. Products with v are whole slabs wide: D 96 computes 128 columns of out.
-template <int D, int Keys>
+template <int D, int Rows, int Keys>
 struct AttentionTile {
-  static constexpr int depth = D, keys = Keys, stages = 2;
-  static constexpr int consumers = 2, rows = 64 * consumers;
+  static constexpr int depth = D, rows = Rows, keys = Keys, stages = 2;
+  static constexpr int consumers = rows / 64, threads = 128 + 128 * consumers;
+  static constexpr int producer_registers = consumers == 2 ? kProducerRegisters : 32;  // a thread
+  static constexpr int consumer_registers = consumers == 2 ? kConsumerRegisters : 160;
   static constexpr int slabs = ceil_div(D, 64);  // of 64 columns: 128 bytes, the width of a swizzle
   static constexpr int width = 64 * slabs;
   static constexpr int q_slab = rows * 128, kv_slab = keys * 128;
   static constexpr int q_bytes = slabs * q_slab, kv_bytes = slabs * kv_slab;
   static constexpr int shared = 1024 + q_bytes + 2 * stages * kv_bytes + 16 * (2 + 4 * stages);
   static_assert(shared <= 227 * 1024, "shared memory of a block on sm_90");
-  static_assert(keys / 2 + keys / 4 + width / 2 <= 200, "scores, probabilities and sums of a thread; it has 240 registers");
+  static_assert(keys / 2 + keys / 4 + width / 2 <= consumer_registers - 28, "scores, probabilities and sums of a thread");
 };
 
 // Where a tile lies. Longest first: under a causal mask the last queries see most keys.
@@ -128,7 +130,7 @@ MK_DEVICE int tile_of_round(int round, int blocks, int block, int count) {
 
 // Featured: with a cap, ALiBi, dropout, or a scale that is not above 0.
 template <class T, class Tile, bool Featured>
-MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
+MK_KERNEL void __launch_bounds__(Tile::threads, 1)
     attention_forward_kernel(const MK_GRID_CONSTANT TensorMap q_map, const MK_GRID_CONSTANT TensorMap k_map,
                              const MK_GRID_CONSTANT TensorMap v_map, const MK_GRID_CONSTANT TensorMap out_map,
                              const MK_GRID_CONSTANT AttentionPlan plan) {
@@ -145,7 +147,7 @@ MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
   MBarrier* v_empty = shared.take<MBarrier>(Tile::stages);
 
   const int warpgroup = int(threadIdx.x) / 128, thread = int(threadIdx.x) % 128;
-  const int blocks = int(gridDim.x), rounds = ceil_div(plan.count, blocks);
+  const int blocks = int(gridDim.x);
   const bool packed = plan.q_offsets != nullptr;
   if (threadIdx.x == 0) {
     mbar_init(q_full, 1, "q full"), mbar_init(q_empty, Tile::consumers, "q empty");
@@ -161,7 +163,7 @@ MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
   Ring<Tile::stages> ring;
   int q_phase = 0;
   if (warpgroup == 0) {
-    registers_shrink<kProducerRegisters>();
+    registers_shrink<Tile::producer_registers>();
     if (thread == 0) {
       const auto fetch = [&](unsigned char* to, const TensorMap* map, MBarrier* full, int slab, const HeadBox& box) {
         mbar_expect(full, Tile::slabs * slab);
@@ -169,7 +171,7 @@ MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
         for (int i = 0; i < Tile::slabs; ++i) tma_load_4d(to + i * slab, map, full, 64 * i, box.y, box.z, box.w);
       };
 #pragma unroll 1
-      for (int round = 0; round < rounds; ++round) {
+      for (int round = 0; round * blocks < plan.count; ++round) {
         const int index = tile_of_round(round, blocks, int(blockIdx.x), plan.count);
         if (index < 0) continue;
         const AttentionPlace at(plan, index, Tile::rows, Tile::keys);
@@ -190,7 +192,7 @@ MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
       }
     }
   } else {
-    registers_grow<kConsumerRegisters>();
+    registers_grow<Tile::consumer_registers>();
     const int consumer = warpgroup - 1, lane = thread % 32;
     const int own = consumer * 64 + thread / 32 * 16 + lane / 4;  // row of s[0] in the tile
     unsigned char* q_own = q + consumer * 64 * 128;
@@ -199,23 +201,19 @@ MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
     const auto release = [&](MBarrier* empty) {
       if (lane == 0) mbar_arrive(empty);
     };
-    // The other warpgroup's softmax runs beside this one's products. Consumer 0 begins.
-    const auto take_turn = [&] { consumer_sync<3>(consumer, 256); };
-    const auto give_turn = [&] {
-      if (consumer == 0) barrier_arrive<4>(256);
-      else barrier_arrive<3>(256);
-    };
-    if (consumer == 1) give_turn();
+    // The softmax of the others runs beside this one's products. Consumer 0 begins.
+    constexpr int n = Tile::consumers;
+    const auto take_turn = [&] { consumer_sync<4, n>(consumer, 256); };
+    const auto give_turn = [&] { consumer_arrive<4, n>(consumer == n - 1 ? 0 : consumer + 1, 256); };
+    if (consumer == n - 1) give_turn();
     AttentionRows<T, Tile> rows;
 #pragma unroll 1
-    for (int round = 0; round < rounds; ++round) {
+    for (int round = 0; round * blocks < plan.count; ++round) {
       const int index = tile_of_round(round, blocks, int(blockIdx.x), plan.count);
       if (index < 0) continue;
       const AttentionPlace at(plan, index, Tile::rows, Tile::keys);
       if (!at.exists()) continue;
       const int row = at.row + own, top = at.row + consumer * 64;
-      const int first_key[2] = {at.mask.first_key(row), at.mask.first_key(row + 8)};
-      const int behind_key[2] = {at.mask.behind_key(row), at.mask.behind_key(row + 8)};
       const int own_key[2] = {row + at.mask.offset, row + 8 + at.mask.offset};
       float slope[2] = {0, 0}, fade[2];
       std::uint64_t row_key[2] = {0, 0};
@@ -228,6 +226,8 @@ MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
         const int key = j * Tile::keys, column = key + lane % 4 * 2;
         if constexpr (Featured) score_fragment(rows.s, scoring, own_key, slope, column);
         if (key + Tile::keys > at.mask.behind_key(top) || key < at.mask.first_key(top + 63)) {
+          const int first_key[2] = {at.mask.first_key(row), at.mask.first_key(row + 8)};
+          const int behind_key[2] = {at.mask.behind_key(row), at.mask.behind_key(row + 8)};
           mask_fragment(rows.s, first_key, behind_key, column);
         }
         soften_fragment(rows.s, unit, rows.most, rows.sum, fade);
@@ -290,13 +290,13 @@ MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
         }
       }
       rows.scale_rows(factor);
-      consumer_sync<1>(consumer, 128);  // all products that read this part of q are done
+      consumer_sync<1, n>(consumer, 128);  // all products that read this part of q are done
 #pragma unroll
       for (int i = 0; i < Tile::slabs; ++i) {
         write_fragment<T>(q_own + i * Tile::q_slab + thread / 32 * 16 * 128, rows.o + 32 * i, lane);
       }
       fence_async();
-      consumer_sync<1>(consumer, 128);
+      consumer_sync<1, n>(consumer, 128);
       if (thread == 0) {
         if (top < at.T) {
           const HeadBox box(packed, at.sample, at.head, at.q_start, at.T, top, 64);
@@ -318,7 +318,7 @@ MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
 
 // --- launchers ---
 
-template <class T, class Tile>
+template <class T, class Tile, bool Options>
 static void launch_attention(const AttentionForward& p, Place place) {
   const AttentionSizes& s = p.sizes;
   const bool packed = p.q_offsets != nullptr;
@@ -337,23 +337,32 @@ static void launch_attention(const AttentionForward& p, Place place) {
   plan.heads = int(s.B * s.H), plan.section = int(std::min(p.section, s.B * s.H));
   plan.tiles = int(tiles), plan.count = int(s.B * s.H * tiles);
   plan.scoring = attention_scoring(p.scale, p.features);
-  const dim3 grid(unsigned(std::min<int64_t>(plan.count, p.blocks))), block(kPipelineThreads);
+  const dim3 grid(unsigned(std::min<int64_t>(plan.count, p.blocks))), block(Tile::threads);
   const AttentionFeatures& f = p.features;
-  if (f.slopes != nullptr || f.softcap > 0 || f.threshold != kDropNothing || p.scale <= 0) {
+  if (f.slopes == nullptr && f.softcap == 0 && f.threshold == kDropNothing && p.scale > 0) {
+    MK_LAUNCH((attention_forward_kernel<T, Tile, false>), grid, block, Tile::shared, place, q, k, v, out, plan);
+  } else if constexpr (Options) {
     MK_LAUNCH((attention_forward_kernel<T, Tile, true>), grid, block, Tile::shared, place, q, k, v, out, plan);
   } else {
-    MK_LAUNCH((attention_forward_kernel<T, Tile, false>), grid, block, Tile::shared, place, q, k, v, out, plan);
+    check.require(false, "this tile is for a scale above 0 without cap, ALiBi and dropout");
   }
 }
 
+// The first tile of a head dim has all options; the others are for plain scores.
 template <class T>
-static void launch_for_depth(const AttentionForward& p, Place place) {
-  const int64_t D = p.sizes.D;
-  if (D <= 64) launch_attention<T, AttentionTile<64, 128>>(p, place);
-  else if (D <= 96) launch_attention<T, AttentionTile<96, 128>>(p, place);
-  else if (D <= 128) launch_attention<T, AttentionTile<128, 128>>(p, place);
-  else if (D <= 192) launch_attention<T, AttentionTile<192, 112>>(p, place);
-  else launch_attention<T, AttentionTile<256, 80>>(p, place);
+static void launch_tile(const AttentionForward& p, Place place) {
+  const auto is = [&](int D, int rows, int keys) { return p.sizes.D <= D && p.tile_rows == rows && p.tile_keys == keys; };
+  if (is(64, 128, 128)) launch_attention<T, AttentionTile<64, 128, 128>, true>(p, place);
+  else if (is(64, 192, 96)) launch_attention<T, AttentionTile<64, 192, 96>, false>(p, place);
+  else if (is(96, 128, 128)) launch_attention<T, AttentionTile<96, 128, 128>, true>(p, place);
+  else if (is(128, 128, 128)) launch_attention<T, AttentionTile<128, 128, 128>, true>(p, place);
+  else if (is(128, 128, 176)) launch_attention<T, AttentionTile<128, 128, 176>, false>(p, place);
+  else if (is(192, 128, 112)) launch_attention<T, AttentionTile<192, 128, 112>, true>(p, place);
+  else if (is(256, 128, 80)) launch_attention<T, AttentionTile<256, 128, 80>, true>(p, place);
+  else {
+    Checks("attention_forward").require(false, "there is no tile of " + std::to_string(p.tile_rows) + " queries and " +
+                                                   std::to_string(p.tile_keys) + " keys for D " + std::to_string(p.sizes.D));
+  }
 }
 
 void attention_forward(const AttentionForward& p, Place place) {
@@ -368,8 +377,8 @@ void attention_forward(const AttentionForward& p, Place place) {
   check.rows("v", p.v, p.v_strides, s.B, s.S, s.Hkv);
   check.fills("out", p.out, p.dtype, s.B * s.T * s.H * s.D);
   check.writes("lse", p.lse, Dtype::f32, s.B * s.H * s.T);
-  if (p.dtype == Dtype::bf16) launch_for_depth<bf16>(p, place);
-  else launch_for_depth<fp16>(p, place);
+  if (p.dtype == Dtype::bf16) launch_tile<bf16>(p, place);
+  else launch_tile<fp16>(p, place);
 }
 
 }  // namespace megakern

@@ -397,6 +397,8 @@ def attention_forward(
     right: int,
     section: int,
     blocks: int,
+    tile_rows: int,
+    tile_keys: int,
     scale: float,
     features_slopes: float,
     features_slope_stride: int,

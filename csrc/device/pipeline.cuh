@@ -22,11 +22,18 @@ struct Ring {
   }
 };
 
-// Barrier First of consumer 0, First + 1 of consumer 1.
-template <int First>
+// Barrier First + consumer, for 2 or 3 consumers: its number is part of the instruction.
+template <int First, int Consumers = 2>
 MK_DEVICE void consumer_sync(int consumer, int threads) {
   if (consumer == 0) barrier_sync<First>(threads);
-  else barrier_sync<First + 1>(threads);
+  else if (Consumers == 2 || consumer == 1) barrier_sync<First + 1>(threads);
+  else if constexpr (Consumers == 3) barrier_sync<First + 2>(threads);
+}
+template <int First, int Consumers = 2>
+MK_DEVICE void consumer_arrive(int consumer, int threads) {
+  if (consumer == 0) barrier_arrive<First>(threads);
+  else if (Consumers == 2 || consumer == 1) barrier_arrive<First + 1>(threads);
+  else if constexpr (Consumers == 3) barrier_arrive<First + 2>(threads);
 }
 
 }  // namespace megakern

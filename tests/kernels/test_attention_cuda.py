@@ -146,6 +146,28 @@ def test_any_number_of_blocks(blocks, backend, device, monkeypatch):
     assert torch.equal(packed_whole, attention(**packed, cu_seqlens=both, backend=backend))
 
 
+OTHERS = [(D, tile) for D, tiles in launchers.TILES.items() for tile in tiles[1:]]
+
+
+@pytest.mark.parametrize("D, tile", OTHERS)
+def test_other_tiles(D, tile, backend, device, monkeypatch):
+    """Several tiles of queries and keys, one block for two; they refuse what they have no code for."""
+    monkeypatch.setattr(launchers, "tile_for", lambda D: tile)
+    monkeypatch.setattr(launchers, "multiprocessors", lambda device: 2)
+    inputs = make(1, 400, 390, 2, 1, D, torch.bfloat16, device)
+    check(inputs, backend)
+    check(inputs, backend, causal=False, window=(100, 20))
+    check({name: x[:, :50] for name, x in inputs.items()}, backend, causal=False)
+    with pytest.raises(ValueError, match="this tile is for a scale above 0 without cap"):
+        attention(**inputs, softcap=1.0, backend=backend)
+
+
+def test_a_tile_that_there_is_not(backend, device, monkeypatch):
+    monkeypatch.setattr(launchers, "tile_for", lambda D: (64, 40))
+    with pytest.raises(ValueError, match="there is no tile of 64 queries and 40 keys for D 72"):
+        attention(**make(1, 8, 8, 1, 1, 72, torch.bfloat16, device), backend=backend)
+
+
 def test_heads_in_sections_of_any_size(backend, device, monkeypatch):
     inputs = make(2, 140, 140, 6, 3, 64, torch.bfloat16, device)
     whole = check(inputs, backend)

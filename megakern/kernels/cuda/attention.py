@@ -18,6 +18,20 @@ __all__ = ["attention_backward", "attention_forward"]
 KEYS_IN_CACHE = 32 << 20
 """Bytes of keys and values whose heads are computed side by side: they stay in the L2 cache of 50 MB."""
 
+TILES = {
+    64: ((128, 128), (192, 96)),
+    96: ((128, 128),),
+    128: ((128, 128), (128, 176)),
+    192: ((128, 112),),
+    256: ((128, 80),),
+}
+"""Queries and keys of a tile, up to a head dim. The first is taken; the others, for plain scores alone, are not yet
+measured: three consumer warpgroups (192 queries; with 128 keys registers spilled), and more keys for full masks."""
+
+
+def tile_for(D: int) -> tuple[int, int]:
+    return TILES[next(most for most in TILES if most >= D)][0]
+
 
 def attention_forward(
     q, k, v, q_offsets, k_offsets, slopes, window, scale, softcap, dropout_p, dropout_key, deterministic
@@ -40,7 +54,7 @@ def attention_forward(
     call(
         "attention_forward", q, q.data_ptr(), k.data_ptr(), v.data_ptr(), pointer(q_offsets), pointer(k_offsets),
         out.data_ptr(), lse.data_ptr(), DTYPES[q.dtype], q.shape[0], T, S, H, Hkv, D, sequences, *strides, *window,
-        heads_at_a_time(S, H, Hkv, D), multiprocessors(q.device), scale, *features,
+        heads_at_a_time(S, H, Hkv, D), multiprocessors(q.device), *tile_for(D), scale, *features,
     )  # fmt: skip
     return out, lse
 

@@ -115,11 +115,12 @@ def _small_block() -> str | None:
 
 
 def _attention_tile(problem) -> str:
+    from megakern.kernels.cuda.attention import tile_for  # which loads the compiled modules
     from megakern.kernels.cuda.attention_decode import decodes
 
     D, T, H, Hkv = (problem.sizes[name] for name in ("D", "T", "H", "Hkv"))
-    keys = 128 if D <= 128 else 112 if D <= 192 else 80
-    forward = f"TMA and wgmma, 128 queries x {keys} keys, two consumer warpgroups in turn, persistent blocks"
+    queries, keys = tile_for(D)
+    forward = f"TMA and wgmma, {queries} queries x {keys} keys, consumer warpgroups in turn, persistent blocks"
     few = decodes(T, H // Hkv, problem.options["packed"], problem.options["dropout"])
     return f"forward: {_DECODE if few else forward}; {_attention_backward(problem)}"
 
