@@ -39,7 +39,19 @@ def test_commands_that_are_shown_exist(command):
 
 def test_every_command_is_shown_with_its_output():
     shown = {shlex.split(command)[0] for command in commands()}
-    assert shown == {"prepare", "train", "eval", "generate", "plot", "ckpt", "doctor", "verify", "plan", "convert"}
+    assert shown == {
+        "prepare",
+        "train",
+        "eval",
+        "generate",
+        "plot",
+        "ckpt",
+        "doctor",
+        "verify",
+        "plan",
+        "convert",
+        "serve",
+    }
 
 
 def test_tables_of_speed_and_faults_are_those_of_the_results():
