@@ -42,12 +42,12 @@ def _cross_entropy(problem) -> str:
 
 
 def _linear(problem) -> str | None:
+    if problem.device == "cuda" and (reason := _not_hopper()):  # first: other sizes would not help
+        return reason
     for name in ("N", "K"):
         if problem.sizes[name] % 8:
             what = f"{name} must be a multiple of 8, got {problem.sizes[name]}"
             return f"its C++ kernel copies rows of whole 16 bytes, so {what}"
-    if problem.device == "cuda":
-        return _not_hopper()
     return None
 
 
@@ -57,7 +57,7 @@ def _not_hopper() -> str | None:
 
     capability = torch.cuda.get_device_capability()
     if capability != (9, 0):
-        return f"its C++ kernel is for compute capability 9.0 (wgmma), this GPU has {capability[0]}.{capability[1]}"
+        return f"its C++ kernel is for sm_90a alone (TMA and wgmma), this GPU is sm_{capability[0]}{capability[1]}"
     if "sm_90a" not in _C.built:
         return f"its C++ kernel is for sm_90a, and megakern._C was built {_C.built}"
     return None

@@ -1,0 +1,71 @@
+"""On which GPUs the C++ product of a linear layer is chosen, and what `mk.explain` says elsewhere. No GPU needed."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import megakern as mk
+from megakern.kernels import cuda
+from megakern.kernels.cuda import linear as cxx
+from megakern.kernels.cuda import module
+from megakern.kernels.triton import configs
+from megakern.ops.dispatch import UNAVAILABLE
+from megakern.ops.linear import chosen_backend
+
+ALL = "by nvcc 13.0 for sm_80, sm_90a, sm_100"
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """`gpu(capability, built)`: a machine with such a GPU and such a build of megakern._C, where nothing can run."""
+
+    def stand_in(capability: tuple[int, int], built: str) -> None:
+        for backend in ("cuda", "triton"):
+            monkeypatch.setitem(UNAVAILABLE, backend, None)
+        for place in (cuda, module):
+            monkeypatch.setattr(place, "_C", SimpleNamespace(built=built))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: capability)
+        monkeypatch.setattr(configs, "recorded_generation", capability[0])
+        monkeypatch.setattr(cxx, "multiprocessors", lambda device: 132)
+        cuda._unsuited_gpu.cache_clear()
+
+    yield stand_in
+    cuda._unsuited_gpu.cache_clear()
+
+
+def explained(N: int, K: int) -> tuple[mk.Explanation, str]:
+    """-> what explain says of a bf16 layer, and the backend that the layer itself takes."""
+    with FakeTensorMode():
+        x, weight = (torch.empty(rows, K, dtype=torch.bfloat16, device="cuda") for rows in (4096, N))
+        return mk.explain("linear", x, weight), chosen_backend(x, weight, None, None)
+
+
+@pytest.mark.parametrize("N", [4096, 4097])  # with sizes that sm_90a would refuse too, the GPU is the reason to name
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (10, 0), (12, 0)])
+def test_other_gpus_than_hopper_take_triton(gpu, capability, N):
+    gpu(capability, ALL)
+    said, taken = explained(N, 1024)
+    assert said.chosen == taken == "triton"
+    name = "sm_{}{}".format(*capability)
+    assert said.reasons["cuda"] == f"no: its C++ kernel is for sm_90a alone (TMA and wgmma), this GPU is {name}"
+    assert said.reasons["triton"].startswith("runs: first supported in order of speed; forward '")
+
+
+def test_hopper_takes_the_cxx_product_where_rows_are_whole_16_bytes(gpu):
+    gpu((9, 0), ALL)
+    said, taken = explained(4096, 1024)
+    assert said.chosen == taken == "cuda"
+    assert "TMA and wgmma, warp-specialised" in said.reasons["cuda"] and said.reasons["triton"] == "could run; slower"
+    said, taken = explained(4096, 1028)
+    assert said.chosen == taken == "triton" and "K must be a multiple of 8, got 1028" in said.reasons["cuda"]
+
+
+def test_hopper_with_a_module_for_older_gpus_takes_triton(gpu):
+    gpu((9, 0), "by nvcc 13.0 for sm_80")
+    said, taken = explained(4096, 1024)
+    assert said.chosen == taken == "triton"
+    assert said.reasons["cuda"] == "no: its C++ kernel is for sm_90a, and megakern._C was built by nvcc 13.0 for sm_80"
