@@ -89,6 +89,19 @@ def test_a_wrong_result_is_reported_and_not_timed(capsys):
     assert [row["contestant"] for row in report.failures(options.rows)] == ["megakern"]
 
 
+def test_a_peer_that_rounds_more_is_no_reason_against_ours():
+    import torch
+
+    def rounds(x):
+        return x + 0.5 if x.dtype == torch.bfloat16 else x
+
+    contestants = {"megakern": lambda x: x.clone(), "megakern wrong": lambda x: x + 1, "torch": rounds}
+    options = Options(shape=[], rounds=1, patience=0.0, dtype="bf16", device=torch.device("cpu"))
+    run("identity", options, [Case("3", contestants, (torch.ones(3).bfloat16(),), 24, "B", None)])
+    rows = {row["contestant"]: row for row in options.rows}
+    assert rows["megakern"]["us"] > 0 and "differs from torch" in rows["megakern wrong"]["error"]
+
+
 def test_what_tuning_found_is_a_line_a_class(tmp_path):
     (tmp_path / "megakern").mkdir()
     times = {"linear M<=4096": {"of": "", "square": 30.0, "small": 20.25}}
