@@ -129,7 +129,6 @@ def test_readme_file_tree_is_true():
     assert folders and not folders - listed, f"not in README's tree: {sorted(folders - listed)}"
 
 
-
 def test_ops_are_known_before_their_first_use():
     """`import megakern` loads no op; names of ops are still right, and wrong ones refused, at the first call of all."""
     program = (
