@@ -22,7 +22,8 @@ VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_STEP_ID", "SLURM_NTASKS"
 @pytest.fixture
 def environment(monkeypatch):
     for name in VARIABLES:
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # known to monkeypatch, so that what `launch.join` sets is taken back too
+        monkeypatch.delenv(name)
     return lambda **values: [monkeypatch.setenv(name, value) for name, value in values.items()]
 
 

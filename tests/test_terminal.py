@@ -254,7 +254,7 @@ def test_two_processes_write_what_one_writes(run):
 
 def test_two_processes_serve(run):
     process = start("serve", run, "--port", 0, "--nproc", 2)
-    url = wait_for_line(process, r"small at (http://127\.0\.0\.1:\d+)")[1]
+    url = wait_for_line(process, r"small at (http://127\.0\.0\.1:\d+).*\n")[1]
     for prompt in (["a", "def f", "x"], ["b"]):  # the engine goes on after it was idle
         body = {"model": "small", "prompt": prompt, "max_tokens": 20, "temperature": 0, "stop": ["##"]}
         request = urllib.request.Request(
