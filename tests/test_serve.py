@@ -6,10 +6,12 @@ import asyncio
 import contextlib
 import http.client
 import json
+import re
 import socket
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import pytest
 import torch
@@ -505,3 +507,10 @@ def test_the_cache_takes_what_memory_allows(monkeypatch):
     each = 2 * 2 * 2 * 16 * 4  # keys and values x layers x heads x head dim x bytes
     monkeypatch.setattr(server, "_available_memory", lambda: 4 * 1000 * each)
     assert server.cache_tokens(loaded, 1) == 512 and server.cache_tokens(loaded, 64) == 1000
+
+
+def test_memory_is_known_on_systems_without_proc(monkeypatch):
+    total = int(re.search(r"MemTotal: +(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
+    assert 0 < server._available_memory() <= total
+    monkeypatch.setattr(Path, "exists", lambda path: False)
+    assert server._available_memory() == pytest.approx(total / 2, rel=0.1)
