@@ -1,5 +1,5 @@
 # make demo    train a small GPT on Python's own source, from nothing to a sample (4 to 8 minutes on two cores)
-# make test    all tests but the long ones (7 minutes on two cores, set-up included)
+# make test    all tests but the long ones (11 minutes on two cores, set-up included)
 # make faults  every promise about faults at its full number of trials, in build/faults.json (9 minutes on two cores)
 # make gates   compile every Triton and CUDA kernel for sm_80, sm_90 and sm_100, hold it against benchmarks/*_budget.json
 # make asan    CUDA kernels on the CPU under ASan and UBSan; make race: under TSan (5 and 8 minutes beside other work)
