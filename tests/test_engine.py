@@ -105,3 +105,19 @@ def test_cancelled_requests_that_wait_never_run():
     keys = [step.key for _ in range(3) for step in engine.step()]
     assert keys == [first, first] and not engine.busy
     engine.cancel(first)  # long done
+
+
+def test_requests_wait_for_pages():
+    """In a cache that is full before the batch is: first come, first served, and no text is stopped."""
+    model, wanted = make("gpt2"), requests(8)
+    engine = Engine(model, tokens=80, max_batch=8, page_size=4)
+    keys, together, order = [engine.add(request) for request in wanted], 0, []
+    made: dict[int, list[int]] = {key: [] for key in keys}
+    while engine.busy:
+        for step in engine.step():
+            order += [] if made[step.key] else [step.key]
+            made[step.key].append(step.token)
+        together = max(together, len(engine.running))
+    assert together < 8 and order == keys
+    assert [made[key] for key in keys] == [alone(model, request) for request in wanted]
+    assert engine.pool.free == engine.pool.count
