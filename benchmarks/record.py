@@ -1,4 +1,4 @@
-"""Measures this machine and makes it a part of the project: results, pictures, README's tables and the machine's page.
+"""Measures this machine and makes it a part of the project: results, pictures, tables, the machine's page.
 
     python -m benchmarks.record [--minutes 15] [--machine NAME] [--only PART ...]
 

@@ -128,7 +128,7 @@ def op_summary(files: dict[str, Row]) -> str:
 # --- whole steps, generation, start-up ---
 
 
-def train_table(workload: Row, *, profile: bool = True) -> str:
+def train_table(workload: Row, *, profile: bool = True, goals: bool = True) -> str:
     """One workload of a training step: each contestant beside the first; with `profile` where their time goes."""
     model = ", ".join(f"{name} {value}" for name, value in workload["model"].items())
     rows = [row for row in workload["rows"] if "ms" in row]
@@ -145,7 +145,7 @@ def train_table(workload: Row, *, profile: bool = True) -> str:
     parts = [f"A training step of {workload.get('name', 'a GPT')} ({model}, batch {workload['batch']}):"]
     parts += [grid(head, lines)] if lines else []
     parts += not_timed(workload["rows"], rows)
-    parts += [goals_table(workload["goals"])] if workload.get("goals") else []
+    parts += [goals_table(workload["goals"])] if goals and workload.get("goals") else []
     parts += [breakdown_table(rows)] if profile and any("breakdown" in row for row in rows) else []
     return "\n\n".join(parts)
 
@@ -194,7 +194,7 @@ def generate_table(results: Row) -> str:
     return "\n\n".join(parts)
 
 
-def startup_table(results: Row) -> str:
+def startup_table(results: Row, *, imports: bool = True) -> str:
     lines = [
         [row["what"], spread(row["seconds"], row["fastest"], row["slowest"], ".2f"),
          UNKNOWN if row["goal"] is None else f"{row['goal']:.1f}",
@@ -202,6 +202,8 @@ def startup_table(results: Row) -> str:
         for row in results["rows"]
     ]  # fmt: skip
     table = grid(["start-up", "seconds (from to)", "goal", "holds"], lines)
+    if not imports:
+        return table
     slow = grid(["import", "own ms"], [[row["module"], f"{row['ms']:.0f}"] for row in results["imports"]])
     return f"{table}\n\n{slow}"
 

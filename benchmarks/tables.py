@@ -1,8 +1,8 @@
-"""README's tables of speed and of faults, and each machine's page of figures, made from the committed results alone.
+"""The tables of README and docs/, and each machine's page of figures, made from the committed results alone.
 
-python -m benchmarks.tables            print README's
-python -m benchmarks.tables --write    put them into README.md between the `speed` and the `faults` marks, and write
-                                       benchmarks/results/<machine>/README.md, which has every figure
+python -m benchmarks.tables            print them
+python -m benchmarks.tables --write    put them between their marks: `goals` in README.md, `speeds`, `faults` in docs/,
+                                       and write benchmarks/results/<machine>/README.md, which has every figure
 python -m benchmarks.tables --write --faults build/faults.json
                                        the same, after `make faults`: its file becomes one of the results
 """
@@ -98,6 +98,26 @@ def ops_of(files: dict[str, dict]) -> dict[str, dict]:
     return {name: results for name, results in files.items() if name != "train" and name not in report.TABLES}
 
 
+def goals() -> str:
+    """Markdown of every machine that has goals: which hold, and the training step that they are about."""
+    parts = []
+    for folder in folders():
+        files = figures(folder)
+        workloads = files.get("train", {}).get("workloads", [])
+        sources = [(each.get("name", "a GPT"), each) for each in workloads]
+        sources += [("generation", files["generate"])] if "generate" in files else []
+        found = [
+            {**goal, "what": f"{name}: {goal['what']}"} for name, each in sources for goal in each.get("goals", [])
+        ]
+        if found:
+            parts += [f"{_where(folder, next(iter(files.values()))['machine'])}. [All figures]({_page(folder)})"]
+            parts += [report.goals_table(found)]
+            parts += [report.startup_table(files["startup"], imports=False)] if "startup" in files else []
+            parts += [report.train_table(workloads[0], profile=False, goals=False)] if workloads else []
+            parts += [f"![{picture.stem} of {folder.name}]({picture})" for picture in pictures(folder, ("train",))]
+    return "\n\n".join(parts)
+
+
 def speeds() -> str:
     """Markdown of every machine's speeds, machines in the order of their folders' names: ops in a line each."""
     parts = []
@@ -105,11 +125,12 @@ def speeds() -> str:
         files = figures(folder)
         if not files:
             continue
-        parts.append(f"{_where(folder, next(iter(files.values()))['machine'])}. [All figures]({_page(folder)})")
+        facts = next(iter(files.values()))["machine"]
+        parts += [f"## {folder.name}", f"{_where(folder, facts)}. [All figures](../{_page(folder)})"]
         parts += [report.train_table(each, profile=False) for each in files.get("train", {}).get("workloads", [])]
         parts += [table(files[name]) for name, table in report.TABLES.items() if name in files]
         parts += [report.op_summary(ops_of(files))] if ops_of(files) else []
-        parts += [f"![{picture.stem} of {folder.name}]({picture})" for picture in pictures(folder, ("train",))]
+        parts += [f"![{picture.stem} of {folder.name}](../{picture})" for picture in pictures(folder, ("train",))]
     return "\n\n".join(parts)
 
 
@@ -145,34 +166,40 @@ def pages() -> dict[Path, str]:
     return found
 
 
-def with_tables(readme: str) -> str:
-    """`readme` with every table between its marks made anew."""
-    for mark, table in (("speed", speeds()), (FAULTS, faults())):
+def readers_pages() -> list[Path]:
+    """What people read: README.md and docs/*.md."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def with_tables(text: str) -> str:
+    """`text` with every table that has marks in it made anew."""
+    for mark, table in (("goals", goals), ("speeds", speeds), (FAULTS, faults)):
         begin, end = f"<!-- {mark} -->", f"<!-- /{mark} -->"
-        head, rest = readme.split(begin)
-        readme = f"{head}{begin}\n\n{table}\n\n{end}{rest.split(end)[1]}"
-    return readme
+        if begin in text:
+            head, rest = text.split(begin)
+            text = f"{head}{begin}\n\n{table()}\n\n{end}{rest.split(end)[1]}"
+    return text
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="put the tables into README.md and the machines' pages")
+    parser.add_argument("--write", action="store_true", help="put the tables where they belong")
     parser.add_argument("--faults", type=Path, metavar="FILE", help="what make faults has written: take it in first")
     options = parser.parse_args()
     if options.faults is not None:
         print(f"{take(options.faults).relative_to(ROOT)} is from {options.faults}")
     if not options.write:
-        print(speeds(), faults(), sep="\n\n")
+        print(goals(), speeds(), faults(), sep="\n\n")
         return
     write()
 
 
 def write() -> None:
-    """Makes README's tables and the machines' pages anew."""
+    """Makes the tables of README and docs/ and the machines' pages anew."""
     for page, text in pages().items():
         page.write_text(text)
-    path = ROOT / "README.md"
-    path.write_text(with_tables(path.read_text()))
+    for page in readers_pages():
+        page.write_text(with_tables(page.read_text()))
 
 
 if __name__ == "__main__":

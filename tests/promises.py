@@ -6,7 +6,7 @@
             trials()        # one more trial begins; trials(10) adds ten that were made at once
 
 A test that does not say how many counts as one trial. `make faults` runs every such test, the slow ones too, with
-`--faults FILE`; `benchmarks/tables.py` puts the committed file into README.
+`--faults FILE`; `benchmarks/tables.py` puts the committed file into docs/training.md.
 """
 
 from __future__ import annotations

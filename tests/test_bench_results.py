@@ -1,4 +1,4 @@
-"""A machine's folder of results becomes a page, README's tables and pictures, whatever it has. No device needed."""
+"""A machine's folder of results becomes a page, tables of other pages and pictures. No device needed."""
 
 from __future__ import annotations
 
@@ -79,12 +79,15 @@ def test_every_kind_of_results_has_tables_and_pictures(folder):
     assert page.count("![") == len(drawn) and "Measured at commit abc" in page
 
 
-def test_readme_gets_the_tables_between_its_marks(folder):
-    (tables.ROOT / "README.md").write_text(
-        "a <!-- speed --> stale <!-- /speed --> b <!-- faults --> <!-- /faults --> c"
-    )
+def test_pages_get_the_tables_between_its_marks(folder):
+    readme, speed = tables.ROOT / "README.md", tables.ROOT / "docs" / "speed.md"
+    speed.parent.mkdir(exist_ok=True)
+    readme.write_text("a <!-- goals --> stale <!-- /goals --> b")
+    speed.write_text("c <!-- speeds --> stale <!-- /speeds --> <!-- faults --> <!-- /faults --> d")
     tables.write()
-    written = (tables.ROOT / "README.md").read_text()
-    assert written.startswith("a <!-- speed -->") and "stale" not in written and report.size(5e8) in written
-    assert tables.with_tables(written) == written
+    for page, begin in ((readme, "a <!-- goals -->"), (speed, "c <!-- speeds -->")):
+        written = page.read_text()
+        assert written.startswith(begin) and "stale" not in written and report.size(5e8) in written
+        assert tables.with_tables(written) == written
+    assert "generation: bf16" in readme.read_text() and "tp = 2" not in readme.read_text()  # goals alone
     assert (folder / "README.md").read_text() == tables.pages()[folder / "README.md"]

@@ -1,4 +1,4 @@
-"""README keeps its word: snippets run, commands parse, tables are those of the committed results. No device needed."""
+"""README and docs/ keep their word: snippets run, commands parse, tables are those of the results. No device needed."""
 
 from __future__ import annotations
 
@@ -12,19 +12,28 @@ from benchmarks import tables
 from megakern.cli import OPTIONS_BESIDE_SETTINGS, _parser, _split_settings
 from megakern.model.presets import presets
 
-README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+PAGES = {page.relative_to(tables.ROOT): page.read_text() for page in tables.readers_pages()}
+TRAINING = PAGES[Path("docs/training.md")]
 
 
-def test_snippets_run_one_after_the_other():
-    snippets = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
-    assert len(snippets) >= 4
+def snippets(text: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+
+
+@pytest.mark.parametrize("page", [page for page, text in PAGES.items() if snippets(text)], ids=str)
+def test_snippets_of_a_page_run_one_after_the_other(page):
     names: dict[str, object] = {}
-    for snippet in snippets:
-        exec(compile(snippet, "README.md", "exec"), names)
+    for snippet in snippets(PAGES[page]):
+        exec(compile(snippet, str(page), "exec"), names)
+
+
+def test_pages_have_snippets():
+    found = {str(page): len(snippets(text)) for page, text in PAGES.items()}
+    assert found["README.md"] and found["docs/models.md"] and found["docs/api.md"] >= 4
 
 
 def commands() -> list[str]:
-    shown = re.findall(r"^\$ megakern ((?:[^\n]*\\\n)*[^\n]*)", README, re.M)
+    shown = re.findall(r"^\$ megakern ((?:[^\n]*\\\n)*[^\n]*)", "\n".join(PAGES.values()), re.M)
     return [re.sub(r"\\\n\s*", "", command) for command in shown]
 
 
@@ -54,12 +63,18 @@ def test_every_command_is_shown_with_its_output():
     }
 
 
-def test_tables_of_speed_and_faults_are_those_of_the_results():
-    assert tables.with_tables(README) == README, "run: python -m benchmarks.tables --write"
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_tables_are_those_of_the_results(page):
+    assert tables.with_tables(PAGES[page]) == PAGES[page], "run: python -m benchmarks.tables --write"
+
+
+def test_every_table_has_its_page():
+    marks = [mark for text in PAGES.values() for mark in re.findall(r"<!-- (goals|speeds|faults) -->", text)]
+    assert sorted(marks) == ["faults", "goals", "speeds"]
 
 
 def test_presets_are_all_named():
-    text = README.split("takes a known shape:")[1].split("\n\n")[0].split("[examples")[0]
+    text = TRAINING.split("takes a known shape:")[1].split("\n\n")[0].split("[examples")[0]
     named: set[str] = set()
     for span in re.findall(r"`([^`]+)`", text):
         first, *more = span.split()
@@ -68,7 +83,7 @@ def test_presets_are_all_named():
     assert named == set(presets)
 
 
-def test_relative_links_exist():
-    root = Path(__file__).resolve().parent.parent
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert target.startswith("http") or (root / target).exists(), target
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_relative_links_exist(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", PAGES[page]):
+        assert target.startswith("http") or (tables.ROOT / page.parent / target).exists(), target

@@ -276,8 +276,10 @@ def test_what_is_wrong_with_two_processes_is_said_once(run):
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
-def test_the_request_that_the_readme_shows(run):
-    shown = re.search(r"^    (curl -s http://127\.0\.0\.1:8000/v1/.*\n.*)", (ROOT / "README.md").read_text(), re.M)[1]
+def test_the_request_that_the_docs_show(run):
+    shown = re.search(
+        r"^    (curl -s http://127\.0\.0\.1:8000/v1/.*\n.*)", (ROOT / "docs/models.md").read_text(), re.M
+    )[1]
     process = start("serve", run, "--port", 0, "--name", "RUN")
     url = wait_for_line(process, r"RUN at (http://127\.0\.0\.1:\d+)")[1]
     asked = shown.replace("http://127.0.0.1:8000", url)
