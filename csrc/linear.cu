@@ -86,10 +86,9 @@ void launch_product(const LinearProduct& p, Place place) {
   const TensorMap pre = p.pre ? matrix_map(p.pre, p.dtype, p.M, p.N, p.N, 16, width, Swizzle::b128) : out;
   const int64_t tasks = ceil_div(p.M, int64_t(Tile::rows * Tile::cluster)) * ceil_div(p.N, int64_t(Tile::cols));
   const int64_t clusters = std::min<int64_t>(tasks, std::max(1, p.blocks / Tile::cluster));
-  const Product product = {p.bias, p.residual, p.residual_stride, int(p.M), int(p.N), int(p.K),
-                           std::max(1, p.band / (Tile::rows * Tile::cluster)), p.activation,
-                           p.bias_dtype == Dtype::f32, p.pre != nullptr, p.accumulate,
-                           p.head_start};
+  const Follows follows = {p.bias, p.residual, p.residual_stride, int(p.M), int(p.N), p.activation,
+                           p.bias_dtype == Dtype::f32, p.pre != nullptr, p.accumulate};
+  const Product product = {follows, int(p.K), std::max(1, p.band / (Tile::rows * Tile::cluster)), p.head_start};
   MK_LAUNCH_CLUSTER((product_kernel<T, Out, L, Tile>), dim3(unsigned(clusters * Tile::cluster)), dim3(kPipelineThreads),
                     Tile::shared, Tile::cluster, place, a, b, out, pre, product);
 }
