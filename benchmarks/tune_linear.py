@@ -1,5 +1,5 @@
 """Every tile shape of the sm_90a product, timed on a GPU beside cuBLAS: for the table in
-megakern/kernels/cuda/linear.py.
+megakern/kernels/cuda/linear_plan.py.
 
     python -m benchmarks.tune_linear [--shape 8192x8192x8192 ...] [--layers] [--epilogues] [--json FILE]
 
@@ -18,7 +18,8 @@ from torch.nn import functional as F
 
 from benchmarks.common import describe_machine, machine_facts, sizes
 from benchmarks.timing import CudaClock
-from megakern.kernels.cuda.linear import BAND, NN, NT, OTHER_TILES, TILES, TN, choose_tile, multiprocessors, product
+from megakern.kernels.cuda.linear import BAND, multiprocessors, product
+from megakern.kernels.cuda.linear_plan import NN, NT, OTHER_TILES, TILES, TN, choose, plan_of
 
 SHAPES = ["8192x8192x8192", "4096x4096x4096", "2048x2048x2048", "1024x4096x4096", "64x8192x8192", "16x28672x4096"]
 LLAMA = ["8192x6144x4096", "8192x4096x4096", "8192x28672x4096", "8192x4096x14336"]
@@ -26,14 +27,15 @@ GPT2 = ["8192x4800x1600", "8192x1600x1600", "8192x6400x1600", "8192x1600x6400"]
 LAYOUTS = {NT: "forward", NN: "dx", TN: "dW"}
 
 
-def variants(tile):
+def variants(tile, layout, M, N, K):
     """(name, arguments) of what is tried with a tile shape."""
-    yield str(tile), {"tile": tile}
+    plan = plan_of(tile, M, N, K, multiprocessors(torch.device("cuda", 0)), layout)
+    yield str(tile), {"plan": plan}
     if tile.rows * tile.cols == 128 * 256:
         for steps in (1, 2, 3):
-            yield f"{tile}, head start of {steps}", {"tile": tile, "head_start": steps}
+            yield f"{tile}, head start of {steps}", {"plan": plan, "head_start": steps}
         for band in (BAND // 2, BAND * 2):
-            yield f"{tile}, bands of {band}", {"tile": tile, "band": band}
+            yield f"{tile}, bands of {band}", {"plan": plan, "band": band}
 
 
 def contestants(layout, M, N, K, every_variant):
@@ -45,7 +47,7 @@ def contestants(layout, M, N, K, every_variant):
     out = torch.empty(M, N, dtype=torch.bfloat16, device="cuda")
     calls = {"cuBLAS": lambda: torch.matmul(left, right, out=out)}
     for tile in (*TILES, *OTHER_TILES):
-        for name, arguments in list(variants(tile))[: None if every_variant else 1]:
+        for name, arguments in list(variants(tile, layout, M, N, K))[: None if every_variant else 1]:
             calls[name] = lambda arguments=arguments: product(layout, stored_a, stored_b, out, **arguments)
     return calls
 
@@ -71,9 +73,10 @@ def epilogues(M, N, K):
     }
     for tile in (*TILES, *OTHER_TILES):
         if tile.rows == 128:
+            plan = plan_of(tile, M, N, K, multiprocessors(torch.device("cuda", 0)))
             for steps in (0, 2) if tile.cols == 256 else (0,):
                 for name, more in follows.items():
-                    keywords = {"tile": tile, "head_start": steps, **more}
+                    keywords = {"plan": plan, "head_start": steps, **more}
                     calls[f"{tile}, head start of {steps}: {name}"] = lambda keywords=keywords: product(
                         NT, x, weight, out, **keywords
                     )
@@ -89,10 +92,10 @@ def main() -> None:
     options = parser.parse_args()
     clock, rows = CudaClock(), []
 
-    def race(what, M, N, K, calls):
+    def race(what, M, N, K, calls, layout=NT):
         times = {name: turns.median for name, turns in clock.take_turns(calls).items()}
-        chosen = choose_tile(M, N, K, multiprocessors(torch.device("cuda", 0)))
-        print(f"\n{what} {M} x {N} x {K}; the table takes {chosen}", flush=True)
+        chosen = choose(M, N, K, multiprocessors(torch.device("cuda", 0)), layout)
+        print(f"\n{what} {M} x {N} x {K}; chosen: {chosen}", flush=True)
         for name, seconds in times.items():
             rate, share = 2 * M * N * K / seconds, times["cuBLAS"] / seconds
             print(f"  {name:<70}{seconds * 1e6:>10.1f} us{rate / 1e12:>8.0f} TFLOP/s{share:>8.3f}", flush=True)
@@ -105,7 +108,7 @@ def main() -> None:
     for shape in (*LLAMA, *GPT2) if options.layers else ():
         M, N, K = sizes(shape)
         for layout, mine in ((NT, (M, N, K)), (NN, (M, K, N)), (TN, (N, K, M))):
-            race(LAYOUTS[layout], *mine, contestants(layout, *mine, False))
+            race(LAYOUTS[layout], *mine, contestants(layout, *mine, False), layout)
     if options.epilogues:
         race("epilogues", 8192, 16384, 4096, epilogues(8192, 16384, 4096))
     if options.json:

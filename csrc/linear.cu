@@ -14,7 +14,7 @@ namespace megakern {
 
 // --- tiles ---
 
-// megakern/kernels/cuda/linear.py chooses among them.
+// megakern/kernels/cuda/linear_plan.py chooses among them.
 using Tiles = std::tuple<ProductTile<128, 256, 4, 1, false>, ProductTile<128, 256, 4, 2, false>,
                          ProductTile<128, 128, 6, 1, true>, ProductTile<128, 128, 6, 2, true>,
                          ProductTile<64, 128, 8, 1, true>>;

@@ -14,7 +14,7 @@ import torch
 import megakern as mk
 from megakern.kernels.cuda import linear as cuda_linear
 from megakern.kernels.cuda import module
-from megakern.kernels.cuda.linear import NN, NT, TILES, TN
+from megakern.kernels.cuda.linear_plan import NN, NT, OTHER_TILES, TILES, TN, Tile, plan_of
 from megakern.kernels.triton import configs
 from megakern.kernels.triton.linear import product
 from megakern.ops.activation import KINDS
@@ -31,7 +31,7 @@ DTYPES = [torch.float32] * ("triton" in BACKENDS) + [torch.float16] + [torch.bfl
 SHAPES = [((1,), 1, 1), ((7,), 13, 5), ((2, 3), 65, 64), ((64,), 64, 63), ((130,), 70, 140), ((0,), 4, 8)]
 # The same for kernels that want N and K to be multiples of 8.
 SHAPES_BY_8 = [((1,), 8, 8), ((7,), 16, 24), ((2, 3), 72, 64), ((64,), 64, 56), ((130,), 136, 264), ((0,), 8, 16)]
-COMPILED = [*TILES, *cuda_linear.OTHER_TILES]
+COMPILED = [*TILES, *OTHER_TILES]
 LAYOUTS = {"nt": NT, "nn": NN, "tn": TN}
 cxx = pytest.mark.only("cuda", "simt")
 
@@ -107,7 +107,8 @@ def multiply(layout, a, b, tile, out_dtype=None, into=None, **more):
     shape = (a.shape[0], b.shape[0])
     out = torch.full(shape, float("nan"), dtype=out_dtype or a.dtype, device=a.device) if into is None else into.clone()
     # 4 blocks: more tiles than blocks; bands of two tiles of a cluster.
-    arguments = {"tile": tile, "blocks": 4, "band": 4 * tile.rows, "accumulate": into is not None, **more}
+    plan = plan_of(tile, *shape, a.shape[1], blocks=4)
+    arguments = {"plan": plan, "blocks": 4, "band": 4 * tile.rows, "accumulate": into is not None, **more}
     cuda_linear.product(layout, stored_a, stored_b, out, **arguments)
     return out
 
@@ -205,7 +206,7 @@ def test_the_launch_checks_its_arguments(device, backend):
     out = torch.empty_like(a)
     tile = TILES[0]
     wrong = {
-        "there is no tile of 100 x 8 in clusters of 1": lambda: multiply(NT, a, b, cuda_linear.Tile(100, 8, 1, 1.0, 0)),
+        "there is no tile of 100 x 8 in clusters of 1": lambda: multiply(NT, a, b, Tile(100, 8, 1, 1.0, 0)),
         "the rows of a must start on multiples of 16 bytes": lambda: cuda_linear.product(NT, a[:, 1:9], b[:, :8], out),
         "out is written and must not overlap a": lambda: cuda_linear.product(NT, a, b, a),
         "out must be dtype code 1, got 2": lambda: multiply(NT, a, b, tile, torch.float16),
@@ -232,16 +233,7 @@ def test_column_sums(M, N, device, backend):
 @cxx
 def test_explain_names_the_tile(device, backend):
     x, weight = (torch.empty(size, 64, dtype=torch.bfloat16, device=device) for size in (16, 4096))
-    assert "tiles of 64 x 128 of the product" in str(mk.explain("linear", x, weight, backend=backend))
-
-
-def test_the_cost_model_takes_the_tiles_that_fill_the_machine():
-    choose = partial(cuda_linear.choose_tile, blocks=132)
-    assert choose(8192, 8192, 8192).cols == choose(4096, 4096, 4096).cols == 256
-    assert choose(8192, 16384, 4096, heavy=True).cols == 128  # ping-pong hides what follows the product
-    assert choose(16, 4096, 4096).rows == 64  # a taller tile computes rows that are not there
-    small = choose(1024, 1024, 4096)  # 32 tiles of 128 x 256 would leave 100 multiprocessors idle
-    assert small.rows * small.cols < 128 * 256
+    assert "x W^T in tiles of 64 x 128 (32 in " in str(mk.explain("linear", x, weight, backend=backend))
 
 
 # --- all backends again ---

@@ -63,13 +63,14 @@ def _not_hopper() -> str | None:
     return None
 
 
-def _linear_tile(problem) -> str:
-    from megakern.kernels.cuda.linear import choose_tile, multiprocessors  # which loads the compiled modules
+def _linear_plan(problem) -> str:
+    from megakern.kernels.cuda.linear import multiprocessors  # which loads the compiled modules
+    from megakern.kernels.cuda.linear_plan import NT, choose, epilogue_weight
 
-    heavy = any(problem.options[name] for name in ("activation", "bias", "residual"))
+    weight = epilogue_weight(**{name: bool(problem.options[name]) for name in ("activation", "bias", "residual")})
     sizes = [problem.sizes[name] for name in "MNK"]
-    tile = choose_tile(*sizes, multiprocessors(torch.device(problem.device)), heavy)
-    return f"TMA and wgmma, warp-specialised, persistent blocks; {tile} of the product x W^T"
+    plan = choose(*sizes, multiprocessors(torch.device(problem.device)), NT, weight)
+    return f"TMA and wgmma, warp-specialised, persistent blocks; x W^T in {plan}"
 
 
 def _norm(problem) -> str:
@@ -159,7 +160,7 @@ OPS: dict[str, Op] = {
     "rope": Op("16 bytes of both halves of two heads a thread at a time; a token's angles are read once a thread"),
     "swiglu": _ELEMENTWISE,
     "linear": Op(
-        _linear_tile,
+        _linear_plan,
         dtypes=(torch.bfloat16, torch.float16),
         most=dict.fromkeys("MNK", 2**31 - 1024),
         refusal=_linear,

@@ -6,68 +6,35 @@ The copy engine wants rows that start on multiples of 16 bytes: other views are 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 
 import torch
 
 from megakern.kernels.cuda.activation import KINDS
+from megakern.kernels.cuda.linear_plan import NN, NT, TN, choose, epilogue_weight
 from megakern.kernels.cuda.module import DTYPES, call, pointer
 from megakern.kernels.memory import empty, rows_of
 
-NT, NN, TN = range(3)
-"""enum Layout of csrc/api.h: a (M, K) b (N, K); a (M, K) b (K, N); a (K, M) b (K, N)."""
-
-
-@dataclass(frozen=True)
-class Tile:
-    """A tile shape of csrc/linear.cu, and what a cost model has to know of it."""
-
-    rows: int
-    cols: int
-    cluster: int
-    """Blocks that compute tiles below each other and share their columns' operand."""
-    rate: float
-    """Share of the tensor cores' peak that the main loop reaches when all blocks run."""
-    epilogue: int
-    """Cycles a tile in which the block multiplies nothing. Ping-pong hides most of it."""
-    more: int = 0
-    """Cycles beside those for a bias, an activation or a residual."""
-
-    def __str__(self) -> str:
-        return f"tiles of {self.rows} x {self.cols}" + (f" in clusters of {self.cluster}" if self.cluster > 1 else "")
-
-    def cycles(self, M: int, N: int, K: int, blocks: int, heavy: bool = False) -> float:
-        """Rounds in which all blocks compute their tiles, times what a tile takes. heavy: with `more`."""
-        epilogue = self.epilogue + heavy * self.more
-        tasks = -(-M // (self.rows * self.cluster)) * -(-N // self.cols)
-        rounds = -(-tasks // max(1, blocks // self.cluster))
-        return rounds * (-(-K // 64) * 64 * self.rows * self.cols / MULTIPLY_ADDS / self.rate + epilogue)
-
-
-MULTIPLY_ADDS = 2048  # of bf16 or fp16, a cycle and multiprocessor of sm_90
-# Fitted to times on an H200, bf16: 4096^3 188 us with the first against 193 with the second, 2048^3 31.7 against 30.2,
-# 8192 x 16384 x 4096 with bias and gelu_tanh 1859 against 1688 (cuBLAS and PyTorch's gelu: 1875).
-TILES = (
-    Tile(128, 256, 1, rate=0.85, epilogue=2500, more=5500),
-    Tile(128, 128, 1, rate=0.81, epilogue=300),
-    Tile(64, 128, 1, rate=0.50, epilogue=300),
-)
-# Compiled too, and not chosen: benchmarks/tune_linear.py times them beside the others.
-OTHER_TILES = (Tile(128, 256, 2, rate=0.0, epilogue=0), Tile(128, 128, 2, rate=0.0, epilogue=0))
 HEAD_START = 0  # steps by which one consumer of the first tile is ahead of the other: 1 to 3 changed at most 1 %
 BAND = 2048  # rows of the output whose tiles are walked column by column, for the L2 cache: 1024 and 4096 within 1 %
 BLOCKS_ON_A_CPU = 4  # of the persistent kernel under simt: fewer than the tiles of the tests
 
 
 def product(
-    layout, a, b, out, *, bias=None, pre=None, residual=None, activation="", accumulate=False, tile=None, band=BAND,
+    layout, a, b, out, *, bias=None, pre=None, residual=None, activation="", accumulate=False, plan=None, band=BAND,
     head_start=HEAD_START, blocks=None,
 ):  # fmt: skip
     """out (M, N) (+)= act(A B + bias) + residual, of matrices as `layout` says; `pre` gets A B + bias."""
     (M, N), K = out.shape, a.shape[0 if layout == TN else 1]
     blocks = blocks or multiprocessors(out.device)
-    heavy = bool(activation) or bias is not None or residual is not None
-    tile = tile or choose_tile(M, N, K, blocks, heavy)
+    if plan is None:
+        weight = epilogue_weight(
+            bias=bias is not None,
+            activation=bool(activation),
+            residual=residual is not None,
+            wide=out.dtype == torch.float32,
+        )
+        plan = choose(M, N, K, blocks, layout, weight)
+    tile = plan.tile
     call(
         "linear_product", out, pointer(a), pointer(b), pointer(bias), pointer(residual), pointer(out), pointer(pre),
         DTYPES[a.dtype], DTYPES[out.dtype], DTYPES[a.dtype if bias is None else bias.dtype], layout,
@@ -75,12 +42,6 @@ def product(
         0 if residual is None else residual.stride(0), out.stride(0), tile.rows, tile.cols, tile.cluster, band,
         head_start, blocks,
     )  # fmt: skip
-
-
-@functools.lru_cache(maxsize=1024)
-def choose_tile(M: int, N: int, K: int, blocks: int, heavy: bool = False) -> Tile:
-    """The tile shape with the lowest cost. heavy: a bias, an activation or a residual comes after the product."""
-    return min(TILES, key=lambda tile: tile.cycles(M, N, K, blocks, heavy))
 
 
 @functools.cache

@@ -1,0 +1,100 @@
+"""Which tiles a product of csrc/linear.cu takes, and which of them are split along K: one cost model, a pure function.
+
+A block computes tiles until there are none left, so all blocks are busy but in the last round: with 169 tiles for 132
+blocks it is 37 tiles that cost as much as the 132 before them. Those may be computed in parts along K, by more blocks.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+
+NT, NN, TN = range(3)
+"""enum Layout of csrc/api.h: a (M, K) b (N, K); a (M, K) b (K, N); a (K, M) b (K, N)."""
+
+DEPTH = 64  # of K a step of the main loop
+MULTIPLY_ADDS = 2048  # of bf16 or fp16, a cycle and multiprocessor of sm_90
+# Of the main loop, against NT. An H200 took 470 us for dx and dW of 4096^3 together, and 197 for the forward product
+# (results/h200/linear.json). Apart: not yet measured.
+LAYOUT_RATES = {NT: 1.0, NN: 0.85, TN: 0.85}
+MEMORY_BYTES = 2450  # a cycle: 4.3 TB/s, measured as a copy, at 1.755 GHz
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A tile shape of csrc/linear.cu, and what the cost model has to know of it."""
+
+    rows: int
+    cols: int
+    cluster: int
+    """Blocks that compute tiles below each other and share their columns' operand."""
+    rate: float
+    """Share of the tensor cores' peak that the main loop reaches when all blocks run."""
+    epilogue: int
+    """Cycles a tile in which the block multiplies nothing. Ping-pong hides most of it."""
+    more: int = 0
+    """Cycles beside those for an epilogue of weight 1 (`epilogue_weight`)."""
+
+    def __str__(self) -> str:
+        return f"tiles of {self.rows} x {self.cols}" + (f" in clusters of {self.cluster}" if self.cluster > 1 else "")
+
+    def count(self, M: int, N: int) -> int:
+        """Tiles of an output (M, N), those of a cluster as one."""
+        return -(-M // (self.rows * self.cluster)) * -(-N // self.cols)
+
+    def multiply(self, steps: int, layout: int) -> float:
+        """Cycles for so many steps of a tile."""
+        return steps * DEPTH * self.rows * self.cols / MULTIPLY_ADDS / self.rate / LAYOUT_RATES[layout]
+
+
+# Fitted to times on an H200, bf16, in results/h200/tuning_linear.md; tests/test_linear_plan.py holds the choice against
+# all of them.
+TILES = (
+    Tile(128, 256, 1, rate=0.866, epilogue=4860, more=7600),
+    Tile(128, 128, 1, rate=0.81, epilogue=300, more=2100),
+    Tile(64, 128, 1, rate=0.50, epilogue=300, more=1050),
+)
+# Compiled too, and not chosen: benchmarks/tune_linear.py times them beside the others.
+OTHER_TILES = (Tile(128, 256, 2, rate=0.0, epilogue=0), Tile(128, 128, 2, rate=0.0, epilogue=0))
+
+
+def epilogue_weight(
+    *, bias: bool = False, activation: bool = False, residual: bool = False, wide: bool = False
+) -> float:
+    """What follows a product, in units of a bias and a gelu_tanh (8192 x 16384 x 4096 on an H200: 139 us with tiles of
+    128 x 256, 75 with 128 x 128). wide: fp32 results, added to memory or not; not yet measured."""
+    return 0.2 * bias + 0.8 * activation + 0.2 * residual + 0.35 * wide
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one product is computed."""
+
+    tile: Tile
+    tiles: int
+    """Of the output; those of a cluster count as one."""
+    cycles: float
+    """What the model expects."""
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.tile} ({self.why})"
+
+
+@functools.lru_cache(maxsize=1024)
+def choose(M: int, N: int, K: int, blocks: int, layout: int = NT, weight: float = 0.0) -> Plan:
+    """The cheapest plan of a product (M, N) of sums over K on so many multiprocessors, what follows it of `weight`."""
+    least = 2 * (M * K + N * K + M * N) / MEMORY_BYTES
+    plans = [plan_of(tile, M, N, K, blocks, layout, weight) for tile in TILES]
+    best = min(plans, key=lambda plan: plan.cycles)
+    bound = "" if best.cycles > least else "; reading takes longer"
+    return replace(best, cycles=max(best.cycles, least), why=best.why + bound)
+
+
+def plan_of(tile: Tile, M: int, N: int, K: int, blocks: int, layout: int = NT, weight: float = 0.0) -> Plan:
+    """The plan with these tiles."""
+    at_once, tiles = max(1, blocks // tile.cluster), tile.count(M, N)
+    rounds = -(-tiles // at_once)
+    each = tile.multiply(-(-K // DEPTH), layout) + tile.epilogue + weight * tile.more
+    full = f"{tiles} in {rounds} rounds of {at_once}, {tiles / (rounds * at_once):.0%} full"
+    return Plan(tile, tiles, rounds * each, full)
