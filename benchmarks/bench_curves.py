@@ -9,7 +9,6 @@ highest of the fp32 runs.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
 import statistics
@@ -23,7 +22,7 @@ import torch
 
 import megakern as mk
 from benchmarks import report, steps
-from benchmarks.common import describe_machine, write_results
+from benchmarks.common import begin_part, end_part, part_parser
 from megakern.parallel.context import ParallelContext
 from megakern.train import build, machine
 
@@ -99,19 +98,12 @@ def measure(seeds: int, count: int, deadline: float) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=120.0, help="no seed begins that would not end in time")
+    parser = part_parser(__doc__, seconds=120.0, until="no seed begins that would not end in time", quick="30 steps")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--quick", action="store_true", help="30 steps")
-    parser.add_argument("--json", type=Path, help="write the figures here too")
-    options = parser.parse_args(arguments)
-    deadline = time.monotonic() + options.seconds
-    print(describe_machine(), flush=True)
-    results = measure(options.seeds, 30 if options.quick else options.steps, deadline)
-    print(f"\n{report.curves_table(results)}", flush=True)
-    if options.json:
-        write_results(options.json, results)
+    options = begin_part(parser, arguments)
+    count = 30 if options.quick else options.steps
+    end_part(options, measure(options.seeds, count, options.deadline), report.curves_table)
     return 0
 
 

@@ -8,11 +8,9 @@ fp32 all must choose the same tokens; bf16 rounds, so there the table says how m
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +18,7 @@ import torch
 import megakern as mk
 from benchmarks import report, steps
 from benchmarks.bench_train import gpt2
-from benchmarks.common import describe_machine, write_results
+from benchmarks.common import begin_part, end_part, part_parser
 from benchmarks.contestants import Contestant, FailedError, NotHereError, goal, ratio_to
 from benchmarks.peers.libraries import why_not
 from megakern.train import machine
@@ -135,17 +133,11 @@ def measure(config: mk.GPTConfig, count: int, deadline: float) -> dict[str, Any]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=70.0, help="no turn begins after that, but the first")
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_TOKENS} tokens instead of {TOKENS}")
-    parser.add_argument("--json", type=Path, help="write the figures here too")
-    options = parser.parse_args(arguments)
-    deadline = time.monotonic() + options.seconds
-    print(describe_machine(), flush=True)
-    results = measure(gpt2("gpt2-124m"), QUICK_TOKENS if options.quick else TOKENS, deadline)
-    print(f"\n{report.generate_table(results)}", flush=True)
-    if options.json:
-        write_results(options.json, results)
+    less = f"{QUICK_TOKENS} tokens instead of {TOKENS}"
+    parser = part_parser(__doc__, seconds=70.0, until="no turn begins after that, but the first", quick=less)
+    options = begin_part(parser, arguments)
+    results = measure(gpt2("gpt2-124m"), QUICK_TOKENS if options.quick else TOKENS, options.deadline)
+    end_part(options, results, report.generate_table)
     return 1 if report.failures(results["rows"]) else 0
 
 

@@ -9,7 +9,6 @@ part) shows as an exponent that is MARGIN above what is expected.
 
 from __future__ import annotations
 
-import argparse
 import math
 import statistics
 import sys
@@ -24,7 +23,7 @@ import torch
 
 import megakern as mk
 from benchmarks import report
-from benchmarks.common import describe_machine, write_results
+from benchmarks.common import begin_part, end_part, part_parser
 from benchmarks.timing import CpuClock, CudaClock
 from megakern.ops.dropout import dropout
 from megakern.train import machine
@@ -202,20 +201,13 @@ def measure(growths: tuple[Growth, ...], deadline: float, *, quick: bool = False
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = part_parser(__doc__, seconds=60.0, until="no op begins after that", quick="without the largest sizes")
     parser.add_argument("--only", nargs="+", choices=[growth.op for growth in GROWTHS], metavar="NAME")
-    parser.add_argument("--seconds", type=float, default=60.0, help="no op begins after that")
-    parser.add_argument("--quick", action="store_true", help="without the largest sizes")
-    parser.add_argument("--json", type=Path, help="write the figures here too")
-    options = parser.parse_args(arguments)
-    deadline = time.monotonic() + options.seconds
-    print(describe_machine(), flush=True)
+    options = begin_part(parser, arguments)
     machine.keep_freed_memory()
     chosen = tuple(growth for growth in GROWTHS if options.only is None or growth.op in options.only)
-    results = {"rows": list(measure(chosen, deadline, quick=options.quick))}
-    print(f"\n{report.growth_table(results)}", flush=True)
-    if options.json:
-        write_results(options.json, results)
+    results = {"rows": list(measure(chosen, options.deadline, quick=options.quick))}
+    end_part(options, results, report.growth_table)
     return 1 if any(row["verdict"] != "as expected" for row in results["rows"]) else 0
 
 

@@ -9,7 +9,6 @@ what a profile of rank 0 has in collectives, waiting for the others included.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import multiprocessing
 import os
@@ -17,7 +16,6 @@ import socket
 import statistics
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +24,7 @@ import torch.distributed as dist
 import megakern as mk
 from benchmarks import report, steps
 from benchmarks.breakdown import breakdown
-from benchmarks.common import describe_machine, write_results
+from benchmarks.common import begin_part, end_part, part_parser
 from megakern.train import build, launch, machine
 from megakern.train.config import ParallelConfig
 
@@ -34,8 +32,8 @@ MODEL = {"layers": 4, "width": 384, "heads": 6, "vocab_size": 1024, "vocab_multi
 BATCH = 8
 
 
-def layouts(cores: int) -> dict[str, tuple[int, int, dict[str, Any]]]:
-    """Name -> processes, threads of each, settings of `[parallel]`."""
+def layouts(cores: int, *, quick: bool = False) -> dict[str, tuple[int, int, dict[str, Any]]]:
+    """Name -> processes, threads of each, settings of `[parallel]`. A quick run has tensor parallelism alone."""
     found: dict[str, tuple[int, int, dict[str, Any]]] = {"1 core": (1, 1, {})}
     if cores > 1:
         found |= {
@@ -45,7 +43,7 @@ def layouts(cores: int) -> dict[str, tuple[int, int, dict[str, Any]]]:
             "dp = 2": (2, cores // 2, {"dp": 2}),
             "dp = 2, zero 3": (2, cores // 2, {"dp": 2, "zero": 3}),
         }
-    return found
+    return {name: layout for name, layout in found.items() if not quick or layout[2] in ({}, {"tp": 2})}
 
 
 def rank_main(rank: int, world: int, threads: int, settings: dict, port: int, shape: dict, turns: int, pipe) -> None:
@@ -119,10 +117,10 @@ def measure_layout(name: str, processes: int, threads: int, settings: dict, shap
     }
 
 
-def measure(shape: dict, turns: int, deadline: float) -> dict[str, Any]:
+def measure(shape: dict, turns: int, deadline: float, *, quick: bool = False) -> dict[str, Any]:
     """Results as scaling.json keeps them. Raises RuntimeError when a layout has another loss than one process."""
     rows: list[dict[str, Any]] = []
-    for name, (processes, threads, settings) in layouts(machine.cores()).items():
+    for name, (processes, threads, settings) in layouts(machine.cores(), quick=quick).items():
         if rows and time.monotonic() > deadline:
             print(f"{name}: LEFT OUT, no time left", flush=True)
             continue
@@ -136,17 +134,11 @@ def measure(shape: dict, turns: int, deadline: float) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=60.0, help="no layout begins after that")
-    parser.add_argument("--quick", action="store_true", help="three steps a layout")
-    parser.add_argument("--json", type=Path, help="write the figures here too")
-    options = parser.parse_args(arguments)
-    deadline = time.monotonic() + options.seconds
-    print(describe_machine(), flush=True)
-    results = measure(MODEL, 3 if options.quick else 9, deadline)
-    print(f"\n{report.scaling_table(results)}", flush=True)
-    if options.json:
-        write_results(options.json, results)
+    less = "three steps, one layout of two processes"
+    parser = part_parser(__doc__, seconds=90.0, until="no layout begins after that", quick=less)
+    options = begin_part(parser, arguments)
+    turns = 3 if options.quick else 9
+    end_part(options, measure(MODEL, turns, options.deadline, quick=options.quick), report.scaling_table)
     return 0
 
 

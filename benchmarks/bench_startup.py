@@ -7,7 +7,6 @@ The runs train on made-up text: one process of a tiny model, and two of the demo
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import statistics
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import report
-from benchmarks.common import describe_machine, write_results
+from benchmarks.common import begin_part, end_part, part_parser
 
 GOAL = 5.0  # seconds from `megakern train` to the end of the first step
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,9 +81,8 @@ def slow_imports(count: int = 12) -> list[dict[str, Any]]:
     return [{"module": module, "ms": ms} for ms, module in ordered[:count]]
 
 
-def measure(seconds: float, most: int) -> dict[str, Any]:
+def measure(deadline: float, most: int) -> dict[str, Any]:
     """Results as startup.json keeps them: up to `most` rounds, after one that warms the disk's cache."""
-    deadline = time.monotonic() + seconds
     with tempfile.TemporaryDirectory() as name:
         folder = prepared(Path(name))
         chosen = commands(folder)
@@ -105,16 +103,9 @@ def measure(seconds: float, most: int) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=40.0, help="no round begins after that")
-    parser.add_argument("--quick", action="store_true", help="one round")
-    parser.add_argument("--json", type=Path, help="write the figures here too")
-    options = parser.parse_args(arguments)
-    print(describe_machine(), flush=True)
-    results = measure(options.seconds, 1 if options.quick else 5)
-    print(f"\n{report.startup_table(results)}", flush=True)
-    if options.json:
-        write_results(options.json, results)
+    parser = part_parser(__doc__, seconds=40.0, until="no round begins after that", quick="one round")
+    options = begin_part(parser, arguments)
+    end_part(options, measure(options.deadline, 1 if options.quick else 5), report.startup_table)
     return 0
 
 

@@ -11,14 +11,12 @@ the same rate (on a GPU by the data sheet's), attention counted where the mask l
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
 import statistics
 import sys
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +24,7 @@ import torch
 import megakern as mk
 from benchmarks import report, steps
 from benchmarks.breakdown import breakdown
-from benchmarks.common import describe_machine, write_results
+from benchmarks.common import begin_part, end_part, part_parser
 from benchmarks.contestants import Contestant, FailedError, NotHereError, goal, ratio_to
 from megakern.model.flops import flops_per_token
 from megakern.train import machine
@@ -249,16 +247,21 @@ def _figures(workload: Workload, contestant: Contestant, timed: dict[str, list[f
 
 
 def main(arguments: list[str] | None = None) -> int:
-    workloads = {workload.name: workload for workload in WORKLOADS[machine.device_type()]}
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    return run(__doc__, WORKLOADS, 400.0, QUICK, arguments)
+
+
+def run(doc: str, all_workloads: dict[str, tuple[Workload, ...]], seconds: float, quick: tuple[str, ...],
+        arguments: list[str] | None) -> int:  # fmt: skip
+    """The command: measures this device's workloads one after the other; of a quick run the first, of those in `quick`.
+
+    Returns the exit code. Shared with bench_patch."""
+    workloads = {workload.name: workload for workload in all_workloads[machine.device_type()]}
+    less = f"the first workload, of {', '.join(quick)}"
+    parser = part_parser(doc, seconds=seconds, until="no turn begins after that, but the first", quick=less)
     parser.add_argument("--workload", nargs="+", choices=workloads, default=list(workloads))
     parser.add_argument("--only", nargs="+", metavar="NAME", help="contestants; ratios divide by the first")
-    parser.add_argument("--seconds", type=float, default=400.0, help="no turn begins after that, but the first")
-    parser.add_argument("--quick", action="store_true", help="the first workload, no contestant that compiles")
-    parser.add_argument("--json", type=Path, help="write the figures here too")
-    options = parser.parse_args(arguments)
-    started, results = time.monotonic(), []
-    print(describe_machine(), flush=True)
+    options = begin_part(parser, arguments)
+    results: list[dict[str, Any]] = []
     chosen = [workloads[name] for name in options.workload][: 1 if options.quick else None]
     for number, workload in enumerate(chosen):
         names = tuple(options.only or workload.contestants)
@@ -266,13 +269,12 @@ def main(arguments: list[str] | None = None) -> int:
             known = ", ".join(workload.contestants)
             parser.error(f"--only: {', '.join(sorted(unknown))}: no contestant; there are {known}")
         if options.quick and not options.only:
-            names = tuple(name for name in names if name in QUICK) or names[:2]
+            names = tuple(name for name in names if name in quick) or names[:2]
         shares = [each.share for each in chosen]
-        deadline = started + options.seconds * sum(shares[: number + 1]) / sum(shares)
+        deadline = options.deadline - options.seconds * (1 - sum(shares[: number + 1]) / sum(shares))
         results.append(measure(workload, names, deadline))
-        print(f"\n{report.train_table(results[-1])}", flush=True)
-        if options.json:  # after each, as the next may be ended
-            write_results(options.json, {"workloads": results})
+        # After each, as the next may be ended.
+        end_part(options, {"workloads": results}, lambda found: report.train_table(found["workloads"][-1]))
     return 1 if any(report.failures(result["rows"]) for result in results) else 0
 
 

@@ -115,6 +115,36 @@ def main(op: str, benchmark: Callable[[Options], None], shapes: Shapes) -> None:
     sys.exit(1 if report.failures(options.rows) else 0)
 
 
+# --- the command line of a part: python -m benchmarks.bench_<part> ---
+
+
+def part_parser(doc: str, *, seconds: float, until: str, quick: str) -> argparse.ArgumentParser:
+    """With the flags that all parts have; `until` says what the time limit does, `quick` how a quick run differs."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=seconds, help=until)
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--json", type=Path, help="write the figures here too")
+    return parser
+
+
+def begin_part(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
+    """The options, with `deadline` on time.monotonic(), when the machine's facts are printed."""
+    started = time.monotonic()
+    options = parser.parse_args(arguments)
+    options.deadline = started + options.seconds
+    print(describe_machine(), flush=True)
+    return options
+
+
+def end_part(options: argparse.Namespace, results: dict[str, Any], table: Callable[[dict], str]) -> None:
+    print(f"\n{table(results)}", flush=True)
+    if options.json:
+        write_results(options.json, results)
+
+
+# --- ops ---
+
+
 def run_benchmark(benchmark: Callable[[Options], None], options: Options) -> None:
     machine.keep_freed_memory()  # for all contestants alike: else page faults are timed
     limits = ", ".join(f"{name} {quantity(rate, 'FLOP/s' if name == 'FLOP' else 'B/s')}"

@@ -128,6 +128,10 @@ def op_summary(files: dict[str, Row]) -> str:
 # --- whole steps, generation, start-up ---
 
 
+def workloads_table(results: Row, *, profile: bool = True) -> str:
+    return "\n\n".join(train_table(workload, profile=profile) for workload in results["workloads"])
+
+
 def train_table(workload: Row, *, profile: bool = True, goals: bool = True) -> str:
     """One workload of a training step: each contestant beside the first; with `profile` where their time goes."""
     model = ", ".join(f"{name} {value}" for name, value in workload["model"].items())
@@ -254,6 +258,8 @@ def growth_table(results: Row) -> str:
 
 
 TABLES: dict[str, Callable[[Row], str]] = {
+    "train": workloads_table,
+    "patch": workloads_table,
     "generate": generate_table,
     "startup": startup_table,
     "curves": curves_table,

@@ -41,9 +41,9 @@ OPS = (
 FP32 = ("adamw", "grad_norm")  # ops that are timed in fp32, whatever the others are timed in
 # Part -> its share of the budget. What a part leaves goes to those after it.
 PARTS = {
-    "cpu": {"train": 0.54, "ops": 0.12, "generate": 0.08, "startup": 0.04, "curves": 0.11, "scaling": 0.05,
-            "growth": 0.06},
-    "cuda": {"ops": 0.5, "train": 0.4, "generate": 0.05, "growth": 0.05},
+    "cpu": {"train": 0.45, "ops": 0.11, "generate": 0.07, "startup": 0.04, "curves": 0.09, "scaling": 0.1,
+            "growth": 0.05, "patch": 0.09},
+    "cuda": {"ops": 0.45, "train": 0.35, "generate": 0.05, "growth": 0.05, "patch": 0.1},
     "tiny": {"ops": 1.0},
 }  # fmt: skip
 QUICK = {"train": 0.4, "ops": 0.25, "generate": 0.12, "startup": 0.08, "scaling": 0.08, "growth": 0.07}

@@ -10,6 +10,7 @@ python -m benchmarks.tables --write --faults build/faults.json
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
 from pathlib import Path
@@ -90,12 +91,12 @@ def figures(folder: Path) -> dict[str, dict]:
     """Part or op -> its results of this machine, ops last."""
     files = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
     files.pop(FAULTS, None)
-    parts = ["train", *report.TABLES]
+    parts = list(report.TABLES)
     return {name: files[name] for name in sorted(files, key=lambda n: parts.index(n) if n in parts else len(parts))}
 
 
 def ops_of(files: dict[str, dict]) -> dict[str, dict]:
-    return {name: results for name, results in files.items() if name != "train" and name not in report.TABLES}
+    return {name: results for name, results in files.items() if name not in report.TABLES}
 
 
 def goals() -> str:
@@ -127,8 +128,9 @@ def speeds() -> str:
             continue
         facts = next(iter(files.values()))["machine"]
         parts += [f"## {folder.name}", f"{_where(folder, facts)}. [All figures](../{_page(folder)})"]
-        parts += [report.train_table(each, profile=False) for each in files.get("train", {}).get("workloads", [])]
-        parts += [table(files[name]) for name, table in report.TABLES.items() if name in files]
+        for name, table in report.TABLES.items():
+            short = functools.partial(table, profile=False) if table is report.workloads_table else table
+            parts += [short(files[name])] if name in files else []
         parts += [report.op_summary(ops_of(files))] if ops_of(files) else []
         parts += [f"![{picture.stem} of {folder.name}](../{picture})" for picture in pictures(folder, ("train",))]
     return "\n\n".join(parts)
@@ -156,11 +158,8 @@ def pages() -> dict[Path, str]:
         parts += [EXPLAINED]
         for name, results in files.items():
             parts.append(f"## {name}\n\nMeasured at commit {results['machine']['commit']}.")
-            if name == "train":
-                parts += [report.train_table(workload) for workload in results["workloads"]]
-            else:
-                table = report.TABLES.get(name) or (lambda each: report.op_table(each["rows"]))
-                parts.append(table(results))
+            table = report.TABLES.get(name) or (lambda each: report.op_table(each["rows"]))
+            parts.append(table(results))
         parts += [f"![{path.stem}](../../../{path})" for path in pictures(folder)]
         found[folder / "README.md"] = "\n\n".join(parts) + "\n"
     return found

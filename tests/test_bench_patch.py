@@ -8,7 +8,7 @@ import json
 import pytest
 
 import megakern as mk
-from benchmarks import bench_patch
+from benchmarks import bench_patch, bench_train
 from benchmarks.bench_train import Workload
 
 pytest.importorskip("transformers", reason="what is patched: pip install megakern[dev]")
@@ -17,7 +17,7 @@ TINY = Workload("tiny", dataclasses.replace(mk.presets["tiny-llama"], vocab_mult
 
 @pytest.mark.slow
 def test_patched_beside_unpatched(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(bench_patch.machine, "device_type", lambda: "cpu")
+    monkeypatch.setattr(bench_train.machine, "device_type", lambda: "cpu")
     monkeypatch.setitem(bench_patch.WORKLOADS, "cpu", (TINY,))
     names = ["transformers fp32", "transformers fp32 patched"]
     arguments = ["--only", *names, "--seconds", "1", "--json", str(tmp_path / "patch.json")]

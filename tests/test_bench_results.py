@@ -12,6 +12,7 @@ MACHINE = {"cpu": "A CPU", "gpu": None, "cores": 2, "torch": "2", "python": "3",
 TIMED = {"ms": 10.0, "fastest_ms": 9.0, "slowest_ms": 12.0, "tokens_per_second": 1000.0, "peak_bytes": 5e8}
 PROFILE = {"ms": {"GEMM": 6.0, "idle": 4.0}, "longest": [["aten::mm", 6.0]], "wall_ms": 10.0}
 NAMES = ("plain fp32", "megakern bf16")
+PATCHED = ("transformers fp32", "transformers fp32 patched")
 PRECISIONS = ("fp32", "bf16")
 
 
@@ -34,6 +35,10 @@ def results() -> dict[str, dict]:
             "model": "GPT-2", "prompt": 4, "goals": [held],
             "rows": [{**spoken, "contestant": name} for name in NAMES],
         },
+        "patch": {"workloads": [{
+            "name": "a small Llama", "model": {"layers": 2}, "batch": 3,
+            "rows": [{**TIMED, **own, "contestant": name} for name in PATCHED],
+        }]},
         "startup": {
             "rows": [{"what": "import torch", "seconds": 1.25, "fastest": 1.0, "slowest": 2.0, "goal": 1.0}],
             "imports": [{"module": "sympy", "ms": 300.0}],
@@ -66,12 +71,15 @@ def folder(tmp_path, monkeypatch):
 
 def test_every_kind_of_results_has_tables_and_pictures(folder):
     made = plots.draw(folder)
-    drawn = {"train", "generate", "curves", "scaling", "growth", "ops"}
+    drawn = {"train": "megakern bf16", "patch": "transformers fp32 patched", "generate": "plain fp32",
+             "curves": "megakern fp32", "scaling": "megakern tp = 2", "growth": "rms_norm", "ops": "rope"}  # fmt: skip
     assert {path.name for path in made} == {f"{name}.{ending}" for name in drawn for ending in plots.ENDINGS}
-    assert all(path.stat().st_size > 5000 for path in made)
+    assert all(path.stat().st_size > 5000 for path in made if path.suffix == ".png")
+    assert all(f">{drawn[path.stem]}" in path.read_text() for path in made if path.suffix == ".svg")  # text is text
     (page,) = tables.pages().values()
     short = tables.speeds()
-    for text in ("41.0%", "20.0 (18.0 to 22.0)", "1.25 (1.00 to 2.00)", "1.9000 to 2.1000", "tp = 2", "rms_norm"):
+    shown = ("41.0%", "fp32 patched", "20.0 (18.0 to 22.0)", "1.25 (1.00 to 2.00)", "1.9000 to 2.1000", "tp = 2")
+    for text in (*shown, "rms_norm"):
         assert text in page and text in short, text
     assert "not timed: Megatron-Core bf16: not installed" in page
     assert "aten::mm 6.0" in page and "aten::mm 6.0" not in short  # profiles are for the page
