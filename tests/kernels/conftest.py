@@ -4,7 +4,8 @@ With a GPU, `cuda` and `triton` run there. Without one, `simt` runs here, and Tr
 own with TRITON_INTERPRET=1, because Triton reads that variable when it is imported: `tests/test_triton_interpreter.py`.
 
 A test that takes `backend` runs once for each backend that has the public op which its file names as OP. The mark
-`only("triton")` keeps a test, and a file through `pytestmark`, to the backend whose inner parts it looks at.
+`only("triton")` keeps a test, a parameter, and a file through `pytestmark`, to the backend whose inner parts it looks
+at.
 """
 
 from __future__ import annotations
@@ -45,12 +46,16 @@ def pytest_generate_tests(metafunc):
 
 def pytest_collection_modifyitems(config, items):
     """Leave out the tests that belong to no backend of this machine, instead of listing them as skipped."""
-    here = [item for item in items if item.path.parent.name == "kernels"]
-    for item in here:
-        only = item.get_closest_marker("only")
-        empty = any(mark.name == "skip" for mark in item.own_markers) and "backend" in item.fixturenames
-        if empty or (only and not set(only.args) & set(_backends(config))):
-            items.remove(item)
+    items[:] = [item for item in items if item.path.parent.name != "kernels" or _belongs(item, _backends(config))]
+
+
+def _belongs(item, here: list[str]) -> bool:
+    if "backend" in item.fixturenames:
+        parameters = item.callspec.params
+        if "backend" not in parameters:  # none of its backends is here
+            return False
+        here = [parameters["backend"]]
+    return all(set(mark.args) & set(here) for mark in item.iter_markers("only"))
 
 
 @pytest.fixture(scope="session")

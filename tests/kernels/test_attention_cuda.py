@@ -24,7 +24,7 @@ pytestmark = pytest.mark.only("cuda", "simt")
 
 @pytest.fixture(autouse=True)
 def not_decoding(monkeypatch):
-    """Few queries too: their own kernel has tests in test_attention_decode.py."""
+    """Few queries too: their own kernel has tests in test_paged_attention.py."""
     monkeypatch.setattr(launchers, "decodes", lambda *sizes: False)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import megakern as mk
+from megakern.kernels.cuda import attention_decode as launchers
 from megakern.kernels.triton import configs
 from megakern.ops.attention import attention
 from megakern.ops.attention_reference import attention_reference
@@ -16,8 +17,13 @@ from tests.kernels.inputs import draw, fenced
 from tests.paging import dense, paged
 
 OP = "paged_attention"
-pytestmark = pytest.mark.only("triton")  # the C++ kernels have no fp32: test_attention_decode.py
-DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
+TRITON, CPP = pytest.mark.only("triton"), pytest.mark.only("cuda", "simt")
+# The C++ kernels have no fp32. Triton's interpreter cannot multiply bf16.
+DTYPES = [
+    pytest.param(torch.float32, marks=TRITON),
+    torch.float16,
+    pytest.param(torch.bfloat16, marks=[CPP] if INTERPRETED else []),
+]
 LENGTHS = [70, 33, 0]
 OPTIONS = [
     {},
@@ -31,7 +37,8 @@ OPTIONS = [
 @pytest.fixture(params=[1, 5], ids=["whole", "split"])
 def pieces(request, monkeypatch):
     """Keys in one piece, and in five, the last of which have none."""
-    monkeypatch.setattr(configs, "key_splits", lambda *sizes: request.param)
+    for module in (configs, launchers):
+        monkeypatch.setattr(module, "key_splits", lambda *sizes: request.param)
 
 
 def make(T, G, D, dtype, device, S=70):
@@ -49,7 +56,7 @@ def check(results, q, k, v, lengths, **options):
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("page_size", [4, 128])
+@pytest.mark.parametrize("page_size", [pytest.param(1, marks=CPP), 4, 128])
 def test_pages(options, page_size, pieces, backend, device):
     """Pages smaller than a block of keys, and larger. Whatever is not a key of the sequence is NaN."""
     q, k, v = make(2, 2, 16, torch.float16, device)
@@ -57,40 +64,77 @@ def test_pages(options, page_size, pieces, backend, device):
           q, k, v, LENGTHS, **options)  # fmt: skip
 
 
-# One row, several blocks of rows of a group, a head dim that is no power of two, the largest.
+# One row, several blocks of rows of a group, head dims below, at and above the tiles, one that is no power of two, the
+# largest; 300 keys: several rounds of the stages.
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("T, G, D", [(1, 1, 16), (1, 8, 40), (17, 4, 8), (3, 1, 256)])
-def test_shapes(T, G, D, dtype, pieces, backend, device):
-    q, k, v = make(T, G, D, dtype, device)
-    check(paged_attention(q, *paged(k, v, LENGTHS, 16), return_lse=True, backend=backend), q, k, v, LENGTHS)
+@pytest.mark.parametrize("T, G, D, S", [
+    (1, 8, 40, 70),
+    *(pytest.param(*sizes, marks=TRITON) for sizes in ((1, 1, 16, 70), (17, 4, 8, 70), (3, 1, 256, 70))),
+    *(pytest.param(*sizes, marks=CPP) for sizes in (
+        (1, 1, 64, 70), (16, 4, 8, 300), (3, 1, 256, 300), (1, 16, 128, 300), (5, 3, 192, 300), (2, 8, 96, 300),
+        (1, 2, 64, 700),
+    )),
+])  # fmt: skip
+def test_shapes(T, G, D, S, dtype, pieces, backend, device):
+    q, k, v = make(T, G, D, dtype, device, S=S)
+    lengths = [S, S // 2 + 1, 0]
+    check(paged_attention(q, *paged(k, v, lengths, 16), return_lse=True, backend=backend), q, k, v, lengths)
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_few_rows_over_dense_keys(options, pieces, backend, device):
+@pytest.mark.parametrize(
+    "D, dtype", [pytest.param(20, torch.float32, marks=TRITON), pytest.param(24, torch.bfloat16, marks=CPP)]
+)
+def test_few_rows_over_dense_keys(options, D, dtype, pieces, backend, device):
     """mk.attention takes the same kernels; here between NaN, and with a slope for each head and sample."""
-    q, k, v = make(3, 2, 20, torch.float32, device)
+    q, k, v = make(3, 2, D, dtype, device)
     slopes = draw(3, 4, device=device, seed=7, scale=0.3)
-    results = attention(q, fenced(k), fenced(v), alibi_slopes=slopes, return_lse=True, backend=backend, **options)
+    k, v = (fenced(x, before=16, after=8 if D % 8 == 0 else 13) for x in (k, v))  # C++: rows of multiples of 16 bytes
+    results = attention(q, k, v, alibi_slopes=slopes, return_lse=True, backend=backend, **options)
     check(results, q, k, v, [70] * 3, alibi_slopes=slopes, **options)
 
 
-def test_gradients_after_a_split_forward_pass(pieces, backend, device):
-    leaves = [[x.clone().requires_grad_() for x in make(3, 2, 16, torch.float32, device)] for _ in range(2)]
+@pytest.mark.only("cuda", "simt")
+def test_a_cache_of_odd_strides_is_copied(pieces, backend, device):
+    q, k, v = make(1, 2, 16, torch.bfloat16, device)
+    expected = attention(q, k, v, backend=backend)
+    odd = [torch.empty(*x.shape[:-1], 19, dtype=x.dtype, device=device)[..., 1:17].copy_(x) for x in (q, k, v)]
+    assert torch.equal(attention(*odd, backend=backend), expected)
+
+
+@pytest.mark.parametrize(
+    "dtype, rtol, atol",
+    [
+        pytest.param(torch.float32, 1e-4, 1e-5, marks=TRITON),
+        pytest.param(torch.bfloat16, 2e-2, 2e-2, marks=CPP),
+    ],
+)
+def test_gradients_after_a_split_forward_pass(dtype, rtol, atol, pieces, backend, device):
+    leaves = [[x.clone().requires_grad_() for x in make(3, 2, 16, dtype, device)] for _ in range(2)]
     attention(*leaves[0], backend=backend).sum().backward()
     attention(*leaves[1], backend="torch").sum().backward()
     for ours, theirs in zip(*leaves, strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=rtol, atol=atol)
 
 
 def test_repeats_are_bit_identical(pieces, backend, device):
-    q, k, v = make(1, 4, 16, torch.float16, device)
+    q, k, v = make(1, 4, 64, torch.float16, device)
     given = paged(k, v, LENGTHS, 16)
     first, second = (paged_attention(q, *given, return_lse=True, backend=backend) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.only("cuda", "simt")
+def test_no_sample(backend, device):
+    q = make(1, 2, 16, torch.bfloat16, device)[0][:0]
+    table = torch.zeros(0, 3, dtype=torch.int32, device=device)
+    pages = torch.zeros(2, 4, 2, 16, dtype=torch.bfloat16, device=device)
+    out, lse = paged_attention(q, pages, pages, table, table[:, 0], return_lse=True, backend=backend)
+    assert out.shape == (0, 1, 4, 16) and lse.shape == (0, 4, 1)
+
+
 def test_opcheck_and_compile(backend, device, unguarded):
-    q, k, v = make(1, 2, 16, torch.float32, device)
+    q, k, v = make(1, 2, 16, torch.float16, device)
     given = paged(k, v, LENGTHS, 16)
     torch.library.opcheck(
         torch.ops.megakern.paged_attention.default, (q, *given, None, [4, 0], 0.3, 2.0, backend),
@@ -101,11 +145,29 @@ def test_opcheck_and_compile(backend, device, unguarded):
 
 
 def test_pieces_fill_the_machine_and_repeat_anywhere(backend, device):
-    config = configs.attention_decode(8, 128, torch.bfloat16)
-    assert configs.key_splits(256, 8192, config) == 1, "one for each place is enough"
-    assert configs.key_splits(8, 8192, config) == 29 and configs.key_splits(1, 100, config) == 1
-    assert configs.key_splits(0, 100, config) == 1
+    """Their number is a function of the sizes alone, never of the GPU that is there."""
+    last, said = 128, "keys split over blocks"
+    splits = launchers.key_splits
+    if backend == "triton":
+        last = configs.attention_decode(8, 128, torch.bfloat16)
+        splits, said = configs.key_splits, f"decode '{last.name}'"
+    assert splits(256, 8192, last) == 1, "one for each place is enough"
+    assert splits(8, 8192, last) == 29 and splits(1, 100, last) == 1
+    assert backend != "triton" or splits(0, 100, last) == 1  # the C++ launcher has returned by then
     q, k, v = make(1, 8, 128, torch.float16, device)
     for explained in (mk.explain(paged_attention, q, *paged(k, v, LENGTHS, 16), backend=backend),
                       mk.explain(attention, q, k, v, backend=backend)):  # fmt: skip
-        assert f"decode '{config.name}'" in str(explained)
+        assert said in str(explained)
+
+
+@pytest.mark.only("cuda", "simt")
+@pytest.mark.parametrize(
+    "T, G, D, dtype, reason",
+    [(17, 4, 64, torch.float16, "up to 64 rows .* got 68"),
+     (1, 1, 20, torch.float16, "multiples of 8 up to 256, got 20"),
+     (1, 1, 64, torch.float32, "bfloat16, float16, not torch.float32")],
+)  # fmt: skip
+def test_what_it_refuses(T, G, D, dtype, reason, backend, device):
+    q, k, v = make(T, G, D, dtype, device)
+    with pytest.raises(ValueError, match=reason):
+        paged_attention(q, *paged(k, v, LENGTHS, 16), backend=backend)
