@@ -2,6 +2,7 @@
 #pragma once
 
 #include "api.h"
+#include "cubics.h"
 #include "simd.h"
 
 namespace megakern {
@@ -41,7 +42,9 @@ constexpr float kCubic = 0.044715f;
 
 template <int kind, Accuracy accuracy>
 MEGAKERN_INLINE Vec activate(Vec x) {
-  if constexpr (kind == kGelu) {
+  if constexpr (accuracy == kFast && (kind == kGelu || kind == kGeluTanh)) {
+    return _mm512_mul_ps(x, from_cubics<kind, false>(x));
+  } else if constexpr (kind == kGelu) {
     return _mm512_mul_ps(x, normal<accuracy>(x).cdf);
   } else if constexpr (kind == kGeluTanh) {
     const Vec x2 = _mm512_mul_ps(x, x);
@@ -59,7 +62,9 @@ MEGAKERN_INLINE Vec activate(Vec x) {
 
 template <int kind, Accuracy accuracy>
 MEGAKERN_INLINE Vec derivative(Vec x) {
-  if constexpr (kind == kGelu) {
+  if constexpr (accuracy == kFast && (kind == kGelu || kind == kGeluTanh)) {
+    return from_cubics<kind, true>(x);
+  } else if constexpr (kind == kGelu) {
     const Normal n = normal<accuracy>(x);  // Phi(x) + x phi(x)
     return fma(_mm512_mul_ps(x, n.exp_half), set1(0.39894228f), n.cdf);
   } else if constexpr (kind == kGeluTanh) {

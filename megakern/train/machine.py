@@ -82,14 +82,36 @@ def peak_memory(device: torch.device) -> int:
 
 
 def keep_freed_memory() -> bool:
-    """Make glibc's malloc keep large freed blocks, instead of giving each back to the kernel and faulting it in again.
+    """Make glibc's malloc keep large freed blocks, instead of giving each back to the kernel and faulting it in again,
+    and take them from a heap of huge pages, where the kernel has those.
 
-    A training step frees and allocates the same activations each time. Measured on a 6-layer, 384-wide GPT, fp32, two
-    cores: 1.2x tokens/s. Returns False where the C library is not glibc (nothing changes there).
+    A training step frees and allocates the same activations each time. Measured on a 6-layer, 384-wide GPT, two cores:
+    kept blocks 1.2x tokens/s in fp32; huge pages 1.09x in bf16, whose passes over 28 MB go beyond what a TLB reaches in
+    pages of 4 KiB. Returns False where the C library is not glibc (nothing changes there).
     """
     if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
         return False
     trim_threshold, top_pad, mmap_max = -1, -2, -4  # malloc.h: M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX
-    libc = ctypes.CDLL(None)
-    settings = ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 64 << 20))
-    return all(libc.mallopt(name, value) == 1 for name, value in settings)
+    libc = ctypes.CDLL(None, use_errno=True)
+    settings = ((mmap_max, 0), (trim_threshold, -1), (top_pad, 64 << 20))  # -1: freed memory at its top stays
+    kept = all(libc.mallopt(name, value) == 1 for name, value in settings)
+    if kept and resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        _extend_heap_in_huge_pages(libc, min(8 << 30, memory // 4))
+    return kept
+
+
+def _extend_heap_in_huge_pages(libc: ctypes.CDLL, size: int) -> None:
+    """Extend malloc's heap by `size` bytes of addresses, for which the kernel shall take huge pages once they are used.
+
+    They are a wish: where the kernel has none, or no room for so many addresses, all stays as it was.
+    """
+    huge_page, advice = 2 << 20, 14  # MADV_HUGEPAGE
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.restype, libc.free.argtypes = None, [ctypes.c_void_p]
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    block = libc.malloc(size)
+    if block:
+        first = -(-block // huge_page) * huge_page
+        libc.madvise(first, (block + size - first) // huge_page * huge_page, advice)
+        libc.free(block)
