@@ -20,7 +20,7 @@ from benchmarks.timing import profiled
 
 # The first that matches the name of a kernel or op counts.
 KINDS = (
-    ("communication", r"nccl|gloo|c10d|all_?reduce|all_?gather|reduce_?scatter|broadcast_(?!tensors)"),
+    ("communication", r"nccl|gloo|c10d|^shared memory|all_?reduce|all_?gather|reduce_?scatter|broadcast_(?!tensors)"),
     ("optimizer", r"adam|_foreach|multi_tensor|vector_norm|grad_?norm|norm_squares|clip"),
     ("loss", r"cross_entropy|nll_loss|log_softmax"),
     ("attention", r"attention|attn|flash|fmha|sdpa|softmax"),

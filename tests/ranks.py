@@ -49,6 +49,17 @@ def _forget_meshes() -> None:
     _clear_sharding_prop_cache()
 
 
+def through_gloo(group) -> None:
+    """Collectives of ours over this new group go through gloo from here on, for tests that count torch's own."""
+    from megakern.parallel import shared
+
+    os.environ["MEGAKERN_SHARED_MEMORY"] = "0"
+    try:
+        assert str(shared.transport(group)).startswith("gloo: MEGAKERN_SHARED_MEMORY=0")
+    finally:
+        del os.environ["MEGAKERN_SHARED_MEMORY"]
+
+
 class RankPool:
     """`run(function, size, *arguments)` -> [the result of each rank]. `function` is a module-level function."""
 

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "megakern"
 # A package may import those to its right of the arrow, and itself. `config` and `parallel` are leaves.
 MAY_IMPORT = {
     "config": set(),
-    "parallel": set(),
+    "parallel": {"_cpu"},  # compiled; collectives through shared memory
     "kernels": {"_cpu", "_C", "_simt", "parallel"},  # compiled; a kernel that is split over ranks holds collectives
     "ops": {"kernels", "parallel"},
     "layers": {"ops", "parallel", "config"},

@@ -14,6 +14,7 @@ import megakern as mk
 from megakern.config import ConfigError, GPTConfig
 from megakern.layers.dropout import DropoutKey
 from megakern.layers.parameter import Normal, add_parameter, initialize
+from tests.ranks import through_gloo
 
 K, N, C, HEADS, GROUPS, D = 24, 40, 32, 8, 4, 4
 VOCAB, MULTIPLE = 50, 16  # padded to 64: with four ranks the last owns 2 real rows and 14 of padding
@@ -195,7 +196,9 @@ def test_values_depend_on_name_and_seed_alone():
 def count_all_reduces(values: dict) -> tuple[list, list]:
     """Sizes of every all-reduce of a block, forward and backward."""
     config = GPTConfig(width=C, heads=HEADS, layers=1, **values)
-    block = mk.TransformerBlock(config, 0, mk.ParallelContext.create(tp=2))
+    context = mk.ParallelContext.create(tp=2)
+    through_gloo(context.tp_group)
+    block = mk.TransformerBlock(config, 0, context)
     sizes, original = [], dist.all_reduce
     dist.all_reduce = lambda tensor, *rest, **more: (sizes.append(tensor.numel()), original(tensor, *rest, **more))[1]
     try:

@@ -13,6 +13,7 @@ import megakern as mk
 from megakern.layers import parallel_linear
 from megakern.layers.dropout import DropoutKey
 from megakern.parallel import collectives, context, overlap
+from tests.ranks import through_gloo
 
 B, T, C = 2, 20, 32  # ten tokens a rank make pieces of 3, 3, 3 and 1
 
@@ -60,6 +61,7 @@ def block_results(values: dict, choices: dict, fused: bool = False) -> tuple[lis
     try:
         torch.manual_seed(3)
         parallel = mk.ParallelContext.create(tp=2, sequence_parallel=True, **choices)
+        through_gloo(parallel.tp_group)
         block = mk.TransformerBlock(config, 0, parallel, dtype=torch.float64)
         whole = torch.randn(B, T, C, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         x = collectives.scatter_sequence(whole, parallel.tp_group).requires_grad_()

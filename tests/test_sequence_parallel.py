@@ -16,6 +16,7 @@ import megakern as mk
 from megakern.layers.block import TransformerBlock
 from megakern.layers.dropout import DropoutKey
 from megakern.parallel import collectives
+from tests.ranks import through_gloo
 
 STEPS, B, T = 10, 4, 16  # ten steps: an error of a mask or a sum would have grown
 SMALL = {"width": 32, "heads": 8, "layers": 2, "vocab_size": 60, "vocab_multiple": 32, "sequence_length": T}
@@ -168,7 +169,9 @@ def traffic(values: dict, recompute: str) -> list[list[tuple[str, int]]]:
     """-> (collective, bytes of the whole tensor), in order: forward, backward, finish_gradients of a block in bf16."""
     config = mk.GPTConfig(width=32, heads=8, layers=1, **values)
     modules = frozenset() if recompute == "none" else frozenset(recompute.split())
-    block = TransformerBlock(config, 0, context_of(2), recompute=modules)
+    context = context_of(2)
+    through_gloo(context.tp_group)
+    block = TransformerBlock(config, 0, context, recompute=modules)
     seen: list[tuple[str, int]] = []
 
     def watched(name: str, function):

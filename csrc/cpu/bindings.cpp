@@ -4,6 +4,7 @@
 
 #include "api.h"
 #include "attention.h"
+#include "shared.h"
 
 namespace py = pybind11;
 using unlocked = py::call_guard<py::gil_scoped_release>;
@@ -53,4 +54,11 @@ PYBIND11_MODULE(_cpu, m) {
   py::class_<AttentionBackward>(m, "AttentionBackward", py::module_local())
       .def(py::init([](Input dout, Input q, Input k, Input v, Input out, Address lse, Address dq, Address dk,
                        Address dv) { return AttentionBackward{dout, q, k, v, out, lse, dq, dk, dv}; }));
+#if defined(__linux__)
+  py::class_<SharedChannel>(m, "SharedChannel", py::module_local())
+      .def(py::init<int, int, int, int, int64_t, int64_t>(), "Of an open file, which it closes.")
+      .def_static("bytes", &SharedChannel::bytes, "How large the file must be.")
+      .def("start", &SharedChannel::start, unlocked(), "Begins a collective, and returns its number.")
+      .def("finish", &SharedChannel::finish, unlocked(), "Goes on with it, and returns how it stands.");
+#endif
 }

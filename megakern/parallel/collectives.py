@@ -22,23 +22,55 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Replicate
 
-from megakern.parallel import trace
+from megakern.parallel import shared, trace
 
 
 def all_reduce(x: torch.Tensor, group: dist.ProcessGroup | None, op=dist.ReduceOp.SUM) -> torch.Tensor:
     """The reduced tensor, out of place, outside the graph."""
     if group is None:
         return x
+    if (channel := _channel(x, group, op)) is not None:
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        trace.collective("all_reduce", out, group)
+        channel.finish(channel.start_all_reduce(x, out, reduction=_REDUCTIONS[op], ahead=0))
+        return out
     out = x.clone(memory_format=torch.contiguous_format)
     trace.collective("all_reduce", out, group)
     dist.all_reduce(out, op=op, group=group)
     return out
 
 
+def all_reduce_in_place(x: torch.Tensor, group: dist.ProcessGroup, op=dist.ReduceOp.SUM) -> None:
+    """x, contiguous, becomes the reduced tensor, outside the graph."""
+    channel = _channel(x, group, op)
+    trace.collective("all_reduce", x, group)
+    if channel is not None:
+        channel.finish(channel.start_all_reduce(x, x, reduction=_REDUCTIONS[op], ahead=0))
+    else:
+        dist.all_reduce(x, op=op, group=group)
+
+
+_REDUCTIONS = {dist.ReduceOp.SUM: shared.SUM, dist.ReduceOp.MAX: shared.MAX}
+
+
+def _channel(x: torch.Tensor, group: dist.ProcessGroup, op=dist.ReduceOp.SUM) -> shared.Channel | None:
+    """What can reduce `x` through shared memory, or None."""
+    if torch.compiler.is_compiling() or x.dtype not in shared.REDUCED or op not in _REDUCTIONS:
+        return None
+    return shared.channel_for(x, group)
+
+
 def all_gather_last(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
     """(..., N/R) of each rank -> (..., N), outside the graph."""
     if group is None:
         return x
+    if (channel := shared.channel_for(x, group)) is not None:
+        x = x.contiguous()
+        out = x.new_empty((*x.shape[:-1], x.shape[-1] * group.size()))
+        trace.collective("all_gather", x, group)
+        channel.finish(channel.start_all_gather(x, out, x.shape[-1], ahead=0))
+        return out
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(group.size())]
     trace.collective("all_gather", x, group)
     dist.all_gather(parts, x.contiguous(), group=group)
@@ -70,35 +102,57 @@ def tokens_each(tokens: int, group: dist.ProcessGroup) -> int:
 class Pending:
     """A collective that runs while the caller computes. `wait()` gives its result; the stream waits, not the CPU."""
 
-    def __init__(self, work: dist.Work | None, result: torch.Tensor, arrange: Callable | None = None):
-        self._work, self._result, self._arrange = work, result, arrange
+    def __init__(self, wait: Callable[[], torch.Tensor]):
+        self._wait = wait
 
     def wait(self) -> torch.Tensor:
-        self._work.wait()
-        return self._result if self._arrange is None else self._arrange(self._result)
+        return self._wait()
+
+    @classmethod
+    def of_torch(cls, work: dist.Work, result: torch.Tensor, arrange: Callable = lambda result: result) -> Pending:
+        return cls(lambda: (work.wait(), arrange(result))[1])
+
+    @classmethod
+    def of_channel(cls, channel: shared.Channel, number: int, result: torch.Tensor, x: torch.Tensor) -> Pending:
+        """x: what is read meanwhile, kept until then."""
+        return cls(lambda: (channel.finish(number), result, x)[1])
 
 
 def start_all_reduce(x: torch.Tensor, group: dist.ProcessGroup) -> Pending:
     """The sum over the ranks, written into `x`, which must be contiguous and the caller's own."""
+    channel = _channel(x, group)
     trace.collective("all_reduce", x, group)
-    return Pending(dist.all_reduce(x, group=group, async_op=True), x)
+    if channel is not None:
+        return Pending.of_channel(channel, channel.start_all_reduce(x, x), x, x)
+    return Pending.of_torch(dist.all_reduce(x, group=group, async_op=True), x)
 
 
 def start_gather_sequence(x: torch.Tensor, group: dist.ProcessGroup) -> Pending:
     """(..., T/R, C) of each rank -> (..., T, C)."""
-    parts = x.new_empty((group.size(), *x.shape))
+    channel = shared.channel_for(x, group)
     trace.collective("all_gather", x, group)
+    if channel is not None:
+        x = x.contiguous()
+        out = x.new_empty((*x.shape[:-2], x.shape[-2] * group.size(), x.shape[-1]))
+        return Pending.of_channel(channel, channel.start_all_gather(x, out, x.shape[-2] * x.shape[-1]), out, x)
+    parts = x.new_empty((group.size(), *x.shape))
     work = _all_gather_single(parts.flatten(0, 1), x.contiguous(), group=group, async_op=True)
-    return Pending(work, parts, lambda parts: parts.movedim(0, -3).flatten(-3, -2))
+    return Pending.of_torch(work, parts, lambda parts: parts.movedim(0, -3).flatten(-3, -2))
 
 
 def start_reduce_scatter_sequence(x: torch.Tensor, group: dist.ProcessGroup) -> Pending:
     """The ranks' partial (..., T, C) -> this rank's tokens of their sum, (..., T/R, C)."""
     own = tokens_each(x.shape[-2], group)
+    channel = _channel(x, group)
+    trace.collective("reduce_scatter", x, group)
+    if channel is not None:
+        x = x.contiguous()
+        out = x.new_empty((*x.shape[:-2], own, x.shape[-1]))
+        return Pending.of_channel(channel, channel.start_reduce_scatter(x, out, own * x.shape[-1]), out, x)
     parts = x.unflatten(-2, (group.size(), own)).movedim(-3, 0).contiguous()
     out = torch.empty_like(parts[0])
-    trace.collective("reduce_scatter", x, group)
-    return Pending(_reduce_scatter_single(out, parts.flatten(0, 1), group=group, async_op=True), out)
+    work = _reduce_scatter_single(out, parts.flatten(0, 1), group=group, async_op=True)
+    return Pending.of_torch(work, out)
 
 
 class _CopyTo(torch.autograd.Function):
@@ -233,8 +287,7 @@ def finish_gradients(params: torch.Tensor | Iterable[torch.Tensor]) -> None:
     for (mesh, dim, _), members in batches.items():
         locals_ = [param.grad.to_local() for param in members]
         flat = torch.cat([grad.reshape(-1) for grad in locals_])
-        trace.collective("all_reduce", flat, mesh.get_group(dim))
-        dist.all_reduce(flat, group=mesh.get_group(dim))
+        all_reduce_in_place(flat, mesh.get_group(dim))
         for param, grad, total in zip(members, locals_, flat.split([g.numel() for g in locals_]), strict=True):
             grad.copy_(total.view_as(grad))
             placements = list(param.grad.placements)
