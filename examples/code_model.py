@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from examples.shared import ROOT, arguments, megakern, write_lines
+from examples.shared import ROOT, arguments, megakern, train, write_lines
 
 PACKAGES = ("json", "email", "http", "logging", "unittest", "xml", "importlib", "concurrent", "asyncio", "idlelib")
 LONGEST = 700  # characters of a function
@@ -77,14 +77,7 @@ def main() -> None:
         how = ["--tokenizer", base / "tokenizer.json", "--longest", 257, "--too-long", "skip"]
         megakern("prepare", "--chat", lines, "--out", out / "data", *how)
     megakern("eval", base, "--data", out / "data")
-    run = out / "run"
-    if (run / "config.toml").exists():
-        megakern("train", "--resume", run)
-    else:
-        steps = ["--train.steps", 4, "--train.precision", "fp32"] if options.short else []
-        layout = ["--nproc", options.nproc, "--parallel.tp", options.nproc]
-        tune = Path(__file__).with_name("code_model_tune.toml")
-        megakern("train", tune, "--out", run, *layout, "--data.path", out / "data", "--train.init_from", base, *steps)
+    run = train(options, Path(__file__).with_name("code_model_tune.toml"), "--train.init_from", base)
     megakern("eval", run)
     print(f"\nsay the head of a function: megakern chat {run}")
 

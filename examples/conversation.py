@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from examples.shared import arguments, megakern, train, write_lines
+from examples.shared import arguments, learn, write_lines
 
 SYLLABLES = ("ka", "lo", "mi", "ren", "sa", "tov", "ula", "ze", "bri", "dan", "fe", "gus")
 NAMES = [(a + b).capitalize() for a in SYLLABLES[:8] for b in SYLLABLES[4:]]
@@ -61,12 +61,7 @@ def main() -> None:
     draw = random.Random(1)
     count = 300 if options.short else 6000
     lines = write_lines(options.out / "talk.jsonl", (dialogue(draw) for _ in range(count)))
-    if not (options.out / "data/manifest.json").exists():
-        how = ["--vocab-size", 400, "--longest", 193, "--validation", 0.05]
-        megakern("prepare", "--chat", lines, "--out", options.out / "data", *how)
-    short = ["--train.steps", 4, "--train.save_every", 0, "--train.precision", "fp32"] if options.short else []
-    run = train(options.out, Path(__file__).with_suffix(".toml"), *short, nproc=options.nproc)
-    megakern("eval", run, "--answers", 20 if options.short else 600)
+    run = learn(options, lines, Path(__file__).with_suffix(".toml"), longest=193, answers=600)
     print(f"\ntell it your name, talk of the rain, and ask: megakern chat {run}")
 
 

@@ -37,14 +37,25 @@ def megakern(*words: object) -> str:
     return "".join(shown)
 
 
-def train(out: Path, config: Path, *settings: object, nproc: int = 1) -> Path:
+def train(options: argparse.Namespace, config: Path, *settings: object) -> Path:
     """OUT/run, trained on OUT/data; a run that is there already goes on."""
-    run = out / "run"
+    run = options.out / "run"
     if (run / "config.toml").exists():
         megakern("train", "--resume", run)
         return run
-    layout = ["--nproc", nproc, "--parallel.tp", nproc]
-    megakern("train", config, "--out", run, *layout, "--data.path", out / "data", *settings)
+    layout = ["--nproc", options.nproc, "--parallel.tp", options.nproc, "--data.path", options.out / "data"]
+    short = ["--train.steps", 4, "--train.save_every", 0, "--train.precision", "fp32"] if options.short else []
+    megakern("train", config, "--out", run, *layout, *settings, *short)
+    return run
+
+
+def learn(options: argparse.Namespace, lines: Path, config: Path, *, longest: int, answers: int) -> Path:
+    """A model of conversations: a vocabulary of 400, nothing above `longest` tokens, and `answers` of them judged."""
+    if not (options.out / "data/manifest.json").exists():
+        how = ["--vocab-size", 400, "--longest", longest, "--validation", 0.05]
+        megakern("prepare", "--chat", lines, "--out", options.out / "data", *how)
+    run = train(options, config)
+    megakern("eval", run, "--answers", 20 if options.short else answers)
     return run
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from examples.shared import arguments, megakern, train, write_lines
+from examples.shared import arguments, learn, write_lines
 
 NOUNS = {
     "dog": "kal", "cat": "miru", "bird": "tesh", "king": "orun", "child": "pavi", "tree": "dolm",
@@ -60,12 +60,7 @@ def main() -> None:
     draw = random.Random(1)
     pairs = dict(sentence(draw) for _ in range(200 if options.short else 8000))
     lines = write_lines(options.out / "pairs.jsonl", ({"prompt": a, "response": b} for a, b in pairs.items()))
-    if not (options.out / "data/manifest.json").exists():
-        how = ["--vocab-size", 400, "--longest", 65, "--validation", 0.05]
-        megakern("prepare", "--chat", lines, "--out", options.out / "data", *how)
-    short = ["--train.steps", 4, "--train.save_every", 0, "--train.precision", "fp32"] if options.short else []
-    run = train(options.out, Path(__file__).with_suffix(".toml"), *short, nproc=options.nproc)
-    megakern("eval", run, "--answers", 20 if options.short else 300)
+    run = learn(options, lines, Path(__file__).with_suffix(".toml"), longest=65, answers=300)
     print(f"\nit translates to Veshi: megakern chat {run}")
 
 

@@ -17,7 +17,10 @@ from megakern.train import machine
 from megakern.train.metrics import quantity
 from megakern.train.plot import have_matplotlib
 
-PACKAGES = ("torch", "triton", "numpy", "safetensors", "tokenizers", "tqdm", "dacite", "matplotlib", "transformers")
+PACKAGES = (
+    "torch", "triton", "numpy", "safetensors", "tokenizers", "tqdm", "dacite", "jinja2", "matplotlib", "fastapi",
+    "uvicorn", "transformers", "lm-eval",
+)  # fmt: skip
 
 
 def report() -> str:

@@ -34,8 +34,8 @@ from megakern.train.build import fill_model, make_model, make_optimizer, start_m
 from megakern.train.config import RunConfig
 from megakern.train.machine import DTYPES
 
-_RECOUNT = 1 << 20
-"""Bytes of an allocation above which the peak is looked at: small ones in between change it by less than 1 %."""
+_RECOUNT = 256
+"""What lives is counted anew when more than a part in this many of the peak was allocated since."""
 
 
 class AllocationCounter(TorchDispatchMode):
@@ -44,6 +44,7 @@ class AllocationCounter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.peak = 0
+        self._grown = 0
         self._paused = False
         self._storages: dict[int, weakref.ref] = {}
 
@@ -58,20 +59,18 @@ class AllocationCounter(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if self._paused:
             return out
-        large = False
         for tensor in tree_leaves(out):
             if isinstance(tensor, FakeTensor):
-                large |= self._note(tensor.untyped_storage())
-        if large:
-            self.peak = max(self.peak, self.live())
+                self._note(tensor.untyped_storage())
+        if self._grown * _RECOUNT > self.peak:
+            self.peak, self._grown = max(self.peak, self.live()), 0
         return out
 
-    def _note(self, storage: torch.UntypedStorage) -> bool:
+    def _note(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
-        if key in self._storages:
-            return False
-        self._storages[key] = weakref.ref(storage, lambda _: self._storages.pop(key, None))
-        return storage.nbytes() >= _RECOUNT
+        if key not in self._storages:
+            self._storages[key] = weakref.ref(storage, lambda _: self._storages.pop(key, None))
+            self._grown += storage.nbytes()
 
     def __enter__(self) -> AllocationCounter:
         # DTensor finds the shape of a result by running the op on whole tensors. Without a simulation it has a fake
@@ -117,7 +116,8 @@ class Plan:
     def describe(self) -> str:
         model, parallel, train = self.config.model, self.config.parallel, self.config.train
         more = ", sequence parallel" if parallel.sequence_parallel else ""
-        rows = train.rows(parallel.dp)
+        rows, ranks = train.rows(parallel.dp), parallel.tp * parallel.dp
+        count = f"{self.parameters / 1e9:.3f} B" if self.parameters >= 1e9 else f"{self.parameters / 1e6:.3f} M"
         sizes = [
             ("weights", self.weights, "this rank's shard, between steps"),
             ("gathered weights", self.gathered, f"of the other dp ranks, after forward (zero {parallel.zero})"),
@@ -129,7 +129,7 @@ class Plan:
             ("checkpoint", self.written, "that this rank writes"),
         ]
         lines = [
-            f"{self.parameters / 1e9:.3f} B parameters on {parallel.tp * parallel.dp} processes: tp {parallel.tp} x "
+            f"{count} parameters on {ranks} {'process' if ranks == 1 else 'processes'}: tp {parallel.tp} x "
             f"dp {parallel.dp}{more}",
             f"a step: {train.batch} sequences of {model.sequence_length} tokens, {rows} in one pass of a dp rank, "
             f"{train.precision}",

@@ -7,6 +7,9 @@ import os
 import re
 import shutil
 import struct
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from megakern.cli import main
 from megakern.config import ConfigError
-from megakern.convert import proof
+from megakern.convert import proof, run
 from megakern.convert.run import convert
 from megakern.model.hf.names import Rule
 from megakern.train.files import Files
@@ -24,6 +27,7 @@ from megakern.train.manifest import CheckpointError
 from tests import hf_models
 from tests.hf_models import edit
 
+ROOT = Path(__file__).resolve().parent.parent
 INDEX = "model.safetensors.index.json"
 NORM, UP = "model.layers.1.input_layernorm.weight", "model.layers.0.mlp.up_proj.weight"
 
@@ -437,3 +441,29 @@ def test_without_transformers_the_tensors_are_still_compared(one, monkeypatch, w
 def test_no_proof_is_only_by_name(one, without_fsync, capsys):
     assert main(["convert", str(one), "--out", str(one.parent / "run"), "--no-proof"]) == 0
     assert re.search(r"proof +none, as asked for", capsys.readouterr().out)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from megakern.convert.run import convert
+from megakern.train.files import Files
+
+class Dying(Files):
+    def rename(self, *paths):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+convert(Path(sys.argv[1]), Path(sys.argv[2]), proof=False, files=Dying())
+"""
+
+
+def test_what_a_killed_conversion_left_goes_with_the_next(one, without_fsync):
+    out = one.parent / "out"
+    died = subprocess.run([sys.executable, "-c", KILLED, str(one), str(out)], cwd=ROOT)
+    (left,) = one.parent.glob("out.tmp-*")
+    assert died.returncode == -9 and not out.exists()
+    living, other = one.parent / "out.tmp-0123abcd", one.parent / "out.tmp-notours"
+    living.mkdir(), other.mkdir()
+    with run._locked(living):  # as another process does that writes there now
+        convert(one, out, proof=False)
+    assert out.exists() and living.exists() and other.exists() and not left.exists()

@@ -23,7 +23,7 @@ def forked(monkeypatch):
     def megakern(*words: object) -> str:
         return commands.finish(commands.start(*words), timeout=600)
 
-    for module in (shared, code_model, conversation, translation):
+    for module in (shared, code_model):
         monkeypatch.setattr(module, "megakern", megakern)
 
 

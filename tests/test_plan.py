@@ -68,6 +68,7 @@ def test_the_simulated_rank_holds_what_a_real_one_holds(ranks, more):
     config = settings(*SMALL, *more)
     simulated = plan(config)
     assert (simulated.weights, simulated.gradients, simulated.optimizer) == ranks.run(held, 4, config)[0]
+    assert simulated.peak >= simulated.weights + simulated.gradients + simulated.optimizer  # all there at the update
 
 
 def test_activations_follow_the_formula():

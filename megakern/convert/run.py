@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,19 +99,37 @@ def convert(
 
 
 @contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds a lock on `folder` itself, which the system drops when the process ends. Raises BlockingIOError."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
 def _new_folder(out: Path, need: int, files: Files) -> Iterator[Path]:
-    """A folder beside `out` to write into. It becomes `out` at the end of the block, or is removed."""
+    """A folder beside `out` to write into. It becomes `out` at the end of the block, or is removed.
+
+    Those that killed processes have left behind are removed first: their locks ended with the processes.
+    """
     temporary = out.with_name(f"{out.name}.{temporary_suffix()}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+        for left in out.parent.glob(f"{glob.escape(out.name)}.tmp-{'[0-9a-f]' * 8}"):
+            with suppress(BlockingIOError), _locked(left):  # held: another process writes there now
+                shutil.rmtree(left, ignore_errors=True)
         free = files.free_bytes(out.parent)
         if free < need:
             raise CheckpointError(f"no space in {out.parent}: {need / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free")
         files.make_folder(temporary)
         try:
-            yield temporary
-            files.sync_folder(temporary)
-            files.rename(temporary, out)
+            with _locked(temporary):
+                yield temporary
+                files.sync_folder(temporary)
+                files.rename(temporary, out)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
