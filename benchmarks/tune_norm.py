@@ -24,26 +24,41 @@ from megakern.train.machine import DTYPES
 SHAPES = ["8192x8192", "16384x4096", "4096x16384", "2048x65536", "65536x1024", "524288x128"]
 
 
-def rules() -> dict[str, dict[str, configs.Rule]]:
-    """direction -> name -> rule. The table's own comes first."""
-    forward, backward = configs.FORWARD, configs.BACKWARD
-    tried = {
-        "forward": [
-            *({"threads": threads, "steps": steps} for threads in (128, 256, 512) for steps in (2, 4, 8)),
-            {"resident": 768}, {"resident": 512}, {"most": 1024}, {"most": 4096}, {"clusters": (264, 132, 64, 32)},
-        ],
-        "backward": [
-            *({"threads": threads, "steps": steps} for threads in (128, 256, 512) for steps in (1, 2, 4)),
-            {"most": 1024}, {"most": 512}, {"clusters": (132, 66, 32, 16)}, {"clusters": (132, 64, 31, 15)},
-            {"clusters": (264, 132, 64, 32)},
-        ],
-    }  # fmt: skip
-    own = {"forward": forward, "backward": backward}
-    return {
-        direction: {"table": own[direction]}
-        | {" ".join(f"{k}={v}" for k, v in changes.items()): replace(own[direction], **changes) for changes in listed}
-        for direction, listed in tried.items()
-    }
+WAYS = {  # name -> the vectors of a row in one block, and of them a thread's
+    "2 vectors": [(512, 2)],
+    "4 vectors": [(4096, 4)],
+    "8 vectors": [(8192, 8)],
+    "8 from 1024 on": [(64, 2), (512, 4), (8192, 8)],
+    "clusters from 2048 on": [(64, 2), (2048, 4)],
+    "clusters from 1024 on": [(64, 2), (1024, 4)],
+}
+CHANGES = {
+    "forward": [{"ways": name} for name in WAYS] + [{"threads": threads} for threads in (128, 512)],
+    "backward": [
+        *({"threads": t, "ways": (2048, steps)} for t in (128, 256, 512) for steps in (1, 2, 4)),
+        *({"threads": t, "ways": (2048, steps), "stages": n} for t in (256, 512) for steps in (2, 4) for n in (3, 4)),
+        {"ways": (1024, 4)}, {"ways": (512, 4)}, {"ways": (512, 4), "stages": 3},
+        *({"clusters": c} for c in ((132, 66, 32, 16), (132, 64, 31, 15), (264, 132, 64, 32))),
+    ],
+}  # fmt: skip
+
+
+def rule_name(direction: str, residual: bool) -> str:
+    return "FORWARD_RESIDUAL" if direction == "forward" and residual else direction.upper()
+
+
+def rules(direction: str, residual: bool) -> dict[str, configs.Rule]:
+    """name -> rule. The table's own comes first."""
+    own = getattr(configs, rule_name(direction, residual))
+
+    def changed(changes: dict) -> configs.Rule:
+        ways = changes.get("ways", own.ways)
+        ways = WAYS[ways] if isinstance(ways, str) else [ways] if isinstance(ways[0], int) else ways
+        ways = [configs.Way(most, min(steps, 4)) if residual else configs.Way(most, steps) for most, steps in ways]
+        return replace(own, **{**changes, "ways": tuple(ways)})
+
+    told = (" ".join(f"{k}={v}" for k, v in changes.items()) for changes in CHANGES[direction])
+    return {"table": own} | dict(zip(told, map(changed, CHANGES[direction]), strict=True))
 
 
 def calls(M: int, C: int, dtype: torch.dtype, centre: bool, residual: bool):
@@ -60,14 +75,29 @@ def calls(M: int, C: int, dtype: torch.dtype, centre: bool, residual: bool):
     )
 
 
-def with_rule(direction: str, rule: configs.Rule, call):
-    name = direction.upper()
-
+def with_rule(name: str, rule: configs.Rule, call):
     def run():
         setattr(configs, name, rule)
         return call()
 
     return run
+
+
+def rows_with(where: str, rule: configs.Rule, direction: str, C: int, size: int, residual: bool, kind) -> configs.Rows:
+    own = getattr(configs, where)
+    setattr(configs, where, rule)
+    try:
+        return getattr(configs, f"norm_{direction}")(C, size, residual, kind)
+    finally:
+        setattr(configs, where, own)
+
+
+def fits(rows: configs.Rows, direction: str, vectors: int) -> bool:
+    """Is there a kernel? Forward: of 2 vectors a thread blocks of at most 256 threads, of 8 vectors no clusters."""
+    steps = configs.cdiv(configs.cdiv(vectors, rows.cluster), rows.threads)
+    if direction == "backward":
+        return steps <= 4
+    return rows.threads * rows.rows <= (256 if steps <= 2 else 1024) and (steps <= 4 or rows.cluster == 1)
 
 
 def main() -> None:
@@ -82,8 +112,6 @@ def main() -> None:
     copy = clock.limits(torch.bfloat16)["B"]
     print(f"copy {copy / 1e12:.2f} TB/s")
     dtype, results = DTYPES[options.dtype], []
-    listed = rules()
-    own = {direction: rules_["table"] for direction, rules_ in listed.items()}
     for shape in options.shape:
         M, C = sizes(shape)
         for centre, residual in ((True, False), (False, True)):
@@ -91,15 +119,16 @@ def main() -> None:
             for direction, call in both.items():
                 kind = configs.kind_of(torch.cuda.current_device())
                 seen, contestants, told = set(), {}, {}
-                for name, rule in listed[direction].items():
-                    inputs = {"forward": 1, "backward": 2}[direction] + residual
-                    rows = configs._rows(rule, C, dtype.itemsize, inputs, kind)
-                    if str(rows) not in seen:
+                where, listed = rule_name(direction, residual), rules(direction, residual)
+                for name, rule in listed.items():
+                    rows = rows_with(where, rule, direction, C, dtype.itemsize, residual, kind)
+                    legal = name == "table" or (rows.threads and fits(rows, direction, C * dtype.itemsize // 16))
+                    if str(rows) not in seen and legal:
                         seen.add(str(rows))
-                        contestants[name], told[name] = with_rule(direction, rule, call), str(rows)
+                        contestants[name], told[name] = with_rule(where, rule, call), str(rows)
                 passes = 4 if residual else {"forward": 2, "backward": 3}[direction]
                 times = clock.take_turns(contestants)
-                setattr(configs, direction.upper(), own[direction])
+                setattr(configs, where, listed["table"])
                 what = f"{'rms_norm with residual' if residual else 'layer_norm'} {direction} {shape}"
                 print(what)
                 for name in sorted(times, key=lambda name: times[name].median):

@@ -209,8 +209,7 @@ void sum_of_squares(const SumOfSquares&, Place);
 // --- norm.cu: LayerNorm (mean not null) and RMSNorm ---
 
 // y = (h - mean) rstd weight + bias, h = x + residual (h is not written without a residual). All (M, C), y and h contiguous.
-// A row is held by `threads` threads of each block of its cluster, `rows` rows a block, on `blocks` clusters; threads 0: in
-// chunks, a row a block.
+// A row is held by `threads` threads of each block of its cluster, `rows` rows a block; threads 0: in chunks, a row a block.
 struct NormForward {
   const void *x, *residual, *weight, *bias;
   void *y, *h;
@@ -219,7 +218,7 @@ struct NormForward {
   int64_t M, x_stride, residual_stride;
   int C;
   float eps;
-  int threads, rows, cluster, blocks;
+  int threads, rows, cluster;
 };
 void norm_forward(const NormForward&, Place);
 
@@ -231,7 +230,7 @@ struct NormBackward {
   float *dweight_parts, *dbias_parts;
   Dtype dtype, weight_dtype;
   int64_t M, dy_stride, dh_stride, h_stride;
-  int C, threads, rows, cluster, parts;
+  int C, threads, rows, cluster, parts, stages;
 };
 void norm_backward(const NormBackward&, Place);
 

@@ -5,11 +5,14 @@
 // row of sums, which a last kernel adds up in order; no atomics.
 //
 // A row belongs to blockDim.x threads, thread t to its vectors of 16 bytes t, t + blockDim.x, ...; a block holds
-// blockDim.y rows at a time. Blocks are persistent. While a block works on its rows, the next ones are on their way into
-// shared memory (cp.async), each thread's vectors into slots that it alone reads, so that no barrier guards them. Each
-// tensor is read once and written once; weight and bias stay in L1. A row too long for one SM is split over the blocks of
-// a cluster (sm_90 and up), which exchange their sums through shared memory. megakern/kernels/cuda/tables.py chooses the
-// threads, rows and blocks; the launchers check them.
+// blockDim.y rows at a time. Each tensor is read once and written once; weight and bias stay in L1. A row too long for one
+// SM is split over the blocks of a cluster (sm_90 and up), which exchange their sums through shared memory.
+//
+// Forward, a row is held in registers: all its loads are on their way before the first is used, and while one block waits
+// for them or for its sums, the others of the SM move data. Backward, where registers hold the sums of columns, blocks are
+// persistent: the next rows are on their way into shared memory (cp.async), each thread's vectors into slots that it alone
+// reads, so that no barrier guards them. megakern/kernels/cuda/configs.py chooses the threads, rows, blocks and stages;
+// the launchers check them.
 //
 // Rows that do not fit, and rows whose addresses, strides or length are no multiples of 16 bytes: norm_chunks.cu.
 #include "norm.cuh"
@@ -22,7 +25,8 @@
 namespace megakern {
 namespace {
 
-constexpr int kStages = 2;             // rows in shared memory: one being worked on, one arriving
+constexpr int kMostStages = 4;         // rows of a thread in shared memory: one being worked on, the others arriving
+constexpr int kForwardSteps = 8;       // most vectors of a row that a thread holds
 constexpr int kSteps = 4;              // most vectors a thread in the backward pass: 64 fp32 sums for 16-bit columns,
 constexpr int kBackwardThreads = 512;  // in blocks of at most this size, which have 128 registers a thread
 constexpr int kMostShared = 227 * 1024;
@@ -50,11 +54,13 @@ struct Part {
 template <class T>
 class Slots {
  public:
-  static std::size_t bytes(int inputs, int steps, int threads) { return std::size_t(kStages) * inputs * steps * threads * 16; }
+  static std::size_t bytes(int stages, int inputs, int steps, int threads) {
+    return std::size_t(stages) * inputs * steps * threads * 16;
+  }
 
-  MK_DEVICE Slots(SharedMemory& shared, int inputs, int steps)
+  MK_DEVICE Slots(SharedMemory& shared, int stages, int inputs, int steps)
       : step_(int(blockDim.x * blockDim.y) * kVector<T>), input_(steps * step_), stage_(inputs * input_),
-        all_(shared.take<T>(kStages * stage_)), own_(all_ + (threadIdx.y * blockDim.x + threadIdx.x) * kVector<T>) {}
+        all_(shared.take<T>(stages * stage_)), own_(all_ + (threadIdx.y * blockDim.x + threadIdx.x) * kVector<T>) {}
 
   MK_DEVICE T* operator()(int stage, int input, int step) const {
     return own_ + stage * stage_ + input * input_ + step * step_;
@@ -66,82 +72,108 @@ class Slots {
   T *all_, *own_;
 };
 
-template <class T, class W>
-MK_KERNEL void __launch_bounds__(1024) norm_forward_kernel(NormForward p) {
+// Threads of a block of the forward pass, at most, and how many such blocks an SM has registers for: 48 registers a thread
+// for 2 vectors of a row, 64 for more.
+template <int STEPS>
+constexpr int kForwardThreads = STEPS == 2 ? 256 : 1024;
+template <int STEPS>
+constexpr int kForwardBlocks = STEPS == 2 ? 5 : 1;
+
+// STEPS: the vectors of a row that a thread holds, at most. With 8 there is no room for a residual, nor for clusters.
+template <class T, class W, int STEPS>
+MK_KERNEL void __launch_bounds__(kForwardThreads<STEPS>, kForwardBlocks<STEPS>) norm_forward_kernel(NormForward p) {
   constexpr int V = kVector<T>;
   SharedMemory shared;
-  const Part part(p.C, V, p.cluster);
-  RowSums<1> row_sum(shared, part.rank, part.ranks);
-  const Slots<T> slot(shared, p.residual ? 2 : 1, part.steps);
-  const T *x = static_cast<const T*>(p.x), *residual = static_cast<const T*>(p.residual);
+  const Part part(p.C, V, STEPS == 4 ? p.cluster : 1);
+  RowSums<3> sums(shared, part.rank, part.ranks);
+  const T *x = static_cast<const T*>(p.x), *residual = STEPS < kForwardSteps ? static_cast<const T*>(p.residual) : nullptr;
   const W *weights = static_cast<const W*>(p.weight), *biases = static_cast<const W*>(p.bias);
   T *y = static_cast<T*>(p.y), *h = static_cast<T*>(p.h);
   const bool centred = p.mean != nullptr;
-  const int first = part.begin + threadIdx.x;
-
-  const auto start = [&](int64_t row, int stage) {
-    for (int k = 0, j = first; row < p.M && j < part.end; ++k, j += blockDim.x) {
-      cp_async<16>(slot(stage, 0, k), x + row * p.x_stride + j * V);
-      if (residual) cp_async<16>(slot(stage, 1, k), residual + row * p.residual_stride + j * V);
-    }
-    cp_async_commit();
+  const int first = part.begin + threadIdx.x, step = blockDim.x;
+  const int64_t row = part.row + threadIdx.y;
+  const int end = row < p.M ? part.end : 0;
+  Packed<T> value[STEPS];
+  const auto read = [&](Packed<T>* to, const T* from, int k) {
+    const int j = first + k * step;
+    *to = {};
+    if (j < end) *to = load_packed_once(from + int64_t(j) * V);
   };
-
-  int stage = 0;
-  start(part.row + threadIdx.y, stage);
-  for (int64_t top = part.row; top < p.M; top += part.stride, stage ^= 1) {
-    const int64_t row = top + threadIdx.y;
-    start(row + part.stride, stage ^ 1);
-    cp_async_wait<1>();
-    const int end = row < p.M ? part.end : 0;
-
-    float sum = 0.0f;  // of h, or of its squares
-#pragma unroll 4
-    for (int k = 0, j = first; j < end; ++k, j += blockDim.x) {
-      Vector<float, V> value = to_float(load<V>(slot(stage, 0, k)));
-      if (residual) {
-        const Vector<float, V> added = to_float(load<V>(slot(stage, 1, k)));
 #pragma unroll
-        for (int i = 0; i < V; ++i) value[i] += added[i];
-        const Vector<T, V> rounded = from_float<T>(value);  // statistics are those of what backward reads
-        store_shared(slot(stage, 0, k), rounded);
-        store(h + row * p.C + j * V, rounded);
-        value = to_float(rounded);
-      }
-      if (!centred) {
+  for (int k = 0; k < STEPS; ++k) read(&value[k], x + row * p.x_stride, k);
+  if (residual) {
+    Packed<T> added[STEPS];
 #pragma unroll
-        for (int i = 0; i < V; ++i) value[i] *= value[i];
-      }
-      sum += sum_of(value);
+    for (int k = 0; k < STEPS; ++k) read(&added[k], residual + row * p.residual_stride, k);
+#pragma unroll
+    for (int k = 0; k < STEPS; ++k) {
+      Vector<float, V> sum = to_float(value[k]);
+      const Vector<float, V> more = to_float(added[k]);
+#pragma unroll
+      for (int i = 0; i < V; ++i) sum[i] += more[i];
+      value[k] = packed(from_float<T>(sum));  // statistics are those of what backward reads
     }
-    sum = row_sum({sum}).value[0];
-    float mean = 0.0f;
+  }
+
+  // A warp takes the mean of its own columns, and the squares about it; one exchange joins those of all warps
+  // (Chan, Golub and LeVeque 1979).
+  float mean = 0.0f, squares = 0.0f, count = 0.0f;
+  if (centred) {
+    Sums<2> own = {};  // sum and count
+#pragma unroll
+    for (int k = 0; k < STEPS; ++k) {
+      own.value[0] += sum_of(to_float(value[k]));
+      own.value[1] += first + k * step < end ? float(V) : 0.0f;
+    }
+    own = sums.of_warp(own);
+    count = own.value[1];
+    mean = count > 0.0f ? own.value[0] / count : 0.0f;
+  }
+#pragma unroll
+  for (int k = 0; k < STEPS; ++k) {
+    Vector<float, V> square = to_float(value[k]);
+#pragma unroll
+    for (int i = 0; i < V; ++i) square[i] = (square[i] - mean) * (square[i] - mean);
+    squares += first + k * step < end ? sum_of(square) : 0.0f;
+  }
+  squares = sums.of_warp(squares);
+  if (sums.warps() > 1) {
+    const int lane = threadIdx.x % kWarp;
+    const Sums<3>* all = sums.gather({count, mean, squares});
+    mean = squares = 0.0f;
     if (centred) {
-      mean = sum / p.C;
-      sum = 0.0f;
-#pragma unroll 4
-      for (int k = 0, j = first; j < end; ++k, j += blockDim.x) {
-        Vector<float, V> value = to_float(load<V>(slot(stage, 0, k)));
+#pragma unroll 1
+      for (int i = lane; i < sums.warps(); i += kWarp) mean += all[i].value[0] * all[i].value[1];
+      mean = warp_reduce(mean, Add{}) / p.C;
+    }
+#pragma unroll 1
+    for (int i = lane; i < sums.warps(); i += kWarp) {
+      const float apart = all[i].value[1] - mean;
+      squares += all[i].value[2] + all[i].value[0] * apart * apart;
+    }
+    squares = warp_reduce(squares, Add{});
+  }
+  const float rstd = rsqrt(squares / p.C + p.eps);
+  if (threadIdx.x == 0 && part.rank == 0 && row < p.M) {
+    p.rstd[row] = rstd;
+    if (centred) p.mean[row] = mean;
+  }
 #pragma unroll
-        for (int i = 0; i < V; ++i) value[i] = (value[i] - mean) * (value[i] - mean);
-        sum += sum_of(value);
-      }
-      sum = row_sum({sum}).value[0];
-    }
-    const float rstd = rsqrt(sum / p.C + p.eps);
-    if (threadIdx.x == 0 && part.rank == 0 && row < p.M) {
-      p.rstd[row] = rstd;
-      if (centred) p.mean[row] = mean;
-    }
-#pragma unroll 4
-    for (int k = 0, j = first; j < end; ++k, j += blockDim.x) {
-      const Vector<float, V> weight = to_float(load<V>(weights + j * V));
-      const Vector<float, V> bias = biases ? to_float(load<V>(biases + j * V)) : filled<float, V>(0.0f);
-      Vector<float, V> value = to_float(load<V>(slot(stage, 0, k)));
+  for (int k = 0; k < STEPS; ++k) {
+    const int j = first + k * step;
+    if (j >= end) break;
+    const Vector<float, V> weight = to_float(load<V>(weights + j * V));
+    Vector<float, V> out = to_float(value[k]);
 #pragma unroll
-      for (int i = 0; i < V; ++i) value[i] = (value[i] - mean) * rstd * weight[i] + bias[i];
-      store(y + row * p.C + j * V, from_float<T>(value));
+    for (int i = 0; i < V; ++i) out[i] = (out[i] - mean) * rstd * weight[i];
+    if (biases) {
+      const Vector<float, V> bias = to_float(load<V>(biases + j * V));
+#pragma unroll
+      for (int i = 0; i < V; ++i) out[i] += bias[i];
     }
+    const int64_t at = row * p.C + int64_t(j) * V;
+    store(y + at, from_float<T>(out));
+    if (residual) store(h + at, value[k]);
   }
 }
 
@@ -173,17 +205,15 @@ MK_KERNEL void __launch_bounds__(kBackwardThreads, 1) norm_backward_kernel(NormB
   SharedMemory shared;
   const Part part(p.C, V, p.cluster);
   RowSums<2> row_sums(shared, part.rank, part.ranks);
-  const Slots<T> slot(shared, p.dh ? 3 : 2, part.steps);
+  const Slots<T> slot(shared, p.stages, p.dh ? 3 : 2, part.steps);
   const T *dy = static_cast<const T*>(p.dy), *h = static_cast<const T*>(p.h), *dh = static_cast<const T*>(p.dh);
   const W* weights = static_cast<const W*>(p.weight);
   T* dx = static_cast<T*>(p.dx);
   const int first = part.begin + threadIdx.x;
+  const float inverse_C = 1.0f / p.C;
 
-  float next_mean = 0.0f, next_rstd = 0.0f;
   const auto start = [&](int64_t row, int stage) {
     if (row < p.M) {
-      next_rstd = p.rstd[row];
-      if (p.mean) next_mean = p.mean[row];
 #pragma unroll
       for (int k = 0; k < kSteps; ++k) {
         const int j = first + k * blockDim.x;
@@ -195,21 +225,31 @@ MK_KERNEL void __launch_bounds__(kBackwardThreads, 1) norm_backward_kernel(NormB
     }
     cp_async_commit();
   };
+  float next_mean = 0.0f, next_rstd = 0.0f;
+  const auto start_statistics = [&](int64_t row) {
+    if (row >= p.M) return;
+    next_rstd = p.rstd[row];
+    if (p.mean) next_mean = p.mean[row];
+  };
 
   Vector<float, V> dweight[kSteps], dbias[kSteps];
 #pragma unroll
   for (int k = 0; k < kSteps; ++k) dweight[k] = dbias[k] = filled<float, V>(0.0f);
 
-  int stage = 0;
-  start(part.row + threadIdx.y, stage);
-  for (int64_t top = part.row; top < p.M; top += part.stride, stage ^= 1) {
+  start_statistics(part.row + threadIdx.y);
+  for (int ahead = 0; ahead < p.stages - 1; ++ahead) start(part.row + ahead * part.stride + threadIdx.y, ahead);
+  int stage = 0, free = p.stages - 1;
+  for (int64_t top = part.row; top < p.M; top += part.stride) {
     const int64_t row = top + threadIdx.y;
     const float mean = next_mean, rstd = next_rstd;
-    start(row + part.stride, stage ^ 1);
-    cp_async_wait<1>();
+    start_statistics(row + part.stride);
+    start(row + (p.stages - 1) * part.stride, free);
+    if (p.stages == 2) cp_async_wait<1>();
+    else if (p.stages == 3) cp_async_wait<2>();
+    else cp_async_wait<3>();
     const int end = row < p.M ? part.end : 0;
 
-    Sums<2> sums = {};  // of dy weight normed, of dy weight
+    Sums<2> sums = {};  // of dy weight (h - mean), of dy weight
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
       const int j = first + k * blockDim.x;
@@ -219,16 +259,16 @@ MK_KERNEL void __launch_bounds__(kBackwardThreads, 1) norm_backward_kernel(NormB
       const Vector<float, V> value = to_float(load<V>(slot(stage, 1, k)));
 #pragma unroll
       for (int i = 0; i < V; ++i) {
-        const float normed = (value[i] - mean) * rstd, scaled = gradient[i] * weight[i];
-        dweight[k][i] += gradient[i] * normed;
+        const float apart = value[i] - mean, scaled = gradient[i] * weight[i];
+        dweight[k][i] += gradient[i] * (apart * rstd);
         dbias[k][i] += gradient[i];
-        sums.value[0] += scaled * normed;
+        sums.value[0] += scaled * apart;
         sums.value[1] += scaled;
       }
     }
     sums = row_sums(sums);
-    const float slope = sums.value[0] / p.C * rstd;
-    const float shift = p.mean ? sums.value[1] / p.C : 0.0f;
+    const float slope = sums.value[0] * inverse_C * rstd * rstd;
+    const float shift = p.mean ? sums.value[1] * inverse_C : 0.0f;
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
       const int j = first + k * blockDim.x;
@@ -239,10 +279,12 @@ MK_KERNEL void __launch_bounds__(kBackwardThreads, 1) norm_backward_kernel(NormB
       Vector<float, V> out = dh ? to_float(load<V>(slot(stage, 2, k))) : filled<float, V>(0.0f);
 #pragma unroll
       for (int i = 0; i < V; ++i) {
-        out[i] += (gradient[i] * weight[i] - (value[i] - mean) * slope - shift) * rstd;
+        out[i] += (gradient[i] * weight[i] - shift - (value[i] - mean) * slope) * rstd;
       }
       store(dx + row * p.C + j * V, from_float<T>(out));
     }
+    free = stage;
+    stage = stage + 1 == p.stages ? 0 : stage + 1;
   }
   cp_async_wait<0>();
   const int64_t at = int64_t(blockIdx.x / part.ranks) * p.C;
@@ -277,18 +319,19 @@ MK_KERNEL void __launch_bounds__(1024) norm_sum_parts_kernel(SumParts p) {
 
 // --- launchers ---
 
-// The shared memory of a block whose rows are `inputs` tensors of `steps` vectors a thread; checks the configuration.
-template <int N>
-std::size_t block_bytes(const Checks& check, int inputs, int steps, int threads, int rows, int ranks) {
+// The vectors of a row that a thread holds, of at most `most`; checks how rows are spread over threads and blocks.
+int steps_of(const Checks& check, int vectors, int threads, int rows, int ranks, int most) {
+  check.size("cluster", ranks, 1, 8);
+  check.size("threads x rows", int64_t(threads) * rows, kWarp, 1024);
   const bool warps = threads % kWarp == 0 || (kWarp % threads == 0 && threads * rows % kWarp == 0);
   if (!warps || (rows > 1 && ranks > 1)) {
     check.require(false, "a row takes 1, 2, 4, 8, 16 or a multiple of 32 threads, a block whole warps, a block of a cluster "
                          "one row; got " + std::to_string(threads) + " threads a row, " + std::to_string(rows) +
                          " rows a block, clusters of " + std::to_string(ranks));
   }
-  const std::size_t bytes = RowSums<N>::bytes(threads, rows, ranks) + Slots<float>::bytes(inputs, steps, threads * rows);
-  check.size("shared memory of a block", int64_t(bytes), 1, kMostShared);
-  return bytes;
+  const int steps = ceil_div(ceil_div(vectors, ranks), threads);
+  check.size("vectors a thread", steps, 1, most);
+  return steps;
 }
 
 bool fits(const void* pointer, int64_t stride, Dtype dtype) { return vectors_fit(pointer, stride * size_of(dtype)); }
@@ -323,13 +366,18 @@ void norm_forward(const NormForward& p, Place place) {
   const bool vectors = fits(p.x, p.x_stride, p.dtype) && fits(p.residual, p.residual ? p.residual_stride : 0, p.dtype) &&
                        fits(p.y, p.C, p.dtype) && fits(p.h) && fits(p.weight) && fits(p.bias);
   if (!vectors || p.threads == 0) return norm_forward_chunks(p, vectors, place);
-  check.size("threads x rows", int64_t(p.threads) * p.rows, kWarp, 1024);
-  check.size("cluster", p.cluster, 1, 8);
-  const int steps = ceil_div(ceil_div(int(p.C * size_of(p.dtype) / 16), p.cluster), p.threads);
-  const std::size_t shared = block_bytes<1>(check, p.residual ? 2 : 1, steps, p.threads, p.rows, p.cluster);
-  const dim3 grid(check.blocks(int64_t(p.blocks) * p.cluster)), block(p.threads, p.rows);
+  const int steps = steps_of(check, int(p.C * size_of(p.dtype) / 16), p.threads, p.rows, p.cluster,
+                             p.residual || p.cluster > 1 ? kForwardSteps / 2 : kForwardSteps);
+  const std::size_t shared = RowSums<3>::bytes(p.threads, p.rows, p.cluster);
+  const dim3 grid(check.blocks(ceil_div<int64_t>(p.M, p.rows) * p.cluster)), block(p.threads, p.rows);
   with_dtypes(p.dtype, p.weight_dtype, [&](auto t, auto w) {
-    MK_LAUNCH_CLUSTER((norm_forward_kernel<decltype(t), decltype(w)>), grid, block, shared, p.cluster, place, p);
+    const auto launch = [&](auto most) {
+      check.size("threads x rows", int64_t(p.threads) * p.rows, kWarp, kForwardThreads<most>);
+      MK_LAUNCH_CLUSTER((norm_forward_kernel<decltype(t), decltype(w), most>), grid, block, shared, p.cluster, place, p);
+    };
+    if (steps <= 2) launch(std::integral_constant<int, 2>());
+    else if (steps <= 4) launch(std::integral_constant<int, 4>());
+    else launch(std::integral_constant<int, kForwardSteps>());
   });
 }
 
@@ -356,11 +404,12 @@ void norm_backward(const NormBackward& p, Place place) {
   if (p.M > 0 && (!vectors || p.threads == 0)) {
     norm_backward_chunks(p, vectors, place);
   } else if (p.M > 0) {
+    const int steps = steps_of(check, int(p.C * size_of(p.dtype) / 16), p.threads, p.rows, p.cluster, kSteps);
     check.size("threads x rows", int64_t(p.threads) * p.rows, kWarp, kBackwardThreads);
-    check.size("cluster", p.cluster, 1, 8);
-    const int steps = ceil_div(ceil_div(int(p.C * size_of(p.dtype) / 16), p.cluster), p.threads);
-    check.size("vectors a thread", steps, 1, kSteps);
-    const std::size_t shared = block_bytes<2>(check, p.dh ? 3 : 2, steps, p.threads, p.rows, p.cluster);
+    check.size("stages", p.stages, 2, kMostStages);
+    const std::size_t shared = RowSums<2>::bytes(p.threads, p.rows, p.cluster) +
+                               Slots<float>::bytes(p.stages, p.dh ? 3 : 2, steps, p.threads * p.rows);
+    check.size("shared memory of a block", int64_t(shared), 1, kMostShared);
     const dim3 grid(check.blocks(int64_t(p.parts) * p.cluster)), block(p.threads, p.rows);
     with_dtypes(p.dtype, p.weight_dtype, [&](auto t, auto w) {
       MK_LAUNCH_CLUSTER((norm_backward_kernel<decltype(t), decltype(w)>), grid, block, shared, p.cluster, place, p);

@@ -41,43 +41,56 @@ template <int N>
 class RowSums {
  public:
   static std::size_t bytes(int threads, int rows, int ranks) {
-    return 2 * shared_bytes<Sums<N>>(std::size_t(rows) * ceil_div(threads, kWarp) * ranks);
+    return shared_bytes<Sums<N>>(std::size_t(2) * rows * ceil_div(threads, kWarp) * ranks);
   }
 
   MK_DEVICE explicit RowSums(SharedMemory& shared, int rank = 0, int ranks = 1)
       : rank_(rank), ranks_(ranks), warps_(ceil_div(int(blockDim.x), kWarp)) {
     const int count = blockDim.y * warps_ * ranks_;  // several rows or several ranks, never both
-    mine_ = shared.take<Sums<N>>(count) + threadIdx.y * warps_;
-    other_ = shared.take<Sums<N>>(count) + threadIdx.y * warps_;
+    area_ = shared.take<Sums<N>>(2 * count) + threadIdx.y * warps_;
+    turn_ = count;
     if (ranks_ > 1) cluster_arrive(), cluster_wait();  // a block must have started before others write into it
   }
 
-  MK_DEVICE Sums<N> operator()(Sums<N> value) {
-    const int threads = blockDim.x, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-    if (threads < kWarp) {
-      for (int mask = threads / 2; mask > 0; mask /= 2) value = Add{}(value, shuffle_xor(value, mask));
-      return value;
-    }
-    value = warp_reduce(value, Add{});
-    if (warps_ * ranks_ == 1) return value;
+  MK_DEVICE int warps() const { return warps_ * ranks_; }  // of a row
+
+  // Over those of the row's threads that are in this warp.
+  template <class S>
+  MK_DEVICE static S of_warp(S value) {
+    if (blockDim.x >= kWarp) return warp_reduce(value, Add{});
+    for (int mask = blockDim.x / 2; mask > 0; mask /= 2) value = Add{}(value, shuffle_xor(value, mask));
+    return value;
+  }
+
+  // Values of this warp, alike in its lanes -> those of all warps of the row. Where a row has more than one warp.
+  MK_DEVICE const Sums<N>* gather(const Sums<N>& value) {
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    Sums<N>* all = area_;
+    area_ += turn_;
+    turn_ = -turn_;
     if (ranks_ > 1) {
-      if (lane < ranks_) *cluster_shared(&mine_[rank_ * warps_ + warp], lane) = value;
+      if (lane < ranks_) *cluster_shared(&all[rank_ * warps_ + warp], lane) = value;
       cluster_arrive(), cluster_wait();
     } else {
-      if (lane == 0) mine_[warp] = value;
+      if (lane == 0) all[warp] = value;
       sync_block();
     }
+    return all;
+  }
+
+  MK_DEVICE Sums<N> operator()(Sums<N> value) {
+    value = of_warp(value);
+    if (warps() == 1) return value;
+    const Sums<N>* all = gather(value);
     Sums<N> total = {};
-    for (int i = lane; i < warps_ * ranks_; i += kWarp) total = Add{}(total, mine_[i]);
-    Sums<N>* used = mine_;
-    mine_ = other_;
-    other_ = used;
+#pragma unroll 1
+    for (int i = threadIdx.x % kWarp; i < warps(); i += kWarp) total = Add{}(total, all[i]);
     return warp_reduce(total, Add{});
   }
 
  private:
-  int rank_, ranks_, warps_;
-  Sums<N> *mine_, *other_;
+  int rank_, ranks_, warps_, turn_;
+  Sums<N>* area_;
 };
 
 // --- launchers of norm_chunks.cu, which those of norm.cu call after their checks ---

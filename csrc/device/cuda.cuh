@@ -39,6 +39,9 @@ MK_DEVICE void from_float_pair(float a, float b, fp16* out) {
   memcpy(out, &pair, sizeof pair);
 }
 
+// The compiler keeps nothing that it computed from `word` before: it holds the word alone, and computes the rest anew.
+MK_DEVICE void forget_uses(unsigned& word) { asm volatile("" : "+r"(word)); }
+
 MK_DEVICE void sync_block() { __syncthreads(); }
 MK_DEVICE void sync_warp() { __syncwarp(); }
 MK_DEVICE void yield_thread() { __nanosleep(32); }  // in every loop that waits for another thread's write
@@ -127,8 +130,8 @@ template <class P>
 MK_DEVICE P load_streaming(const P* address) {
   return __ldcs(address);
 }
-// To global memory, in one instruction: an assignment of 16 bytes often becomes four of 4. The only assembly outside of
-// ptx*.cuh: CUDA's own functions for it are ordered more strictly than a plain store.
+// To global memory, in one instruction: an assignment of 16 bytes often becomes four of 4. Assembly outside of
+// ptx*.cuh, since CUDA's own functions for it are ordered more strictly than a plain store.
 template <class P>
 MK_DEVICE void store_whole(P* address, P value) {
   if constexpr (sizeof(P) == 16) {

@@ -89,4 +89,46 @@ MK_DEVICE Vector<T, N> filled(T value) {
   return v;
 }
 
+// 16 bytes of T that wait in registers for their use: in four words, where a Vector of 16-bit values may take eight.
+template <class T>
+struct Packed {
+  alignas(16) unsigned words[4];
+};
+
+// To be read once by this kernel, from a multiple of 16 bytes.
+template <class T>
+MK_DEVICE Packed<T> load_packed_once(const T* address) {
+  Packed<T> p;
+  access<16>(p.words, address, [](auto* to, const auto* from) { *to = load_streaming(from); });
+  return p;
+}
+
+template <class T>
+MK_DEVICE void store(T* address, const Packed<T>& p) {
+  access<16>(address, p.words, [](auto* to, const auto* from) { store_whole(to, *from); });
+}
+
+template <class T>
+MK_DEVICE Packed<T> packed(const Vector<T, kVector<T>>& v) {
+  Packed<T> p;
+  memcpy(p.words, v.values, 16);
+  return p;
+}
+
+// Anew in each pass over the values: what another pass has made of them is not held until then.
+template <class T>
+MK_DEVICE Vector<float, kVector<T>> to_float(Packed<T>& p) {
+  constexpr int each = 4 / int(sizeof(T));
+  Vector<float, kVector<T>> out;
+#pragma unroll
+  for (int w = 0; w < 4; ++w) {
+    forget_uses(p.words[w]);
+    T values[each];
+    memcpy(values, &p.words[w], 4);
+#pragma unroll
+    for (int i = 0; i < each; ++i) out[w * each + i] = to_float(values[i]);
+  }
+  return out;
+}
+
 }  // namespace megakern

@@ -26,6 +26,7 @@ namespace megakern {
 using std::max;
 using std::min;
 
+inline void forget_uses(unsigned&) {}
 inline void sync_block(MK_SITE) { simt::barrier_sync(0, 0, site); }
 inline void sync_warp(MK_SITE) { simt::meet("sync_warp", site, nullptr); }
 inline void yield_thread(MK_SITE) { simt::spin(site); }

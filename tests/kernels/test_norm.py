@@ -47,9 +47,8 @@ def few_programs(backend, monkeypatch):
         monkeypatch.setattr(configs, "norm_programs", lambda cols: 3)
         return
     monkeypatch.setattr(cuda_configs, "MULTIPROCESSORS", 1)
-    for name in ("FORWARD", "BACKWARD"):
-        rule = dataclasses.replace(getattr(cuda_configs, name), resident=1, clusters=(3, 2, 1, 1))
-        monkeypatch.setattr(cuda_configs, name, rule)
+    rule = dataclasses.replace(cuda_configs.BACKWARD, resident=1, clusters=(3, 2, 1, 1))
+    monkeypatch.setattr(cuda_configs, "BACKWARD", rule)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -178,7 +177,10 @@ def test_compiles_in_one_graph(device, backend):
         (48, 2, 1, "a row takes 1, 2, 4, 8, 16 or a multiple of 32 threads"),
         (32, 2, 2, "a block of a cluster one row; got 32 threads a row, 2 rows a block, clusters of 2"),
         (8, 1, 1, "threads x rows must be 32 to"),
-        (1024, 2, 1, "threads x rows must be 32 to"),
+        (1024, 2, 1, "threads x rows must be 32 to 1024, got 2048"),
+        (256, 2, 1, "threads x rows must be 32 to 256, got 512"),
+        (32, 1, 1, "vectors a thread must be 1 to 8, got 16"),
+        (32, 1, 2, "vectors a thread must be 1 to 4, got 8"),
         (32, 1, 9, "cluster must be 1 to 8, got 9"),
     ],
 )
@@ -187,7 +189,7 @@ def test_a_wrong_configuration_is_refused(threads, rows, cluster, message, devic
     y, weight = torch.empty_like(x), torch.ones(2048, device=device)
     pointers = [x.data_ptr(), 0, weight.data_ptr(), 0, y.data_ptr(), 0, 0, rstd.data_ptr()]
     with pytest.raises(ValueError, match=message):
-        call("norm_forward", x, *pointers, 0, 0, 4, 2048, 0, 2048, 1e-5, threads, rows, cluster, 1)
+        call("norm_forward", x, *pointers, 0, 0, 4, 2048, 0, 2048, 1e-5, threads, rows, cluster)
 
 
 @pytest.mark.only("simt")
@@ -204,13 +206,16 @@ def test_every_width_has_a_legal_configuration():
                 if not config.threads:
                     assert C * size % 16 or C * size > 16384, f"{C} columns of {size} bytes fit on chip: {config}"
                     continue
+                steps = -(-(C * size // 16) // config.cluster // config.threads)
+                assert steps <= (4 if choice is cuda_configs.norm_backward or inputs == 2 or config.cluster > 1 else 8)
                 for M in (1, 100, 10**6):
-                    threads, rows, cluster, clusters = config.of(M)
-                    assert 32 <= threads * rows <= most and clusters >= 1
-                    assert threads * rows % 32 == 0
-                    steps = -(-(C * size // 16) // cluster // threads)
-                    assert steps <= 4 or most == 1024
-                    assert 2 * tensors * steps * threads * rows * 16 <= kind.shared
+                    threads, rows, cluster, *persistent = config.of(M)
+                    assert 32 <= threads * rows <= (256 if most == 1024 and steps <= 2 else most)
+                    assert threads * rows % 32 == 0 and cluster == config.cluster
+                    assert bool(persistent) == (choice is cuda_configs.norm_backward)
+                    if persistent:
+                        clusters, stages = persistent
+                        assert clusters >= 1 and stages * tensors * steps * threads * rows * 16 <= kind.shared
 
 
 @pytest.mark.only("simt")

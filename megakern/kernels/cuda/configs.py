@@ -8,63 +8,92 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from megakern.kernels.cuda.module import cdiv
 
 VECTOR = 16  # bytes of one access
-STAGES = 2  # rows of a thread in shared memory: one being worked on, one arriving
 MULTIPROCESSORS = 132  # of the largest sm_90; never the GPU's own count
+
+
+class Way(NamedTuple):
+    """How rows up to a width are held by threads."""
+
+    most: int
+    """Vectors of a row in one block."""
+    steps: int
+    """Of them a thread holds, if the row has enough threads."""
 
 
 @dataclass(frozen=True, eq=False)  # looked up by identity, in each call
 class Rule:
     """What decides how rows are spread."""
 
-    steps: int
-    """Vectors of a row that a thread holds, if the row has enough threads."""
+    ways: tuple[Way, ...]
+    """From narrow to wide; longer rows are split over a cluster of 2, 4 or 8."""
     threads: int
     """Of a block that holds several rows; longer rows take more."""
-    resident: int
-    """Threads of all blocks of a multiprocessor, at most."""
-    most: int
-    """Vectors of a row in one block; longer rows are split over a cluster of 2, 4 or 8."""
     longest: int
     """Threads of a block that the kernel is compiled for."""
-    sums: bool
-    """Does a thread keep sums of its columns, so that it cannot hold more than `steps`?"""
+    resident: int
+    """Threads of all blocks of a multiprocessor, at most."""
+    stages: int = 0
+    """Rows of a thread in shared memory: one being worked on, the others arriving. 0: in registers."""
     # A cluster lies within one of the GPU's groups of multiprocessors, so that 4 and 8 leave some out. On an H200
     # not all of 32 clusters of 4 ran at once: 2048 x 65536 backward took 1.75 x the time of 30.
     clusters: tuple[int, int, int, int] = (132, 66, 30, 14)
     """Clusters of 1, 2, 4 and 8 blocks that run at the same time when each block needs a multiprocessor of its own."""
 
 
-# Blocks of 8 warps, so that several share a multiprocessor and one works while another waits for its sums; at 64
-# registers a thread 1024 threads, with 64 KB of each tensor in flight.
-FORWARD = Rule(steps=4, threads=256, resident=1024, most=2048, longest=1024, sums=False)
+# Forward: a row in registers, as many blocks as the rows need. 4.3 TB/s for 0.8 us are 26 KB on their way to or from
+# each of 132 multiprocessors, and as much again while a block adds up. Bytes of x that the threads of a multiprocessor
+# hold, all loads of a thread before its first sum (bf16; blocks x threads x vectors x 16):
+#
+#       C | vectors | threads a row | a block | blocks | KB  | x + residual
+#     128 |      16 |         8 x 2 |     256 |      5 |  40 |  80
+#     512 |      64 |        32 x 2 |     256 |      5 |  40 |  80
+#    1024 |     128 |        32 x 4 |     256 |      4 |  64 | 128
+#    4096 |     512 |       128 x 4 |     256 |      4 |  64 | 128
+#    8192 |    1024 |       256 x 4 |     256 |      4 |  64 | 128
+#   16384 |    2048 |       512 x 4 |     512 |      2 |  64 | 128
+#   32768 |    4096 |       512 x 8 |     512 |      2 | 128 | 1 block of 1024 x 4: 128
+#   65536 |    8192 |      1024 x 8 |    1024 |      1 | 128 | 2 blocks of 1024 x 4 a row: 128
+#
+# 48 registers a thread for 2 vectors, 64 for 4 and 8. A row of one warp needs no barrier: up to 1024 columns have one.
+FORWARD = Rule((Way(64, 2), Way(2048, 4), Way(8192, 8)), threads=256, longest=1024, resident=1024)
+# Registers hold both: no room for 8 vectors of each.
+FORWARD_RESIDUAL = Rule((Way(64, 2), Way(4096, 4)), threads=256, longest=1024, resident=1024)
 # 128 registers a thread: 64 fp32 sums of four vectors of 16-bit columns stay in them. Two blocks of 256 threads a
-# multiprocessor are faster than one of 512 on an H200 (16384 x 4096: 74 % of the copy rate to 68 %).
-BACKWARD = Rule(steps=4, threads=256, resident=512, most=2048, longest=512, sums=True)
+# multiprocessor are faster than one of 512 on an H200 (16384 x 4096: 74 % of the copy rate to 68 %). On their way into
+# shared memory: 512 threads x 4 vectors x 16 bytes x (dy and h) = 64 KB a stage, 96 with the residual's gradient; two
+# stages, since a third does not fit beside the latter.
+BACKWARD = Rule((Way(2048, 4),), threads=256, longest=512, resident=512, stages=2)
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Threads of a row in each block of its cluster, rows of a block at a time, blocks of a cluster, most clusters."""
+    """Threads of a row in each block of its cluster, rows of a block at a time, blocks of a cluster."""
 
     threads: int
     """0: in chunks, by csrc/norm_chunks.cu."""
     rows: int
     cluster: int
     clusters: int
+    """At most; 0: as many as the rows need."""
+    stages: int
     why: str
 
-    def of(self, M: int) -> tuple[int, int, int, int]:
-        """The same for M rows, with fewer rows a block where some multiprocessors would have none."""
+    def of(self, M: int) -> tuple[int, ...]:
+        """The last arguments of the launch for M rows, with fewer rows a block where some multiprocessors would have
+        none. Backward also: clusters, stages."""
         rows, unit = self.rows, max(1, 32 // self.threads) if self.threads else 1
         if rows * MULTIPROCESSORS > M:
             rows = min(rows, max(1, cdiv(cdiv(M, MULTIPROCESSORS), unit)) * unit)
-        return self.threads, rows, self.cluster, min(self.clusters, cdiv(M, rows))
+        if not self.clusters:
+            return self.threads, rows, self.cluster
+        return self.threads, rows, self.cluster, min(self.clusters, cdiv(M, rows)), self.stages
 
     def __str__(self) -> str:
         if not self.threads:
@@ -72,7 +101,9 @@ class Rows:
         parts = f"{self.threads} threads a row, {self.rows} rows a block"
         if self.cluster > 1:
             parts += f", {self.cluster} blocks a row"
-        return f"{parts}, at most {self.clusters} {'clusters' if self.cluster > 1 else 'blocks'} ({self.why})"
+        if self.clusters:
+            parts += f", at most {self.clusters} {'clusters' if self.cluster > 1 else 'blocks'}, {self.stages} stages"
+        return f"{parts} ({self.why})"
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +129,7 @@ def kind_of(device: int) -> Kind:
 
 def norm_forward(C: int, size: int, residual: bool, kind: Kind) -> Rows:
     """C elements of `size` bytes a row."""
-    return _rows(FORWARD, C, size, 2 if residual else 1, kind)
+    return _rows(FORWARD_RESIDUAL if residual else FORWARD, C, size, 0, kind)
 
 
 def norm_backward(C: int, size: int, residual: bool, kind: Kind) -> Rows:
@@ -106,35 +137,48 @@ def norm_backward(C: int, size: int, residual: bool, kind: Kind) -> Rows:
 
 
 @functools.lru_cache(4096)
-def _rows(rule: Rule, C: int, size: int, inputs: int, kind: Kind) -> Rows:
-    chunks = functools.partial(Rows, 0, 1, 1, MULTIPROCESSORS)
+def _rows(rule: Rule, C: int, size: int, staged: int, kind: Kind) -> Rows:
+    """staged: tensors whose rows pass through shared memory."""
+    persistent = rule.stages > 0
+    chunks = functools.partial(Rows, 0, 1, 1, MULTIPROCESSORS * persistent, rule.stages)
     if C * size % VECTOR:
         return chunks("its rows are no multiples of 16 bytes")
-    vectors = C * size // VECTOR
-    cluster = 1
-    while kind.clusters and cluster < 8 and vectors > cluster * rule.most:
+    vectors, cluster, most = C * size // VECTOR, 1, rule.ways[-1].most
+    while kind.clusters and cluster < 8 and vectors > cluster * most:
+        if rule is FORWARD:
+            return _rows(FORWARD_RESIDUAL, C, size, staged, kind)  # 8 vectors a thread: without clusters
         cluster *= 2
     mine = cdiv(vectors, cluster)
-    threads = 1 << (cdiv(mine, rule.steps) - 1).bit_length()
-    if threads > 32:
-        threads = cdiv(mine, rule.steps * 32) * 32
-    if threads > rule.longest and rule.sums:
-        return chunks(f"a row and its sums do not fit into {cluster} multiprocessors")
-    threads = min(threads, rule.longest)
+    way = next((way for way in rule.ways if mine <= way.most), None)
+    threads = 0
+    if way:
+        threads = 1 << (cdiv(mine, way.steps) - 1).bit_length()
+        if threads > 32:
+            threads = cdiv(mine, way.steps * 32) * 32
+    if not way or threads > rule.longest:
+        return chunks(f"a row does not fit into the registers of {cluster} multiprocessor{'s' if cluster > 1 else ''}")
     rows = max(1, rule.threads // threads) if cluster == 1 else 1
     unit = max(1, 32 // threads)
 
     def bytes_of(rows: int) -> int:
-        sums = 2 * 8 * rows * cdiv(threads, 32) * cluster + 32
-        return STAGES * inputs * cdiv(mine, threads) * threads * rows * VECTOR + sums
+        sums = 2 * 12 * rows * cdiv(threads, 32) * cluster + 16
+        return rule.stages * staged * cdiv(mine, threads) * threads * rows * VECTOR + sums
 
     while bytes_of(rows) > kind.shared and rows > unit:
         rows = max(unit, rows // 2 // unit * unit)
     if bytes_of(rows) > kind.shared:
-        return chunks(f"two rows do not fit into the shared memory of {cluster} multiprocessors")
+        return chunks(f"{rule.stages} rows do not fit into the shared memory of {cluster} multiprocessors")
     resident = max(1, min(rule.resident // (threads * rows), kind.shared // (bytes_of(rows) + 1024)))
-    why = f"{cdiv(mine, threads)} vectors of 16 bytes a thread, {resident} blocks a multiprocessor"
-    return Rows(threads, rows, cluster, rule.clusters[cluster.bit_length() - 1] * resident, why)
+    clusters = rule.clusters[cluster.bit_length() - 1] * resident if persistent else 0
+    why = f"{cdiv(mine, threads)} vectors of 16 bytes a thread"
+    return Rows(
+        threads,
+        rows,
+        cluster,
+        clusters,
+        rule.stages,
+        f"{why}, {resident} blocks a multiprocessor" if persistent else why,
+    )
 
 
 def describe_norm(problem) -> str:

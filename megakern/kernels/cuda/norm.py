@@ -43,8 +43,9 @@ def norm_backward(dy, dh, h, weight, mean, rstd, with_bias, centre):
     weight = weight.contiguous()
     config = configs.norm_backward(C, h.element_size(), dh is not None, configs.kind_of(h.get_device()))
     shape = config.of(M)
-    sums = empty((1 + with_bias, shape[-1], C), torch.float32, h.device)
-    start, parts = sums.data_ptr(), shape[-1] * C * 4
+    P = shape[3]
+    sums = empty((1 + with_bias, P, C), torch.float32, h.device)
+    start, parts = sums.data_ptr(), P * C * 4
     call(
         "norm_backward", h,
         dy.data_ptr(), pointer(dh), h.data_ptr(), weight.data_ptr(), mean.data_ptr() if centre else 0, rstd.data_ptr(),
