@@ -1,4 +1,4 @@
-"""On which GPUs the C++ product of a linear layer is chosen, and what `mk.explain` says elsewhere. No GPU needed."""
+"""On which GPUs C++ products and attention are chosen, and what `mk.explain` says elsewhere. No GPU needed."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import megakern as mk
 from megakern.kernels import cuda
+from megakern.kernels.cuda import configs as cuda_configs
 from megakern.kernels.cuda import linear as cxx
 from megakern.kernels.cuda import module
 from megakern.kernels.triton import configs
@@ -69,3 +70,39 @@ def test_hopper_with_a_module_for_older_gpus_takes_triton(gpu):
     said, taken = explained(4096, 1024)
     assert said.chosen == taken == "triton"
     assert said.reasons["cuda"] == "no: its C++ kernel is for sm_90a, and megakern._C was built by nvcc 13.0 for sm_80"
+
+
+def attention_refusal(D: int, dtype: torch.dtype, S: int = 8) -> str:
+    with FakeTensorMode():
+        q, k, v = (torch.empty(1, n, 2, D, dtype=dtype, device="cuda") for n in (8, S, S))
+        return mk.explain("attention", q, k, v).reasons["cuda"]
+
+
+@pytest.mark.parametrize(
+    "D, dtype, S, reason",
+    [
+        (264, torch.bfloat16, 8, "multiples of 8 up to 256, got 264"),
+        (64, torch.float32, 8, "its C++ kernels take bfloat16, float16, not torch.float32"),
+        (64, torch.bfloat16, 0, "wants at least one query and one key"),
+    ],
+)
+def test_attention_names_the_gpu_before_what_another_call_could_change(gpu, D, dtype, S, reason):
+    gpu((8, 0), ALL)
+    of_gpu = "no: its C++ kernel is for sm_90a alone (TMA and wgmma), this GPU is sm_80"
+    assert attention_refusal(D, dtype, S) == attention_refusal(64, torch.bfloat16) == of_gpu
+    gpu((9, 0), ALL)
+    assert reason in attention_refusal(D, dtype, S)
+    assert "TMA and wgmma" in attention_refusal(64, torch.bfloat16)
+
+
+@pytest.mark.parametrize("D, dtype", [(264, torch.bfloat16), (64, torch.float32), (64, torch.bfloat16)])
+def test_paged_attention_names_a_gpu_of_small_blocks_first(gpu, monkeypatch, D, dtype):
+    gpu((8, 9), ALL)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(cuda_configs, "kind_of", lambda device: cuda_configs.Kind(99 << 10, False))
+    with FakeTensorMode():
+        q, pages = (torch.empty(1, n, 2, D, dtype=dtype, device="cuda") for n in (1, 16))
+        table, lengths = (torch.empty(*shape, dtype=torch.int32, device="cuda") for shape in ((1, 1), (1,)))
+        said = mk.explain("paged_attention", q, pages, pages, table, lengths)
+    wanted = "no: its C++ kernel wants 166912 bytes of shared memory, this GPU has 101376"
+    assert said.reasons["cuda"] == wanted

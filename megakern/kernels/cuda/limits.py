@@ -23,6 +23,8 @@ class Op:
     """The largest value of each limited size of a problem."""
     refusal: Callable[..., str | None] = field(default=lambda problem: None)
     """Any other reason not to compute a problem."""
+    unfit: Callable[[], str | None] = field(default=lambda: None)
+    """Why the GPU in use cannot run the kernel: asked before all else, as no other dtype or size would help."""
 
 
 _ELEMENTWISE = Op("16 bytes a thread and tensor at a time, where addresses and strides allow")
@@ -42,8 +44,6 @@ def _cross_entropy(problem) -> str:
 
 
 def _linear(problem) -> str | None:
-    if problem.device == "cuda" and (reason := _not_hopper()):  # first: other sizes would not help
-        return reason
     for name in ("N", "K"):
         if problem.sizes[name] % 8:
             what = f"{name} must be a multiple of 8, got {problem.sizes[name]}"
@@ -83,7 +83,7 @@ _NORM = Op(_norm, most={"C": 2**31 - 1})
 
 
 def _attention(problem) -> str | None:
-    return _head_dim(problem) or _no_keys(problem, "S") or (_not_hopper() if problem.device == "cuda" else None)
+    return _head_dim(problem) or _no_keys(problem, "S")
 
 
 def _head_dim(problem) -> str | None:
@@ -104,7 +104,7 @@ def _paged_attention(problem) -> str | None:
         return f"its C++ kernel is for up to {FEW_ROWS} rows (queries x query heads of a key-value head), got {rows}"
     if problem.sizes["P"] * problem.sizes["page_size"] > 1 << 28:
         return f"its C++ kernel takes up to {1 << 28} keys"
-    return _head_dim(problem) or _no_keys(problem, "P") or (_small_block() if problem.device == "cuda" else None)
+    return _head_dim(problem) or _no_keys(problem, "P")
 
 
 @constant_result
@@ -146,6 +146,7 @@ OPS: dict[str, Op] = {
         _attention_tile,
         dtypes=(torch.bfloat16, torch.float16),
         refusal=_attention,
+        unfit=_not_hopper,
     ),
     "clip_grad_norm_": _TENSORS,
     "cross_entropy": Op(_cross_entropy, most={"V": 2**31 - 1}),
@@ -155,7 +156,9 @@ OPS: dict[str, Op] = {
     "linear_cross_entropy": Op(
         "matrix products by PyTorch; the loss as cross_entropy with in_place", most={"V": 2**31 - 1}
     ),
-    "paged_attention": Op(_DECODE, dtypes=(torch.bfloat16, torch.float16), refusal=_paged_attention),
+    "paged_attention": Op(
+        _DECODE, dtypes=(torch.bfloat16, torch.float16), refusal=_paged_attention, unfit=_small_block
+    ),
     "rms_norm": _NORM,
     "rope": Op("16 bytes of both halves of two heads a thread at a time; a token's angles are read once a thread"),
     "swiglu": _ELEMENTWISE,
@@ -164,6 +167,7 @@ OPS: dict[str, Op] = {
         dtypes=(torch.bfloat16, torch.float16),
         most=dict.fromkeys("MNK", 2**31 - 1024),
         refusal=_linear,
+        unfit=_not_hopper,
     ),
 }
 
@@ -173,6 +177,8 @@ def refusal(problem) -> str | None:
     op = OPS.get(problem.op)
     if op is None:
         return "there is no C++ kernel for this op in this version"
+    if problem.device == "cuda" and (reason := op.unfit()):
+        return reason
     if problem.dtype not in op.dtypes:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in op.dtypes)
         return f"its C++ kernels take {names}, not {problem.dtype}"
