@@ -149,7 +149,7 @@ def test_any_number_of_blocks(blocks, backend, device, monkeypatch):
 OTHERS = [(D, tile) for D, tiles in launchers.TILES.items() for tile in tiles[1:]]
 
 
-@pytest.mark.parametrize("D, tile", OTHERS)
+@pytest.mark.parametrize("D, tile", OTHERS, ids=str)
 def test_other_tiles(D, tile, backend, device, monkeypatch):
     """Several tiles of queries and keys, one block for two; they refuse what they have no code for."""
     monkeypatch.setattr(launchers, "tile_for", lambda D: tile)
@@ -163,17 +163,21 @@ def test_other_tiles(D, tile, backend, device, monkeypatch):
 
 
 def test_a_tile_that_there_is_not(backend, device, monkeypatch):
-    monkeypatch.setattr(launchers, "tile_for", lambda D: (64, 40))
+    monkeypatch.setattr(launchers, "tile_for", lambda D: launchers.Tile(64, 40))
     with pytest.raises(ValueError, match="there is no tile of 64 queries and 40 keys for D 72"):
         attention(**make(1, 8, 8, 1, 1, 72, torch.bfloat16, device), backend=backend)
 
 
-def test_heads_in_sections_of_any_size(backend, device, monkeypatch):
+@pytest.mark.parametrize("blocks", [1, 3, 8, 132])
+def test_heads_in_sections_of_any_size(blocks, backend, device, monkeypatch):
+    """Rounds of blocks that end with a section, or not; a last section of fewer heads."""
     inputs = make(2, 140, 140, 6, 3, 64, torch.bfloat16, device)
     whole = check(inputs, backend)
-    monkeypatch.setattr(launchers, "KEYS_IN_CACHE", 1)  # one group of heads at a time
-    for one, other in zip(whole, check(inputs, backend), strict=True):
-        assert torch.equal(one, other)
+    monkeypatch.setattr(launchers, "multiprocessors", lambda device: blocks)
+    for heads in (2, 8):  # of 12
+        monkeypatch.setattr(launchers, "heads_at_a_time", lambda *sizes, heads=heads: heads)
+        for one, other in zip(whole, check(inputs, backend), strict=True):
+            assert torch.equal(one, other)
 
 
 @pytest.mark.only("simt")

@@ -5,6 +5,8 @@ The copy engine wants rows that start on multiples of 16 bytes: other views are 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from megakern.kernels.cuda.attention_backward import attention_backward
@@ -18,18 +20,37 @@ __all__ = ["attention_backward", "attention_forward"]
 KEYS_IN_CACHE = 32 << 20
 """Bytes of keys and values whose heads are computed side by side: they stay in the L2 cache of 50 MB."""
 
+
+@dataclass(frozen=True)
+class Tile:
+    """AttentionTile of csrc/attention_forward.cu, which has code for those below."""
+
+    queries: int
+    """64 of each consumer warpgroup: two of them with 240 registers a thread, or three with 160."""
+    keys: int
+    why: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.queries} queries x {self.keys} keys"
+
+
 TILES = {
-    64: ((128, 128), (192, 96)),
-    96: ((128, 128),),
-    128: ((128, 128), (128, 176)),
-    192: ((128, 112),),
-    256: ((128, 80),),
+    64: (
+        Tile(128, 128, "429 TFLOP/s causal, 432 full on an H200 (1 x 16384 x 32 x 32, commit 519726e)"),
+        Tile(192, 96, "three consumers, for plain scores, not yet measured; with 112 keys 72 bytes spill"),
+    ),
+    96: (Tile(128, 128, "as head dim 128"),),
+    128: (
+        Tile(128, 128, "566 TFLOP/s causal, 589 full on an H200 (2 x 8192 x 64 x 8, commit 519726e)"),
+        Tile(128, 176, "for plain scores and full masks, whose last tiles it does not cut; not yet measured"),
+    ),
+    192: (Tile(128, 112, "the most keys whose two stages fit shared memory"),),
+    256: (Tile(128, 80, "the most keys whose two stages fit shared memory"),),
 }
-"""Queries and keys of a tile, up to a head dim. The first is taken; the others, for plain scores alone, are not yet
-measured: three consumer warpgroups (192 queries; with 128 keys registers spilled), and more keys for full masks."""
+"""Up to a head dim. The first is taken; `python -m benchmarks.tune_attention --backend cuda` times all."""
 
 
-def tile_for(D: int) -> tuple[int, int]:
+def tile_for(D: int) -> Tile:
     return TILES[next(most for most in TILES if most >= D)][0]
 
 
@@ -51,10 +72,11 @@ def attention_forward(
         q_offsets, k_offsets, sequences = q_offsets.contiguous(), k_offsets.contiguous(), q_offsets.shape[0] - 1
     strides = [x.stride(dim) for x in (q, k, v) for dim in (0, 1, 2)]
     slopes, features = features_of(slopes, softcap, dropout_p, dropout_key)
+    tile = tile_for(D)
     call(
         "attention_forward", q, q.data_ptr(), k.data_ptr(), v.data_ptr(), pointer(q_offsets), pointer(k_offsets),
         out.data_ptr(), lse.data_ptr(), DTYPES[q.dtype], q.shape[0], T, S, H, Hkv, D, sequences, *strides, *window,
-        heads_at_a_time(S, H, Hkv, D), multiprocessors(q.device), *tile_for(D), scale, *features,
+        heads_at_a_time(S, H, Hkv, D), multiprocessors(q.device), tile.queries, tile.keys, scale, *features,
     )  # fmt: skip
     return out, lse
 

@@ -120,8 +120,7 @@ def _attention_tile(problem) -> str:
     from megakern.kernels.cuda.attention_decode import decodes
 
     D, T, H, Hkv = (problem.sizes[name] for name in ("D", "T", "H", "Hkv"))
-    queries, keys = tile_for(D)
-    forward = f"TMA and wgmma, {queries} queries x {keys} keys, consumer warpgroups in turn, persistent blocks"
+    forward = f"TMA and wgmma, {tile_for(D)}, consumer warpgroups in turn, persistent blocks"
     few = decodes(T, H // Hkv, problem.options["packed"], problem.options["dropout"])
     return f"forward: {_DECODE if few else forward}; {_attention_backward(problem)}"
 
