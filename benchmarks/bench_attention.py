@@ -1,13 +1,18 @@
-"""Attention beside PyTorch's implementations, FlexAttention and flash-attn. FLOPs: 4 B H T^2 D, half if causal;
-backward 2.5 times.
+"""Attention beside PyTorch's implementations, FlexAttention and flash-attn. FLOPs: 4 B H T^2 D, half if causal, of a
+window the keys that queries see; backward 2.5 times.
+
+    python -m benchmarks.gpu --only bench --ops attention,paged_attention     all of it on a GPU; --tiny: on a CPU too
 
 On a GPU "torch sdpa" is PyTorch's FlashAttention 2, "cuDNN" and "efficient" its other implementations of that function.
-FlexAttention is compiled, with a block mask made beforehand: on a GPU only, as on CPUs it has no backward pass.
+FlexAttention is compiled, with a block mask made beforehand: on a GPU only, as on CPUs it has no backward pass. Of a
+window PyTorch's function gets a mask of T^2 bytes, which only "efficient" takes.
 """
 
 from __future__ import annotations
 
 import functools
+import re
+from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
@@ -18,7 +23,8 @@ import megakern as mk
 from benchmarks.common import Case, draw, main, ours, run, sizes
 from benchmarks.peers.libraries import peer
 
-# BxTxHxHkvxD, after a colon "full" where the attention is not causal.
+# BxTxHxHkvxD, causal. After a colon: "full"; "window=N", a query sees N keys before its own; "deterministic", gradients
+# of the same bits at each run (peers as they are by default), of which only the backward pass is timed.
 SHAPES = {
     "cpu": ["12x256x6x6x64", "4x512x12x12x64", "1x1024x16x4x128"],
     "cuda": [
@@ -28,33 +34,75 @@ SHAPES = {
         "1x16384x32x32x64",
         "4x2048x32x8x128",
         "1x16384x32x32x64:full",
+        "2x8192x64x8x128:deterministic",
+        "2x8192x64x8x128:full,deterministic",
+        "1x16384x32x32x64:window=128",
     ],
-    "tiny": ["1x3x2x1x8", "1x3x2x1x8:full"],
+    "tiny": [
+        "1x3x2x1x8",
+        "1x3x2x1x8:full",
+        "1x3x2x1x8:deterministic",
+        "1x3x2x1x8:full,deterministic",
+        "1x9x2x1x8:window=2",
+    ],
 }
 
 
-def sdpa(q, k, v, causal: bool):
+@dataclass(frozen=True)
+class Kind:
+    """What stands behind the colon of a shape."""
+
+    causal: bool = True
+    window: int | None = None
+    deterministic: bool = False
+
+    @classmethod
+    def of(cls, text: str) -> Kind:
+        words = set(text.split(",")) - {""}
+        window = next((word for word in words if re.fullmatch(r"window=\d+", word)), None)
+        full, deterministic = "full" in words, "deterministic" in words
+        if words - {"full", "deterministic", window} or (full and window):
+            raise ValueError(f"bench: a kind of attention is of full or window=N, and deterministic; got {text!r}")
+        return cls(not full, int(window.partition("=")[2]) if window else None, deterministic)
+
+    def visible(self, T: int) -> float:
+        """Pairs of a query and a key that it sees; causal counts as half."""
+        if self.window is not None:
+            whole = min(self.window + 1, T)
+            return whole * (whole + 1) / 2 + (T - whole) * whole
+        return T * T / (2 if self.causal else 1)
+
+    def mask(self, T: int, device) -> torch.Tensor:
+        """Of a window, as PyTorch's function takes it."""
+        return torch.ones(T, T, dtype=torch.bool, device=device).tril().triu(-self.window)
+
+
+def sdpa(q, k, v, causal: bool, mask=None):
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+    grouped = q.shape[1] != k.shape[1]
+    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal and mask is None, enable_gqa=grouped)
     return out.transpose(1, 2)
 
 
-def by(implementation: SDPBackend, causal: bool):
+def by(implementation: SDPBackend, causal: bool, mask=None):
     def call(q, k, v):
         with sdpa_kernel(implementation):
-            return sdpa(q, k, v, causal)
+            return sdpa(q, k, v, causal, mask)
 
     return call
 
 
-def efficient(q, k, v, causal: bool):
+def efficient(q, k, v, causal: bool, mask=None):
     """The memory-efficient implementation has no grouped heads: keys and values are repeated, inside the time."""
     k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
-    return by(SDPBackend.EFFICIENT_ATTENTION, causal)(q, k, v)
+    return by(SDPBackend.EFFICIENT_ATTENTION, causal, mask)(q, k, v)
 
 
-def flex(T: int, causal: bool, device):
-    mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, T, T, device=device) if causal else None
+def flex(T: int, kind: Kind, device):
+    def sees(b, h, i, j):
+        return i >= j if kind.window is None else (i >= j) & (i - j <= kind.window)
+
+    mask = create_block_mask(sees, None, None, T, T, device=device) if kind.causal else None
     compiled = torch.compile(functools.partial(flex_attention, block_mask=mask), dynamic=False)
 
     def call(q, k, v):
@@ -64,27 +112,38 @@ def flex(T: int, causal: bool, device):
     return call
 
 
+def peers_of(options, T: int, kind: Kind) -> dict:
+    windowed = kind.window is not None
+    mask = kind.mask(T, options.device) if windowed else None
+    if options.device.type != "cuda":
+        return {"torch sdpa": functools.partial(sdpa, causal=kind.causal, mask=mask)}
+    found = {"efficient": functools.partial(efficient, causal=kind.causal, mask=mask)}
+    if not windowed:
+        flash, cudnn = (by(x, kind.causal) for x in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION))
+        found = {"torch sdpa": flash, "cuDNN": cudnn, **found}
+    if options.compile:
+        torch._functorch.config.donated_buffer = False  # else a backward pass runs only once
+        found["FlexAttention"] = flex(T, kind, options.device)
+    return found
+
+
 def cases(options):
     for shape in options.shape:
-        dims, _, kind = shape.partition(":")
-        causal = kind != "full"
+        dims, _, text = shape.partition(":")
+        kind = Kind.of(text)
         B, T, H, kv_heads, D = sizes(dims)
         inputs = draw(options, B, T, H, D), draw(options, B, T, kv_heads, D), draw(options, B, T, kv_heads, D)
-        work = (2.0 if causal else 4.0) * B * H * T * T * D
-        call = lambda q, k, v, backend, causal=causal: mk.attention(q, k, v, causal=causal, backend=backend)  # noqa: E731
-        peers = {"torch sdpa": lambda q, k, v, causal=causal: sdpa(q, k, v, causal)}
-        if options.device.type == "cuda":
-            peers = {
-                "torch sdpa": by(SDPBackend.FLASH_ATTENTION, causal),
-                "cuDNN": by(SDPBackend.CUDNN_ATTENTION, causal),
-                "efficient": functools.partial(efficient, causal=causal),
-            }
-            if options.compile:
-                torch._functorch.config.donated_buffer = False  # else a backward pass runs only once
-                peers["FlexAttention"] = flex(T, causal, options.device)
-        call_flash = lambda m, q, k, v, causal=causal: m.flash_attn_func(q, k, v, causal=causal)  # noqa: E731
-        peers |= peer(options, "flash-attn", "flash_attn", call_flash)
-        yield Case(shape, {**ours(options, "attention", call), **peers}, inputs, work, "FLOP", 2.5 * work)
+        work = 4.0 * B * H * D * kind.visible(T)
+        window = None if kind.window is None else (kind.window, None)
+        how = {"causal": kind.causal, "window": window, "deterministic": kind.deterministic}
+        call = lambda q, k, v, backend, how=how: mk.attention(q, k, v, **how, backend=backend)  # noqa: E731
+        sides = (-1, -1) if kind.window is None else (kind.window, 0)
+        call_flash = lambda m, q, k, v, kind=kind, sides=sides: m.flash_attn_func(  # noqa: E731
+            q, k, v, causal=kind.causal, window_size=sides, deterministic=kind.deterministic
+        )
+        peers = peers_of(options, T, kind) | peer(options, "flash-attn", "flash_attn", call_flash)
+        forward = None if kind.deterministic else work
+        yield Case(shape, {**ours(options, "attention", call), **peers}, inputs, forward, "FLOP", 2.5 * work)
 
 
 def benchmark(options):

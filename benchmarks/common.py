@@ -43,8 +43,8 @@ class Case:
     contestants: dict[str, Callable[..., Any] | str]
     """A text instead of a call is the reason why a peer is not here."""
     inputs: tuple[torch.Tensor, ...]
-    work: float
-    """Bytes or FLOPs of one forward pass."""
+    work: float | None
+    """Bytes or FLOPs of one forward pass; None where there is none to time."""
     unit: str
     """"B" or "FLOP"."""
     backward_work: float | None

@@ -8,9 +8,22 @@ import time
 import pytest
 import torch
 
-from benchmarks import bench_curves, bench_generate, bench_growth, bench_scaling, bench_startup, report
+from benchmarks import bench_attention, bench_curves, bench_generate, bench_growth, bench_scaling, bench_startup, report
 from benchmarks.bench_growth import Growth
 from benchmarks.bench_train import gpt2
+
+
+def test_kinds_of_attention_count_what_queries_see():
+    kinds = {"": 50, "full": 100, "window=3": 1 + 2 + 3 + 7 * 4, "window=40": 55, "deterministic": 50}
+    for text, pairs in kinds.items():
+        kind = bench_attention.Kind.of(text)
+        assert kind.visible(10) == pairs and kind.deterministic == (text == "deterministic")
+        if kind.window is not None:
+            assert kind.mask(10, "cpu").sum() == pairs
+    assert bench_attention.Kind.of("full,deterministic") == bench_attention.Kind(causal=False, deterministic=True)
+    for wrong in ("window", "causal", "full,window=3"):
+        with pytest.raises(ValueError, match="is of full or window=N, and deterministic; got"):
+            bench_attention.Kind.of(wrong)
 
 
 def quadratic(n: int):
