@@ -34,6 +34,7 @@ def pytest_configure(config):
         loader = importlib.machinery.ExtensionFileLoader("megakern._simt", os.environ["SIMT_MODULE"])
         spec = importlib.util.spec_from_loader("megakern._simt", loader)
         sys.modules["megakern._simt"] = importlib.util.module_from_spec(spec)
+        loader.exec_module(sys.modules["megakern._simt"])
     config.pluginmanager.register(Promises(config.getoption("--faults")), "promises")
 
 
