@@ -292,8 +292,8 @@ BUGS += _of(
         "turns not zeroed": ("if (plan.turns != nullptr && thread == 0) plan.turns[line] = 0;", ";"),
         "rows that see nothing": ("log == -INFINITY ? INFINITY : log * kLog2E", "log * kLog2E"),
         "rows behind the end": ("inside && col < r.D", "col < r.D"),
-        "dq not shown to the copy engine": ("fence_async();\nsync_block();", "sync_block();"),
-        "dq stored before all have written it": ("fence_async();\nsync_block();", "fence_async();"),
+        "rounded dq not shown to the copy engine": ("fence_async();\nsync_block();", "sync_block();"),
+        "rounded dq stored before all have written it": ("fence_async();\nsync_block();", "fence_async();"),
     },
 )
 
