@@ -106,21 +106,21 @@ def calls(shape: str, dtype: str, rows: int | None = None):
     (q, k, v, dout), how, work = inputs(shape, dtype, rows)
     B, T, H, _ = q.shape
     out, lse = torch.empty_like(q), torch.empty(B, H, T, device="cuda")
-    delta = torch.empty_like(lse)
+    call, (dq, dk, dv) = attention_tiles.Call(q, k, *how), (torch.empty_like(x) for x in (q, k, v))
+    log, delta = torch.empty_like(lse), torch.empty_like(lse)
     if rows is None:
         out, lse = attention.attention_forward(q, k, v, *how, True)
-        delta = attention_backward.row_sums(dout, out)
-    call, (dq, dk, dv) = attention_tiles.Call(q, k, *how), (torch.empty_like(x) for x in (q, k, v))
+        log, delta = attention_backward.query_gradient(call, dout, v, out, lse, dq)
     runs = {
         "forward": lambda: attention.attention_forward(q, k, v, *how, True),
-        "key-value gradient": lambda: attention_backward.key_value_gradient(call, dout, v, lse, delta, dk, dv),
-        "query gradient": lambda: attention_backward.query_gradient(call, dout, v, lse, delta, dq),
+        "key-value gradient": lambda: attention_backward.key_value_gradient(call, dout, v, log, delta, dk, dv),
+        "query gradient": lambda: attention_backward.query_gradient(call, dout, v, out, lse, dq),
     }
     return runs, work
 
 
 def run(role: str, config: configs.Config, call) -> None:
-    with mock.patch.object(configs, "attention", lambda *arguments: config):
+    with mock.patch.object(configs, "attention", lambda *arguments: configs.Choice((config,))):
         call()
 
 

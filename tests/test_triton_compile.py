@@ -104,14 +104,21 @@ class _Driver:
         return GPUTarget("cuda", 90, 32)
 
 
-def traced(function, *inputs) -> list:
-    """The kernels in the joint graph of `function`, in order, as inductor is given them."""
+def graph_of(function, *inputs) -> list:
+    """The launches in the joint graph of `function`, in order, as inductor is given them."""
+    graph = aot_export_joint_simple(function, inputs, trace_joint=True)
+    assert not any("megakern" in str(node.target) for node in graph.graph.nodes), "an op was left whole"
+    return [node for node in graph.graph.nodes if "triton_kernel_wrapper" in str(node.target)]
+
+
+def kernel_of(node) -> str:
     from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 
-    graph = aot_export_joint_simple(function, inputs, trace_joint=True)
-    nodes = [node for node in graph.graph.nodes if "triton_kernel_wrapper" in str(node.target)]
-    assert not any("megakern" in str(node.target) for node in graph.graph.nodes), "an op was left whole"
-    return [kernel_side_table.get_kernel(node.kwargs["kernel_idx"]).fn.__name__ for node in nodes]
+    return kernel_side_table.get_kernel(node.kwargs["kernel_idx"]).fn.__name__
+
+
+def traced(function, *inputs) -> list[str]:
+    return [kernel_of(node) for node in graph_of(function, *inputs)]
 
 
 @pytest.fixture
@@ -163,4 +170,20 @@ def test_inductor_sees_the_kernels_of_attention(fake):
         return out, lse
 
     kernels = [name.lstrip("_") for name in traced(function, fake(2, 9, 4, 16), *(fake(2, 9, 2, 16) for _ in "kv"))]
-    assert kernels == ["forward", "row_sums", "key_value_gradient", "query_gradient"]
+    assert kernels == ["forward", "query_gradient", "key_value_gradient"]
+
+
+def test_inductor_sees_the_kernels_of_packed_attention_and_what_they_write(fake):
+    """Offsets, from which addresses are computed, are not among it."""
+    ends = fake(4, dtype=torch.int32, requires_grad=False)
+
+    def function(q, k, v, ends):
+        how = ([-1, 0], 0.3, 0.0, 0.1, [7, 0, 0], True, "triton")
+        return torch.ops.megakern.attention.default(q, k, v, ends, ends, None, *how)
+
+    kernels, written = [], []
+    for node in graph_of(function, fake(9, 4, 16), *(fake(9, 2, 16) for _ in "kv"), ends):
+        kernels.append(kernel_of(node).lstrip("_"))
+        written.append(list(node.kwargs["tensors_to_clone"]))
+    assert kernels == ["forward", "query_gradient", "key_value_gradient"]
+    assert written == [["out", "lse"], ["dq", "log", "delta"], ["dk", "dv"]]

@@ -140,11 +140,6 @@ _HOW = (
 )
 
 
-def _is_packed(*arguments) -> bool:
-    """The compiler takes offsets, from which kernels compute where they store, for tensors that they write."""
-    return any(isinstance(x, torch.Tensor) and not x.is_floating_point() for x in arguments)
-
-
 def _forward(q, k, v, q_offsets, k_offsets, slopes, *how_and_backend):
     *how, backend = how_and_backend
     return launcher(backend, "attention", "attention_forward")(q, k, v, q_offsets, k_offsets, slopes, *how)
@@ -171,7 +166,6 @@ _attention_backward = register(
     f"(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_HOW}) -> (Tensor, Tensor, Tensor)",
     forward=_backward,
     fake=_backward_fake,
-    opaque=_is_packed,
 )
 
 
@@ -194,7 +188,6 @@ _attention = register(
     fake=_fake,
     setup_context=_setup_context,
     backward=_autograd_backward,
-    opaque=_is_packed,
 )
 
 

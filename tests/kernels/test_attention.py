@@ -28,7 +28,7 @@ BM, BN = 32, 16
 @pytest.fixture
 def small_tiles(monkeypatch):
     small = configs.Config("small", {"BM": BM, "BN": BN}, 4, 2)
-    monkeypatch.setattr(configs, "attention", lambda role, D, dtype: small)
+    monkeypatch.setattr(configs, "attention", lambda role, *sizes: configs.Choice((small,)))
 
 
 def make(B, T, S, H, Hkv, D, dtype=torch.float32, device="cpu"):
@@ -123,7 +123,8 @@ CANDIDATES = [(*key, config) for key, found in configs.ATTENTION.items() for con
 @pytest.mark.parametrize("role, BD, config", CANDIDATES, ids=lambda value: getattr(value, "name", str(value)))
 def test_every_configuration(role, BD, config, backend, device, monkeypatch):
     small = configs.Config("small", {"BM": BM, "BN": BN}, 4, 2)
-    monkeypatch.setattr(configs, "attention", lambda asked, D, dtype: config if asked == role else small)
+    chosen = lambda asked, *sizes: configs.Choice((config if asked == role else small,))  # noqa: E731
+    monkeypatch.setattr(configs, "attention", chosen)
     check(make(1, 135, 130, 1, 1, BD, torch.float16, device), backend, window=(70, None))
 
 

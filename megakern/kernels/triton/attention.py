@@ -14,7 +14,7 @@ import triton.language as tl
 from megakern.kernels.memory import empty, empty_like
 from megakern.kernels.triton import attention_backward as backward
 from megakern.kernels.triton import attention_tiles as tiles
-from megakern.kernels.triton import configs
+from megakern.kernels.triton import configs, tune
 from megakern.kernels.triton.attention_decode import decode
 from megakern.kernels.triton.dropout import fold, keep
 from megakern.kernels.triton.launch import launch
@@ -67,13 +67,20 @@ def _forward(
     LEFT: tl.constexpr, PLAIN: tl.constexpr, CAPPED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Program i: one block of rows of one query head, see `locate`."""
-    sample, head, first, q_start, T, k_start, S = tiles.locate(
-        q_offsets, k_offsets, tl.program_id(0), T, S, blocks, N, H, BM
-    )
+    """Program i: one block of rows of one query head, see `placed`."""
+    sample, head, block = tiles.placed(tl.program_id(0), blocks, H)
+    first, q_start, k_start = block * BM, 0, 0
+    if q_offsets is not None:
+        above = N
+        while above - sample > 1:
+            sample, above = tiles.narrowed(sample, above, tl.load(q_offsets + (sample + above) // 2), block, BM)
+        q_start, k_start = tl.load(q_offsets + sample), tl.load(k_offsets + sample)
+        T, S = tl.load(q_offsets + sample + 1) - q_start, tl.load(k_offsets + sample + 1) - k_start
+        first = (block - q_start // BM - sample) * BM
     if first >= T:
         return
-    batch, at, q_at, k_at = sample.to(tl.int64), head.to(tl.int64), q_start.to(tl.int64), k_start.to(tl.int64)
+    batch, at = sample.to(tl.int64), head.to(tl.int64)
+    q_at, k_at = tl.cast(q_start, tl.int64), tl.cast(k_start, tl.int64)
     k += batch * k_batch + k_at * k_row + at // G * k_head
     v += batch * v_batch + k_at * v_row + at // G * v_head
     rows = first + tl.arange(0, BM)
@@ -124,13 +131,17 @@ def attention_forward(
     lse = empty((*q.shape[:-3], q.shape[-2], q.shape[-3]), torch.float32, q.device)
     q, k, v = tiles.by_rows(q, k, v)
     call = tiles.Call(q, k, q_offsets, k_offsets, slopes, window, scale, softcap, dropout_p, dropout_key)
-    config = configs.attention("forward", q.shape[-1], q.dtype)
-    blocks = call.blocks(q.shape[-3], config.tiles["BM"])
     distances = (*tiles.strides(q, k, v, out), *tiles.lse_strides(lse), call.slope_batch)
-    launch(
-        _forward, (blocks * q.shape[-2] * call.samples,), q, k, v, out, lse, *call.tensors, *distances,
-        *call.numbers(blocks), config=config, PLAIN=scale > 0 and not softcap and call.slopes is None, **call.constants,
-    )  # fmt: skip
+    plain = scale > 0 and not softcap and call.slopes is None
+
+    def run(config):
+        blocks = call.blocks(q.shape[-3], config.tiles["BM"])
+        launch(
+            _forward, (blocks * q.shape[-2] * call.samples,), q, k, v, out, lse, *call.tensors, *distances,
+            *call.numbers(blocks), config=config, PLAIN=plain, **call.constants,
+        )  # fmt: skip
+
+    tune.run(call.choice("forward"), q, run)
     return out, lse
 
 
@@ -141,10 +152,8 @@ def attention_backward(
     dq, dk, dv = empty_like(q), empty_like(k), empty_like(v)
     if q.shape[-2] == 0:
         return dq, dk.zero_(), dv.zero_()
-    dout, q, k, v = tiles.by_rows(dout, q, k, v)
+    dout, q, k, v, out = tiles.by_rows(dout, q, k, v, out)
     call = tiles.Call(q, k, q_offsets, k_offsets, slopes, window, scale, softcap, dropout_p, dropout_key)
-    lse = lse.contiguous()
-    delta = backward.row_sums(dout, out)
-    backward.key_value_gradient(call, dout, v, lse, delta, dk, dv)
-    backward.query_gradient(call, dout, v, lse, delta, dq)
+    log, delta = backward.query_gradient(call, dout, v, out, lse.contiguous(), dq)
+    backward.key_value_gradient(call, dout, v, log, delta, dk, dv)
     return dq, dk, dv

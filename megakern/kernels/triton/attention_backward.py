@@ -1,66 +1,54 @@
 """Attention in Triton, backward, in two passes that compute the probabilities again; no atomics, so it repeats exactly.
 
     delta[t] = sum_d dout[t, d] out[t, d]        p = exp(s - lse)         ds = p (keep dout v^T - delta)
+    dq = scale ds k                              a program owns BM rows and walks the keys; it leaves delta
     dv = (p keep)^T dout    dk = scale ds^T q    a program owns BN keys and walks the rows of all query heads of a group
-    dq = scale ds k                              a program owns BM rows and walks the keys
 
-Seven products instead of the five of one pass with atomics. The first pass computes scores as (keys, rows): then p and
-ds are first operands from registers, and never go through shared memory. Writes every output whole (=), sums in fp32.
+Seven products instead of the five of one pass with atomics. The second pass computes scores as (keys, rows): then p and
+ds are first operands from registers, and never go through shared memory: on sm_90 all seven are wgmma. Writes every
+output whole (=), sums in fp32.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
-from megakern.kernels.memory import empty
+from megakern.kernels.memory import empty_like
 from megakern.kernels.triton import attention_tiles as tiles
-from megakern.kernels.triton import configs
-from megakern.kernels.triton.configs import cdiv
+from megakern.kernels.triton import tune
 from megakern.kernels.triton.dropout import fold, keep
 from megakern.kernels.triton.launch import launch
 
 # --- kernels ---
 
 
-@triton.jit(do_not_specialize=["T", "H", "blocks"])
-def _row_sums(
-    dout, out, delta, dout_batch, dout_row, dout_head, out_batch, out_row, out_head, delta_batch, delta_head, T, H,
-    blocks, ROWS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    """delta = sum over D of dout out, for one block of rows of one head."""
-    program = tl.program_id(0)
-    first = program % blocks * ROWS
-    head, batch = (program // blocks % H).to(tl.int64), (program // blocks // H).to(tl.int64)
-    upstream = tiles.tile(dout + batch * dout_batch + head * dout_head, first, dout_row, T, ROWS, D, BD, True)
-    result = tiles.tile(out + batch * out_batch + head * out_head, first, out_row, T, ROWS, D, BD, True)
-    rows = first + tl.arange(0, ROWS)
-    total = tl.sum(upstream.to(tl.float32) * result.to(tl.float32), 1)
-    tl.store(delta + batch * delta_batch + head * delta_head + rows, total, rows < T)
-
-
 @triton.jit
 def _meet_rows(
-    dk, dv, key, value, q, dout, lse, delta, q_row, dout_row, low, high, cols, offset, T, S, left, right, scale, cap,
-    slope, head_key, threshold, kept,
+    dk, dv, key, value, q, dout, log, delta, q_row, dout_row, low, count, turn, gap, cols, offset, T, S, left, right,
+    scale, cap, slope, head_key, threshold, kept,
     MASK: tl.constexpr, LEFT: tl.constexpr, CAPPED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """Keys `cols` (BN, 1) meet rows low to high - 1 of one query head. MASK: rows from T on count nothing."""
-    for start in range(low, high, BM):
+    """Keys `cols` (BN, 1) meet `count` blocks of rows of one query head from low on; those from number `turn` on lie
+    `gap` further (see `edges`). With MASK rows from T on count nothing.
+    """
+    for step in range(0, count):
+        start = low + step * BM
+        if MASK:
+            start += tl.where(step >= turn, gap, 0)
         rows = start + tl.arange(0, BM)
         query = tiles.tile(q, start, q_row, T, BM, D, BD, MASK)
         own = (rows + offset)[None, :]
         product = tl.dot(key, tl.trans(query), input_precision=PRECISION)
         product, bent = tiles.scores(product, own, cols, scale, cap, slope, CAPPED)
         if MASK:
-            log = tl.load(lse + rows, rows < T, tiles.INFINITY)
+            log_here = tl.load(log + rows, rows < T, tiles.INFINITY)
             delta_here = tl.load(delta + rows, rows < T, 0.0)
         else:
-            log = tl.load(lse + rows)
+            log_here = tl.load(log + rows)
             delta_here = tl.load(delta + rows)
-        p = tl.exp2(product - log[None, :] * tiles.LOG2_E)
+        p = tl.exp2(product - log_here[None, :])
         if MASK:
             p = tl.where(tiles.visible(own, cols, S, left, right, LEFT), p, 0.0)
         upstream = tiles.tile(dout, start, dout_row, T, BM, D, BD, MASK)
@@ -80,20 +68,27 @@ def _meet_rows(
 
 @triton.jit(do_not_specialize=tiles.CHANGING)
 def _key_value_gradient(
-    q, k, v, dout, lse, delta, dk, dv, q_offsets, k_offsets, slopes, q_batch, q_row, q_head, k_batch, k_row, k_head,
-    v_batch, v_row, v_head, dout_batch, dout_row, dout_head, dk_batch, dk_row, dk_head, lse_batch, lse_head,
+    q, k, v, dout, log, delta, dk, dv, q_offsets, k_offsets, slopes, q_batch, q_row, q_head, k_batch, k_row, k_head,
+    v_batch, v_row, v_head, dout_batch, dout_row, dout_head, dk_batch, dk_row, dk_head, log_batch, log_head,
     slope_batch, T, S, N, H, G, blocks, left, right, scale, cap, seed, first_sample, first_head, threshold, kept,
     factor,
     LEFT: tl.constexpr, CAPPED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Program i: dk and dv of one block of keys of one key-value head, see `locate`; the last block comes first."""
-    sample, kv_head, first, k_start, S, q_start, T = tiles.locate(
-        k_offsets, q_offsets, tl.program_id(0), S, T, blocks, N, H // G, BN
-    )
+    """Program i: dk and dv of one block of keys of one key-value head, see `placed`; the last block comes first."""
+    sample, kv_head, block = tiles.placed(tl.program_id(0), blocks, H // G)
+    first, k_start, q_start = block * BN, 0, 0
+    if k_offsets is not None:
+        above = N
+        while above - sample > 1:
+            sample, above = tiles.narrowed(sample, above, tl.load(k_offsets + (sample + above) // 2), block, BN)
+        k_start, q_start = tl.load(k_offsets + sample), tl.load(q_offsets + sample)
+        S, T = tl.load(k_offsets + sample + 1) - k_start, tl.load(q_offsets + sample + 1) - q_start
+        first = (block - k_start // BN - sample) * BN
     if first >= S:
         return
-    batch, at, q_at, k_at = sample.to(tl.int64), kv_head.to(tl.int64), q_start.to(tl.int64), k_start.to(tl.int64)
+    batch, at = sample.to(tl.int64), kv_head.to(tl.int64)
+    q_at, k_at = tl.cast(q_start, tl.int64), tl.cast(k_start, tl.int64)
     key = tiles.tile(k + batch * k_batch + k_at * k_row + at * k_head, first, k_row, S, BN, D, BD, True)
     value = tiles.tile(v + batch * v_batch + k_at * v_row + at * v_head, first, v_row, S, BN, D, BD, True)
     cols = (first + tl.arange(0, BN))[:, None]
@@ -103,30 +98,26 @@ def _key_value_gradient(
     start, whole, ragged, stop = tiles.rows_seeing(
         first, tl.minimum(first + BN, S) - 1, offset, T, left, right, BM, LEFT
     )
+    start, count, turn, gap = tiles.edges(start, whole, ragged, stop, BM)
     for member in range(0, G):
         head = kv_head * G + member
         at = head.to(tl.int64)
         q_here = q + batch * q_batch + q_at * q_row + at * q_head
         dout_here = dout + batch * dout_batch + q_at * dout_row + at * dout_head
-        lse_here = lse + batch * lse_batch + at * lse_head + q_at
-        delta_here = delta + batch * lse_batch + at * lse_head + q_at
+        log_here = log + batch * log_batch + at * log_head + q_at
+        delta_here = delta + batch * log_batch + at * log_head + q_at
         slope = None
         if slopes is not None:
             slope = tiles.slope_of(slopes, sample, head, slope_batch)
         head_key = tiles.head_key(seed, first_sample + sample, first_head + head)
         dkey, dvalue = _meet_rows(
-            dkey, dvalue, key, value, q_here, dout_here, lse_here, delta_here, q_row, dout_row, start,
-            tl.minimum(whole, stop), cols, offset, T, S, left, right, scale, cap, slope, head_key, threshold, kept,
-            True, LEFT, CAPPED, DROPOUT, PRECISION, D, BD, BM,
-        )  # fmt: skip
-        dkey, dvalue = _meet_rows(
-            dkey, dvalue, key, value, q_here, dout_here, lse_here, delta_here, q_row, dout_row, whole, ragged, cols,
-            offset, T, S, left, right, scale, cap, slope, head_key, threshold, kept,
+            dkey, dvalue, key, value, q_here, dout_here, log_here, delta_here, q_row, dout_row, whole,
+            (ragged - whole) // BM, 0, 0, cols, offset, T, S, left, right, scale, cap, slope, head_key, threshold, kept,
             False, LEFT, CAPPED, DROPOUT, PRECISION, D, BD, BM,
         )  # fmt: skip
         dkey, dvalue = _meet_rows(
-            dkey, dvalue, key, value, q_here, dout_here, lse_here, delta_here, q_row, dout_row, ragged, stop, cols,
-            offset, T, S, left, right, scale, cap, slope, head_key, threshold, kept,
+            dkey, dvalue, key, value, q_here, dout_here, log_here, delta_here, q_row, dout_row, start, count, turn,
+            gap, cols, offset, T, S, left, right, scale, cap, slope, head_key, threshold, kept,
             True, LEFT, CAPPED, DROPOUT, PRECISION, D, BD, BM,
         )  # fmt: skip
     to = batch * dk_batch + k_at * dk_row + kv_head.to(tl.int64) * dk_head
@@ -163,20 +154,27 @@ def _meet_keys(
 
 @triton.jit(do_not_specialize=tiles.CHANGING)
 def _query_gradient(
-    q, k, v, dout, lse, delta, dq, q_offsets, k_offsets, slopes, q_batch, q_row, q_head, k_batch, k_row, k_head,
-    v_batch, v_row, v_head, dout_batch, dout_row, dout_head, dq_batch, dq_row, dq_head, lse_batch, lse_head,
-    slope_batch, T, S, N, H, G, blocks, left, right, scale, cap, seed, first_sample, first_head, threshold, kept,
-    factor,
+    q, k, v, dout, out, lse, dq, log, delta, q_offsets, k_offsets, slopes, q_batch, q_row, q_head, k_batch, k_row,
+    k_head, v_batch, v_row, v_head, dout_batch, dout_row, dout_head, out_batch, out_row, out_head, dq_batch, dq_row,
+    dq_head, log_batch, log_head, slope_batch, T, S, N, H, G, blocks, left, right, scale, cap, seed, first_sample,
+    first_head, threshold, kept, factor,
     LEFT: tl.constexpr, CAPPED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Program i: dq of one block of rows of one query head, see `locate`."""
-    sample, head, first, q_start, T, k_start, S = tiles.locate(
-        q_offsets, k_offsets, tl.program_id(0), T, S, blocks, N, H, BM
-    )
+    """Program i: dq, delta and lse in powers of two of one block of rows of one query head, see `placed`."""
+    sample, head, block = tiles.placed(tl.program_id(0), blocks, H)
+    first, q_start, k_start = block * BM, 0, 0
+    if q_offsets is not None:
+        above = N
+        while above - sample > 1:
+            sample, above = tiles.narrowed(sample, above, tl.load(q_offsets + (sample + above) // 2), block, BM)
+        q_start, k_start = tl.load(q_offsets + sample), tl.load(k_offsets + sample)
+        T, S = tl.load(q_offsets + sample + 1) - q_start, tl.load(k_offsets + sample + 1) - k_start
+        first = (block - q_start // BM - sample) * BM
     if first >= T:
         return
-    batch, at, q_at, k_at = sample.to(tl.int64), head.to(tl.int64), q_start.to(tl.int64), k_start.to(tl.int64)
+    batch, at = sample.to(tl.int64), head.to(tl.int64)
+    q_at, k_at = tl.cast(q_start, tl.int64), tl.cast(k_start, tl.int64)
     k += batch * k_batch + k_at * k_row + at // G * k_head
     v += batch * v_batch + k_at * v_row + at // G * v_head
     rows = first + tl.arange(0, BM)
@@ -185,9 +183,13 @@ def _query_gradient(
     upstream = tiles.tile(
         dout + batch * dout_batch + q_at * dout_row + at * dout_head, first, dout_row, T, BM, D, BD, True
     )
-    statistics = batch * lse_batch + at * lse_head + q_at + rows
-    log = tl.load(lse + statistics, rows < T, tiles.INFINITY)[:, None] * tiles.LOG2_E
-    delta_here = tl.load(delta + statistics, rows < T, 0.0)[:, None]
+    result = tiles.tile(out + batch * out_batch + q_at * out_row + at * out_head, first, out_row, T, BM, D, BD, True)
+    statistics = batch * log_batch + at * log_head + q_at + rows
+    log_here = tl.load(lse + statistics, rows < T, tiles.INFINITY) * tiles.LOG2_E
+    delta_here = tl.sum(upstream.to(tl.float32) * result.to(tl.float32), 1)
+    tl.store(log + statistics, log_here, rows < T)
+    tl.store(delta + statistics, delta_here, rows < T)
+    log_here, delta_here = log_here[:, None], delta_here[:, None]
     slope = None
     if slopes is not None:
         slope = tiles.slope_of(slopes, sample, head, slope_batch)
@@ -200,15 +202,15 @@ def _query_gradient(
     )
     if LEFT:
         total = _meet_keys(
-            total, query, upstream, log, delta_here, k, v, k_row, v_row, start, tl.minimum(whole, stop), own, S, left,
-            right, scale, cap, slope, keys, threshold, kept, True, LEFT, CAPPED, PRECISION, D, BD, BN,
+            total, query, upstream, log_here, delta_here, k, v, k_row, v_row, start, tl.minimum(whole, stop), own, S,
+            left, right, scale, cap, slope, keys, threshold, kept, True, LEFT, CAPPED, PRECISION, D, BD, BN,
         )  # fmt: skip
     total = _meet_keys(
-        total, query, upstream, log, delta_here, k, v, k_row, v_row, whole, ragged, own, S, left, right, scale, cap,
-        slope, keys, threshold, kept, False, LEFT, CAPPED, PRECISION, D, BD, BN,
+        total, query, upstream, log_here, delta_here, k, v, k_row, v_row, whole, ragged, own, S, left, right, scale,
+        cap, slope, keys, threshold, kept, False, LEFT, CAPPED, PRECISION, D, BD, BN,
     )  # fmt: skip
     total = _meet_keys(
-        total, query, upstream, log, delta_here, k, v, k_row, v_row, ragged, stop, own, S, left, right, scale, cap,
+        total, query, upstream, log_here, delta_here, k, v, k_row, v_row, ragged, stop, own, S, left, right, scale, cap,
         slope, keys, threshold, kept, True, LEFT, CAPPED, PRECISION, D, BD, BN,
     )  # fmt: skip
     tiles.put(dq + batch * dq_batch + q_at * dq_row + at * dq_head, total * factor, first, dq_row, T, BM, D, BD)
@@ -217,37 +219,33 @@ def _query_gradient(
 # --- launchers ---
 
 
-def row_sums(dout, out):
-    """-> delta (B, H, T), packed (H, T), fp32: the sum of dout out over D."""
-    T, H, D = out.shape[-3:]
-    delta = empty((*out.shape[:-3], H, T), torch.float32, out.device)
-    config = configs.attention_row_sums(D)
-    blocks = cdiv(T, config.tiles["ROWS"])
-    grid = (blocks * H * (out.shape[0] if out.ndim == 4 else 1),)
-    distances = (*tiles.strides(dout, out), *tiles.lse_strides(delta))
-    launch(_row_sums, grid, dout, out, delta, *distances, T, H, blocks, config=config, D=D, BD=configs.head_tile(D))
-    return delta
+def query_gradient(call, dout, v, out, lse, dq):
+    """Write dq -> what the other pass wants of each row: lse in powers of two, and delta, both fp32 like lse."""
+    q, k = call.q, call.k
+    log, delta = empty_like(lse), empty_like(lse)
+    distances = (*tiles.strides(q, k, v, dout, out, dq), *tiles.lse_strides(lse), call.slope_batch)
+
+    def run(config):
+        blocks = call.blocks(q.shape[-3], config.tiles["BM"])
+        launch(
+            _query_gradient, (blocks * q.shape[-2] * call.samples,), q, k, v, dout, out, lse, dq, log, delta,
+            *call.tensors, *distances, *call.numbers(blocks), call.scale, config=config, **call.constants,
+        )  # fmt: skip
+
+    tune.run(call.choice("query gradient"), q, run)
+    return log, delta
 
 
-def key_value_gradient(call, dout, v, lse, delta, dk, dv):
+def key_value_gradient(call, dout, v, log, delta, dk, dv):
     """Write dk and dv."""
     q, k = call.q, call.k
-    config = configs.attention("key-value gradient", k.shape[-1], k.dtype)
-    blocks = call.blocks(k.shape[-3], config.tiles["BN"])
-    distances = (*tiles.strides(q, k, v, dout, dk), *tiles.lse_strides(lse), call.slope_batch)
-    launch(
-        _key_value_gradient, (blocks * k.shape[-2] * call.samples,), q, k, v, dout, lse, delta, dk, dv, *call.tensors,
-        *distances, *call.numbers(blocks), call.scale, config=config, **call.constants,
-    )  # fmt: skip
+    distances = (*tiles.strides(q, k, v, dout, dk), *tiles.lse_strides(log), call.slope_batch)
 
+    def run(config):
+        blocks = call.blocks(k.shape[-3], config.tiles["BN"])
+        launch(
+            _key_value_gradient, (blocks * k.shape[-2] * call.samples,), q, k, v, dout, log, delta, dk, dv,
+            *call.tensors, *distances, *call.numbers(blocks), call.scale, config=config, **call.constants,
+        )  # fmt: skip
 
-def query_gradient(call, dout, v, lse, delta, dq):
-    """Write dq."""
-    q, k = call.q, call.k
-    config = configs.attention("query gradient", q.shape[-1], q.dtype)
-    blocks = call.blocks(q.shape[-3], config.tiles["BM"])
-    distances = (*tiles.strides(q, k, v, dout, dq), *tiles.lse_strides(lse), call.slope_batch)
-    launch(
-        _query_gradient, (blocks * q.shape[-2] * call.samples,), q, k, v, dout, lse, delta, dq, *call.tensors,
-        *distances, *call.numbers(blocks), call.scale, config=config, **call.constants,
-    )  # fmt: skip
+    tune.run(call.choice("key-value gradient"), q, run)

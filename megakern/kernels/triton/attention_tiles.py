@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from megakern.kernels.triton import configs
 from megakern.kernels.triton.configs import cdiv, head_tile
 from megakern.kernels.triton.dropout import fold, seed_key, threshold_of
 
@@ -20,32 +21,24 @@ INFINITY = tl.constexpr(float("inf"))
 
 
 @triton.jit
-def locate(offsets, other_offsets, program, total, other_total, blocks, N, heads, BLOCK: tl.constexpr):
-    """What a program computes -> sample, head, first row of its block, start and length of its sequence on its own side
-    and on the other. Programs of a head are neighbours, the last block first: with a causal mask it has the most keys.
+def placed(program, blocks, heads):
+    """What a program computes -> sample, head, block. Programs of a head are neighbours, the last block first: with a
+    causal mask it has the most keys.
 
-    Packed: sequence i owns the blocks from offsets[i] // BLOCK + i on, at least as many as it has; so T // BLOCK + N
-    are enough for all, with no length known on the host. A block past the end of its sequence has first >= length.
+    Packed: sample 0, block of all sequences. Sequence i owns the blocks from offsets[i] // BLOCK + i on, at least as
+    many as it has; so T // BLOCK + N are enough for all, with no length known on the host. A kernel searches for the
+    sequence itself, with `narrowed`: torch.compile takes what a function returns for an address made from all of its
+    arguments, so that offsets which a function loads from would look like tensors that are written.
     """
-    head = program // blocks % heads
-    block = blocks - 1 - program % blocks
-    if offsets is None:
-        sample = program // blocks // heads
-        start = tl.zeros((), tl.int32)
-        return sample, head, block * BLOCK, start, total, start, other_total
-    else:
-        sample = tl.zeros((), tl.int32)
-        above = sample + N
-        while above - sample > 1:
-            middle = (sample + above) // 2
-            below = tl.load(offsets + middle) // BLOCK + middle <= block
-            sample = tl.where(below, middle, sample)
-            above = tl.where(below, above, middle)
-        start = tl.load(offsets + sample)
-        length = tl.load(offsets + sample + 1) - start
-        first = (block - start // BLOCK - sample) * BLOCK
-        other_start = tl.load(other_offsets + sample)
-        return sample, head, first, start, length, other_start, tl.load(other_offsets + sample + 1) - other_start
+    return program // blocks // heads, program // blocks % heads, blocks - 1 - program % blocks
+
+
+@triton.jit
+def narrowed(sample, above, offset, block, BLOCK: tl.constexpr):
+    """One step to the last sequence whose blocks begin at or before `block`. offset: offsets[(sample + above) // 2]."""
+    middle = (sample + above) // 2
+    below = offset // BLOCK + middle <= block
+    return tl.where(below, middle, sample), tl.where(below, above, middle)
 
 
 @triton.jit
@@ -76,6 +69,17 @@ def rows_seeing(first, last, offset, T, left, right, BM: tl.constexpr, LEFT: tl.
     else:
         ragged = T // BM * BM
     return start, whole, tl.maximum(whole, ragged), stop
+
+
+@triton.jit
+def edges(start, whole, ragged, stop, BLOCK: tl.constexpr):
+    """The blocks where the mask decides, before `whole` and from `ragged` on, for one loop -> start, how many there
+    are, how many of them lie before, and the gap behind those. With a loop for each side the gradients of keys spilled
+    144 bytes on sm_90 instead of 16; the forward pass and the gradient of queries are better off with two.
+    """
+    before = tl.cdiv(tl.maximum(tl.minimum(whole, stop) - start, 0), BLOCK)
+    behind = tl.cdiv(tl.maximum(stop - ragged, 0), BLOCK)
+    return start, before + behind, before, ragged - start - before * BLOCK
 
 
 @triton.jit
@@ -173,8 +177,14 @@ class Call:
         """Samples on the grid; packed sequences are found by the programs themselves."""
         return self.q.shape[0] if self.q_offsets is None else 1
 
+    def choice(self, role: str) -> configs.Choice:
+        """The configurations that a kernel may run with."""
+        plain = not self.softcap and self.slopes is None and self.dropout_p == 0
+        kind = configs.attention_kind(tuple(self.window), plain, self.q_offsets is not None)
+        return configs.attention(role, self.q.shape[-1], self.q.dtype, self.q.shape[-3], self.k.shape[-3], kind)
+
     def blocks(self, rows: int, size: int) -> int:
-        """Blocks of `size` that cover `rows` rows, of each sample or of all packed sequences; see `locate`."""
+        """Blocks of `size` that cover `rows` rows, of each sample or of all packed sequences; see `placed`."""
         return cdiv(rows, size) if self.q_offsets is None else rows // size + self.q_offsets.shape[0] - 1
 
     @property

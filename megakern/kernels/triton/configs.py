@@ -370,14 +370,24 @@ ATTENTION_FP32 = {  # for every role: full precision has no tensor cores, and mo
 }
 
 
-def attention(role: str, D: int, dtype: torch.dtype) -> Config:
+def attention(role: str, D: int, dtype: torch.dtype, T: int, S: int, kind: str) -> Choice:
+    """kind: of `attention_kind`."""
+    return _attention_choice(role, int(D), dtype, int(T), int(S), kind)
+
+
+@functools.lru_cache(maxsize=1024)
+def _attention_choice(role, D, dtype, T, S, kind) -> Choice:
     BD = head_tile(D)
-    return ATTENTION_FP32[max(64, BD)] if dtype == torch.float32 else ATTENTION[role, BD][0]
+    options = (ATTENTION_FP32[max(64, BD)],) if dtype == torch.float32 else ATTENTION[role, BD]
+    sizes = f"D<={BD} T<={power_of_two(T)} S<={power_of_two(S)}"
+    return Choice(options, f"attention {role} {str(dtype).removeprefix('torch.')} {sizes} {kind}")
 
 
-def attention_row_sums(D: int) -> Config:
-    rows = 4096 // head_tile(D)
-    return Config("row-sums", {"ROWS": rows}, 4, why="32 elements of two tensors a thread")
+def attention_kind(window: tuple[int, int], plain: bool, packed: bool) -> str:
+    """What decides on the time beside sizes. window: sides below 0 have no limit. plain: scores are scaled products."""
+    sides = [f"<={power_of_two(side)}" if side >= 0 else "any" for side in window]
+    mask = {(True, True): "full", (True, False): "causal" if window[1] == 0 else ""}.get((window[0] < 0, window[1] < 0))
+    return (mask or f"window {sides[0]} {sides[1]}") + ("" if plain else " featured") + (" packed" if packed else "")
 
 
 FEW_ROWS = 64  # of a group's query heads together: one block of the decoding kernel
@@ -414,12 +424,14 @@ def _decode(problem) -> dict[str, Config]:
     return {"decode": attention_decode(T * (H // Hkv), D, problem.dtype)}
 
 
-def _attention(problem) -> dict[str, Config]:
-    T, H, Hkv, D = (problem.sizes[name] for name in ("T", "H", "Hkv", "D"))
-    few = decodes(T, H // Hkv, problem.options["packed"], problem.options["dropout"])
-    forward = _decode(problem) if few else {"forward": attention("forward", D, problem.dtype)}
-    roles = ("key-value gradient", "query gradient")
-    return forward | {role: attention(role, D, problem.dtype) for role in roles}
+def _attention(problem) -> dict[str, Config | Choice]:
+    (T, S, H, Hkv, D), how = (problem.sizes[name] for name in ("T", "S", "H", "Hkv", "D")), problem.options
+    left, right = (-1 if side is None else side for side in (how["window"] or (None, None)))
+    plain = not (how["softcap"] or how["alibi"] or how["dropout"])
+    kind = attention_kind((left, 0 if how["causal"] else right), plain, how["packed"])
+    few = decodes(T, H // Hkv, how["packed"], how["dropout"])
+    roles = ("key-value gradient", "query gradient") if few else ("forward", "key-value gradient", "query gradient")
+    return (_decode(problem) if few else {}) | {role: attention(role, D, problem.dtype, T, S, kind) for role in roles}
 
 
 def _attention_refusal(problem) -> str | None:
