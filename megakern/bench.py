@@ -34,14 +34,14 @@ def bench(*, only: tuple[str, ...], quick: bool, out: Path | None, minutes: floa
     from megakern.train import machine
 
     require(minutes is None or minutes > 0, f"bench: --minutes must be above 0, got {minutes}")
-    seconds = suite.QUICK_SECONDS if quick else suite.FULL_SECONDS
+    seconds, grace = (suite.QUICK_SECONDS, suite.QUICK_GRACE) if quick else (suite.FULL_SECONDS, suite.GRACE)
     try:
         chosen = suite.Suite(
             out=out,
             only=only,
             kind=machine.device_type(),
             quick=quick,
-            budget=seconds if minutes is None else max(5.0, 60 * minutes - suite.GRACE),  # what has begun may take that
+            budget=seconds if minutes is None else max(5.0, 60 * minutes - grace),  # what has begun may take that
             backend=backend,
         )
     except ValueError as error:

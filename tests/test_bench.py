@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 
 import pytest
 import torch
 
-from benchmarks import breakdown, plots, report, suite, tables
+from benchmarks import bench_patch, breakdown, plots, report, suite, tables
 from benchmarks.contestants import Contestant, FailedError, NotHereError, goal, ratio_to
 from benchmarks.peers import libraries
 from benchmarks.timing import CpuClock
@@ -166,6 +167,26 @@ def test_parts_share_the_budget():
     assert suite.Suite(only=("norm", "rope")).parts == {"ops": 1.0}
     assert suite.Suite(only=("norm", "rope")).ops == ("norm", "rope")
     assert suite.Suite(only=("train",)).ops == () and list(suite.Suite(only=("train",)).parts) == ["train"]
+
+
+def test_a_quick_run_ends_within_three_minutes_whatever_a_part_does(tmp_path, monkeypatch, capsys):
+    assert suite.QUICK_SECONDS + suite.QUICK_GRACE <= 180 and sum(suite.QUICK.values()) == pytest.approx(1)
+    endless = tmp_path / "python"
+    endless.write_text("#!/bin/sh\nsleep 100\n")
+    endless.chmod(0o755)
+    monkeypatch.setattr(suite.sys, "executable", str(endless))
+    monkeypatch.setattr(suite, "QUICK_GRACE", 0.2)
+    started = time.monotonic()
+    assert suite.run(suite.Suite(only=("growth", "curves"), quick=True, budget=4.0))
+    assert time.monotonic() - started < 60
+    printed = capsys.readouterr().out
+    assert "growth: LEFT OUT, no time left" in printed and "curves: ENDED, no time left" in printed
+
+
+def test_what_the_suite_says_to_a_part_it_understands():
+    for kind, parts in suite.WORDS.items():
+        workloads = [workload.name for workload in bench_patch.WORKLOADS[kind]]
+        assert list(parts) == ["patch"] and parts["patch"] == ["--workload", workloads[0]]
 
 
 def test_what_the_command_refuses(tmp_path):
