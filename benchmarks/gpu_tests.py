@@ -19,8 +19,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from megakern.train import machine
-
 ROOT = Path(__file__).resolve().parent.parent
 POISON = re.compile(r"CUDA error|Triton Error \[CUDA\]|illegal memory access|device-side assert|worker .* crashed")
 LIMIT = 120  # seconds of one test, most of them compilation: longer is a kernel that hangs
@@ -104,6 +102,8 @@ def command(paths: list[str], report: Path, options: list[str], parallel: bool) 
     if importlib.util.find_spec("pytest_timeout"):
         words += [f"--timeout={LIMIT}", "--timeout-method=thread"]
     if parallel and importlib.util.find_spec("xdist"):
+        from megakern.train import machine  # here, as the plugin is imported by each pytest: torch takes 1.5 s
+
         workers = max(1, min(12, machine.cores() - 2))
         words += ["-n", str(workers), "--dist", "worksteal", "--max-worker-restart", "200"]
     return words

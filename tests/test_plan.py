@@ -81,26 +81,29 @@ def test_activations_follow_the_formula():
     assert result.start_peak < result.weights + 300 * 2**20, "filling a tensor takes bounded memory"
 
 
-@pytest.fixture(scope="module")
-def large() -> Plan:
-    """The 8.3 B model of Megatron-LM on 512 ranks."""
+@pytest.fixture(scope="module", params=[12, pytest.param(72, marks=pytest.mark.slow)])
+def large(request) -> Plan:
+    """The 8.3 B model of Megatron-LM on 512 ranks: twelve of its layers, and all 72, which take 25 s."""
     return plan(
         settings(
             *("--model.preset", "megatron-8.3b", "--parallel.tp", "8", "--parallel.dp", "64"),
             *("--train.batch", "256", "--parallel.sequence_parallel", "true", "--train.recompute", "full"),
-            *("--parallel.zero", "3", "--train.precision", "bf16"),
+            *("--parallel.zero", "3", "--train.precision", "bf16", "--model.layers", str(request.param)),
         )
     )
 
 
 def test_the_8b_model_trains_on_512_ranks_and_no_rank_needs_the_whole_of_it(large):
-    whole = 4 * large.parameters
-    assert large.parameters == pytest.approx(8.3e9, rel=0.01)
-    assert large.weights == pytest.approx(whole / 512, rel=0.01)
-    assert large.optimizer == pytest.approx(2 * whole / 512, rel=0.01)
+    model = large.config.model
+    whole, positions = 4 * large.parameters, 4 * model.sequence_length * model.width
+    held = (whole - positions) / 512 + positions / 64  # positions are the same on all tp ranks
+    if model.layers == 72:
+        assert large.parameters == pytest.approx(8.3e9, rel=0.01)
+    assert large.weights == pytest.approx(held, rel=0.01)
+    assert large.optimizer == pytest.approx(2 * held, rel=0.01)
     assert large.start_peak < whole / 512 + 512 * 2**20
-    assert large.peak < 4 * GIB < whole / 7
-    assert large.written == pytest.approx(3 * whole / 512, rel=0.01)
+    assert large.peak < min(4 * GIB, whole / 7)
+    assert large.written == pytest.approx(3 * held, rel=0.01)
 
 
 def test_it_is_printed(capsys):

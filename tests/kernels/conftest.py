@@ -26,6 +26,11 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 PRESENT = ("triton",) if INTERPRETED else ("cuda", "triton") if torch.cuda.is_available() else ("simt",)
 BACKENDS = [backend for backend in PRESENT if UNAVAILABLE[backend] is None]
 
+if INTERPRETED and "triton" in BACKENDS:
+    from tests.kernels.interpreter import replace_once
+
+    replace_once()
+
 GUARD = 128  # elements before and after: 256 bytes of bf16, so that outputs stay aligned
 SENTINEL = 77  # in integer tensors, which have no NaN
 

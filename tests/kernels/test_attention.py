@@ -1,6 +1,7 @@
 """Attention of compiled kernels against float64: masks, groups, caps, dropout, packed sequences, every configuration.
 
-Most tests shrink the tiles, so that small inputs cross all borders of blocks and the interpreter stays quick.
+Most tests shrink the tiles, so that small inputs cross all borders of blocks and the interpreter stays quick: it takes
+a time for each program, so there are no more samples and heads than a test needs.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def results(inputs, backend, **options):
         (1, BM, BN, 2, 2, 16),
         (1, BM + 1, BN + 1, 3, 1, 32),
         (2, 2 * BM - 1, 3 * BN - 1, 2, 1, 13),
-        (1, 7, 53, 6, 2, 80),
+        (1, 7, 53, 2, 2, 80),
         (1, 53, 7, 2, 2, 1),
         (0, 4, 4, 2, 1, 8),
         (2, 0, 3, 2, 1, 8),
@@ -94,15 +95,15 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("shape", [(1, 2 * BM + 3, 2 * BM + 3, 2, 1, 8), (1, 40, 71, 3, 3, 4), (1, 71, 40, 2, 1, 4)])
+@pytest.mark.parametrize("shape", [(1, 2 * BM + 3, 2 * BM + 3, 2, 1, 8), (1, 40, 71, 1, 1, 4), (1, 71, 40, 1, 1, 4)])
 def test_options(options, shape, backend, device, small_tiles):
     check(make(*shape, torch.float32, device), backend, **options)
 
 
 @pytest.mark.parametrize("options", [{}, {"window": (9, 12), "causal": False, "softcap": 1.5}])
 def test_alibi(options, backend, device, small_tiles):
-    v = make(2, 40, 53, 4, 2, 8, torch.float32, device)
-    slopes = torch.tensor([[0.5, 0.25, 0.125, 0.0625], [1.0, 0.0, -0.1, 0.3]], device=device)
+    v = make(2, 40, 53, 2, 1, 8, torch.float32, device)
+    slopes = torch.tensor([[0.5, 0.0625], [0.0, -0.1]], device=device)
     check(v, backend, alibi_slopes=slopes[0], **options)
     check(v, backend, alibi_slopes=slopes, **options)
     packed = {name: x[0] for name, x in v.items()}
@@ -144,7 +145,7 @@ ENDS = (0, 40, 40, 41, 74, 79), (0, 50, 53, 53, 69, 74)
 
 @pytest.mark.parametrize("options", [{}, {"causal": False}, {"window": (20, 1), "causal": False, "softcap": 1.0}])
 def test_packed(options, backend, device, small_tiles):
-    packed = {name: x[0] for name, x in make(1, ENDS[0][-1], ENDS[1][-1], 4, 2, 8, torch.float32, device).items()}
+    packed = {name: x[0] for name, x in make(1, ENDS[0][-1], ENDS[1][-1], 2, 1, 8, torch.float32, device).items()}
     both = tuple(offsets(*ends, device=device) for ends in ENDS)
     check(packed, backend, cu_seqlens=both, **options)
     out, lse = attention(**packed, cu_seqlens=both, return_lse=True, backend=backend)
@@ -242,8 +243,8 @@ def test_explains_itself(backend, device):
 
 
 def test_opcheck(backend, device, unguarded, small_tiles):
-    v = [x.requires_grad_() for x in make(1, 5, 7, 4, 2, 4, device=device).values()]
-    slopes = torch.tensor([0.5, 0.1, 0.3, 0.2], device=device)
+    v = [x.requires_grad_() for x in make(1, 5, 7, 2, 1, 4, device=device).values()]
+    slopes = torch.tensor([0.5, 0.1], device=device)
     how = ([4, 0], 0.3, 2.0, 0.5, [SEED, 1, 2], True, backend)
     torch.library.opcheck(torch.ops.megakern.attention.default, (*v, None, None, slopes, *how))
     packed = [x.detach()[0].requires_grad_() for x in v]
@@ -260,7 +261,7 @@ def test_compiles_in_one_graph(backend, device, small_tiles):
         return out + attention(out[0], k[0], v[0], cu_seqlens=(ends, ends), backend=backend), lse
 
     compiled = torch.compile(several, fullgraph=True, backend="aot_eager")
-    v = make(1, 9, 9, 4, 2, 8, device=device)
+    v = make(1, 9, 9, 2, 1, 8, device=device)
     leaves = [{name: x.clone().requires_grad_() for name, x in v.items()} for _ in range(2)]
     for one, other in zip(several(**leaves[0]), compiled(**leaves[1]), strict=True):
         torch.testing.assert_close(one, other)

@@ -41,8 +41,8 @@ def pieces(request, monkeypatch):
         monkeypatch.setattr(module, "key_splits", lambda *sizes: request.param)
 
 
-def make(T, G, D, dtype, device, S=70):
-    shapes = (3, T, 2 * G, D), (3, S, 2, D), (3, S, 2, D)
+def make(T, G, D, dtype, device, S=70, Hkv=2):
+    shapes = (3, T, Hkv * G, D), (3, S, Hkv, D), (3, S, Hkv, D)
     return [draw(*shape, dtype=dtype, device=device, seed=i) for i, shape in enumerate(shapes)]
 
 
@@ -55,9 +55,10 @@ def check(results, q, k, v, lengths, **options):
         assert_close_to_ref(out, wide, narrow, name=name)
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("page_size", [pytest.param(1, marks=CPP), 4, 128])
-def test_pages(options, page_size, pieces, backend, device):
+@pytest.mark.parametrize("page_size, options", [
+    *((4, options) for options in OPTIONS), (128, {}), (128, OPTIONS[3]), (1, {}), pytest.param(1, OPTIONS[3], marks=CPP)
+])  # fmt: skip
+def test_pages(page_size, options, pieces, backend, device):
     """Pages smaller than a block of keys, and larger. Whatever is not a key of the sequence is NaN."""
     q, k, v = make(2, 2, 16, torch.float16, device)
     check(paged_attention(q, *paged(k, v, LENGTHS, page_size), return_lse=True, backend=backend, **options),
@@ -76,7 +77,7 @@ def test_pages(options, page_size, pieces, backend, device):
     )),
 ])  # fmt: skip
 def test_shapes(T, G, D, S, dtype, pieces, backend, device):
-    q, k, v = make(T, G, D, dtype, device, S=S)
+    q, k, v = make(T, G, D, dtype, device, S=S, Hkv=1)
     lengths = [S, S // 2 + 1, 0]
     check(paged_attention(q, *paged(k, v, lengths, 16), return_lse=True, backend=backend), q, k, v, lengths)
 
