@@ -17,8 +17,10 @@ from megakern.train.files import Files
 from tests.checkpoints import UnsyncedFiles
 from tests.promises import Promises, trials  # noqa: F401 - a fixture
 from tests.ranks import RankPool
+from tests.rates import measure_once
 
 torch.set_num_threads(1)
+measure_once()
 
 
 def pytest_addoption(parser):
@@ -38,9 +40,16 @@ def pytest_configure(config):
     config.pluginmanager.register(Promises(config.getoption("--faults")), "promises")
 
 
+LONGEST = (
+    "triton_interpreter", "checkpoint_faults", "data_parallel", "verify", "lora", "train_cli", "suite", "masters",
+    "trainer", "memory", "faults_ranks", "resume", "saver", "checkpoint_two_ranks",
+)  # fmt: skip
+
+
 def pytest_collection_modifyitems(items):
-    """The longest file first, so that with several workers (`pytest -n 2`) it is not the last one to end."""
-    items.sort(key=lambda item: item.path.name != "test_triton_interpreter.py")
+    """The longest files first, so that with several workers (`pytest -n 3`) none of them is the last one to end."""
+    first = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: first.get(item.path.name, len(first)))
 
 
 def pytest_collection_finish(session):

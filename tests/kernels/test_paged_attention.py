@@ -56,7 +56,8 @@ def check(results, q, k, v, lengths, **options):
 
 
 @pytest.mark.parametrize("page_size, options", [
-    *((4, options) for options in OPTIONS), (128, {}), (128, OPTIONS[3]), (1, {}), pytest.param(1, OPTIONS[3], marks=CPP)
+    *((4, options) for options in OPTIONS), (128, {}), (128, OPTIONS[3]), (1, {}),
+    pytest.param(1, OPTIONS[3], marks=CPP),
 ])  # fmt: skip
 def test_pages(page_size, options, pieces, backend, device):
     """Pages smaller than a block of keys, and larger. Whatever is not a key of the sequence is NaN."""
