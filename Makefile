@@ -10,8 +10,9 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-# Two files of tests at a time, each in one process: a file's tests share what they have made. One: make test WORKERS=
-WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
+# Three files of tests at a time, each in one process: a file's tests share what they have made, and some only wait.
+# One: make test WORKERS=
+WORKERS := -n 3 --dist loadfile --no-loadscope-reorder
 CSRC := $(wildcard csrc/*.* csrc/device/* csrc/simt/*)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from array import array
 
 import torch
 
+from megakern.kernels.adamw import factors, scale_beside
 from megakern.kernels.cuda.module import DTYPES, call, pointer
 from megakern.kernels.memory import contiguous_rows
 
@@ -33,12 +33,8 @@ def adamw(
     `masters` has one tensor a parameter, fp32 (bf16, fp16 parameters) or the int16 low half (bf16), or is empty (fp32).
     grads are only read, and left as zeros if `zero_grads`.
     """
-    if grad_scale is not None:
-        grad_scale = grad_scale.to(params[0].device, torch.float32)
-    rates = (
-        1 - lr * weight_decay, beta1, 1 - beta1, beta2, 1 - beta2,
-        lr / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step), eps,
-    )  # fmt: skip
+    grad_scale = scale_beside(params[0], grad_scale)
+    rates = factors(step, lr, beta1, beta2, eps, weight_decay)
     with contiguous_rows(params, grads, exp_avgs, exp_avg_sqs, masters, zero_grads) as groups:
         for (param, grad, moment, _, *master), rows in groups.items():
             absent = [] if master else [0]

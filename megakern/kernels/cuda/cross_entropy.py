@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from megakern.kernels.cross_entropy import launchers
 from megakern.kernels.cuda.module import DTYPES, call, pointer
-from megakern.kernels.memory import empty, empty_like, rows_of
-from megakern.kernels.torch.cross_entropy import check_targets, shard_of
+from megakern.kernels.memory import empty
 from megakern.parallel import trace
 
 HELD = 10
@@ -135,34 +135,6 @@ def scale_(x, factor):
     call("scale_unless_one", x, x.data_ptr(), DTYPES[x.dtype], x.numel(), factor.data_ptr())
 
 
-def _flat(logits, targets, ignore_index, vocab_size):
-    targets = targets.reshape(-1).contiguous()
-    check_targets("cross_entropy", targets, ignore_index, vocab_size)
-    return rows_of(logits), targets
-
-
-def cross_entropy_forward(logits, targets, ignore_index, label_smoothing, z_loss, vocab_size, group):
-    """-> loss and lse, each of targets' shape, fp32."""
-    flat = _flat(logits, targets, ignore_index, vocab_size)
-    shard = shard_of(logits.shape[-1], vocab_size, group)
-    loss, lse = row_losses(*flat, ignore_index, label_smoothing, z_loss, vocab_size, shard)
-    return loss.view(targets.shape), lse.view(targets.shape)
-
-
-def cross_entropy_backward(dloss, logits, targets, lse, ignore_index, label_smoothing, z_loss, vocab_size, group):
-    """-> dlogits, like logits."""
-    dlogits = empty_like(logits)
-    V = logits.shape[-1]
-    options = (ignore_index, label_smoothing, z_loss, vocab_size, shard_of(V, vocab_size, group))
-    rows = rows_of(logits), targets.reshape(-1).contiguous(), lse.reshape(-1)
-    write_gradient(dlogits.view(-1, V), dloss.reshape(-1), *rows, *options)
-    return dlogits
-
-
-def cross_entropy_in_place(logits, scale, targets, ignore_index, label_smoothing, z_loss, vocab_size, group):
-    """-> loss of targets' shape, fp32; logits become scale (0-d fp32, or None) times their gradient."""
-    rows, flat = _flat(logits, targets, ignore_index, vocab_size)
-    shard = shard_of(logits.shape[-1], vocab_size, group)
-    scale = None if scale is None else scale.expand(len(flat))
-    loss = loss_and_gradient(rows, scale, rows, flat, ignore_index, label_smoothing, z_loss, vocab_size, shard)
-    return loss.view(targets.shape)
+cross_entropy_forward, cross_entropy_backward, cross_entropy_in_place = launchers(
+    row_losses, write_gradient, loss_and_gradient
+)

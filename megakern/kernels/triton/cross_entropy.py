@@ -12,9 +12,9 @@ import torch.distributed as dist
 import triton
 import triton.language as tl
 
-from megakern.kernels.memory import empty, empty_like, rows_of
-from megakern.kernels.torch.cross_entropy import check_targets, shard_of
-from megakern.kernels.triton import INTERPRETED, configs, tune
+from megakern.kernels.cross_entropy import launchers
+from megakern.kernels.memory import empty
+from megakern.kernels.triton import configs, tune
 from megakern.kernels.triton.configs import cdiv
 from megakern.kernels.triton.launch import launch
 from megakern.parallel import trace
@@ -200,36 +200,13 @@ def scale_(x, factor):
     launch(_scale, (cdiv(x.numel(), config.tiles["COLS"]),), x, factor, x.numel(), config=config)
 
 
-def _flat(logits, targets, ignore_index, vocab_size):
-    targets = targets.reshape(-1).contiguous()
-    if INTERPRETED:
-        check_targets("cross_entropy", targets, ignore_index, vocab_size)
-    return rows_of(logits), targets
+def loss_and_gradient(out, scale, logits, targets, *options):
+    """-> loss (M,), fp32; out as `write_gradient`."""
+    loss, lse = row_losses(logits, targets, *options)
+    write_gradient(out, scale, logits, targets, lse, *options)
+    return loss
 
 
-def cross_entropy_forward(logits, targets, ignore_index, label_smoothing, z_loss, vocab_size, group):
-    """-> loss and lse, each of targets' shape, fp32."""
-    flat = _flat(logits, targets, ignore_index, vocab_size)
-    shard = shard_of(logits.shape[-1], vocab_size, group)
-    loss, lse = row_losses(*flat, ignore_index, label_smoothing, z_loss, vocab_size, shard)
-    return loss.view(targets.shape), lse.view(targets.shape)
-
-
-def cross_entropy_backward(dloss, logits, targets, lse, ignore_index, label_smoothing, z_loss, vocab_size, group):
-    """-> dlogits, like logits."""
-    dlogits = empty_like(logits)
-    V = logits.shape[-1]
-    options = (ignore_index, label_smoothing, z_loss, vocab_size, shard_of(V, vocab_size, group))
-    flat = (dloss.reshape(-1), rows_of(logits), targets.reshape(-1).contiguous(), lse.reshape(-1))
-    write_gradient(dlogits.view(-1, V), *flat, *options)
-    return dlogits
-
-
-def cross_entropy_in_place(logits, scale, targets, ignore_index, label_smoothing, z_loss, vocab_size, group):
-    """-> loss of targets' shape, fp32; logits become scale (0-d fp32, or None) times their gradient."""
-    rows, flat = _flat(logits, targets, ignore_index, vocab_size)
-    options = (ignore_index, label_smoothing, z_loss, vocab_size, shard_of(logits.shape[-1], vocab_size, group))
-    loss, lse = row_losses(rows, flat, *options)
-    scale = None if scale is None else scale.expand(len(flat))
-    write_gradient(rows, scale, rows, flat, lse, *options)
-    return loss.view(targets.shape)
+cross_entropy_forward, cross_entropy_backward, cross_entropy_in_place = launchers(
+    row_losses, write_gradient, loss_and_gradient
+)
