@@ -128,7 +128,15 @@ def test_linear_launcher_against_its_composite(dtype):
 
 
 # (M, N, K): less than a tile, a tile, primes, more than one block of rows, of columns, and of the summed dimension.
-PRODUCT_SHAPES = [(3, 5, 7), (32, 32, 32), (67, 37, 101), (300, 40, 1024), (1100, 550, 33), (520, 530, 290)]
+PRODUCT_SHAPES = [
+    (3, 5, 7),
+    (32, 32, 32),
+    (67, 37, 101),
+    (300, 40, 1024),
+    (1100, 550, 33),
+    (520, 530, 290),
+    (70, 480, 2050),
+]
 
 
 @needs_kernels
@@ -157,9 +165,11 @@ def test_product_on_tiles(shape, weight_dtype):
     results = same_bits_with_three_threads(ours)
     for name, *values in zip(["y", "pre"], results, formula(torch.float64), formula(torch.bfloat16), strict=True):
         assert_close_to_ref(*values, name=name)
-    plain = native.product(x, weight, None, None, "", torch.empty(M, N, dtype=torch.bfloat16))
     rounded = weight.to(torch.bfloat16)
-    assert_close_to_ref(plain, x.double() @ rounded.double().t(), x @ rounded.t())
+    for transposed, stored in ((False, weight), (True, weight.t().contiguous())):
+        plain = torch.empty(M, N, dtype=torch.bfloat16)
+        native.product(x, stored, None, None, "", plain, transposed=transposed)
+        assert_close_to_ref(plain, x.double() @ rounded.double().t(), x @ rounded.t())
 
 
 @needs_kernels
@@ -203,7 +213,7 @@ def test_linear_takes_tiles_and_runs_without_them(monkeypatch):
     """`mk.linear` calls the AMX kernels where there are some, not inside `without_tiles`; both are right."""
     require("amx_bf16")
     called = []
-    for name in TILE_KERNELS:
+    for name in set(TILE_KERNELS):
         kernel = getattr(native, name)
         monkeypatch.setattr(
             native, name, lambda *a, kernel=kernel, name=name, **k: called.append(name) or kernel(*a, **k)
@@ -227,7 +237,7 @@ def test_linear_takes_tiles_and_runs_without_them(monkeypatch):
         assert_close_to_ref(*values, name=name)
 
 
-TILE_KERNELS = ["product", "weight_gradient"]
+TILE_KERNELS = ["product", "product", "weight_gradient"]  # of y, dx, dweight
 
 
 @needs_kernels
@@ -235,7 +245,7 @@ TILE_KERNELS = ["product", "weight_gradient"]
     "change, message",
     [
         ({"M": 0}, "M must be positive, got 0"),
-        ({"K": 1025, "x_stride": 1025}, "K must be at most 1024, got 1025"),
+        ({"K": 4097, "x_stride": 4097}, "K must be at most 4096, got 4097"),
         ({"x_stride": 3}, "the row stride of x must be at least K = 4, got 3"),
         ({"weight_dtype": 2}, r"dtype code must be 0 \(fp32\) or 1 \(bf16\), got 2"),
         ({"activation": 5}, "activation code must be 0 to 4, got 5"),
@@ -247,18 +257,10 @@ TILE_KERNELS = ["product", "weight_gradient"]
 def test_the_product_binding_refuses(change, message):
     from megakern import _cpu
 
-    a = {
-        "M": 4,
-        "K": 4,
-        "x_stride": 4,
-        "weight_dtype": 0,
-        "activation": 0,
-        "x": 1 << 20,
-        "weight": 1 << 21,
-        "y": 1 << 22,
-    }
+    a = {"M": 4, "K": 4, "x_stride": 4, "weight_dtype": 0, "activation": 0}
+    a |= {"x": 1 << 20, "weight": 1 << 21, "y": 1 << 22}
     a |= change
-    problem = _cpu.LinearProblem(a["M"], 4, a["K"], a["x_stride"], a["weight_dtype"], a["activation"], 1)
+    problem = _cpu.LinearProblem(a["M"], 4, a["K"], a["x_stride"], a["weight_dtype"], False, a["activation"], 1)
     with pytest.raises(ValueError, match=message):
         _cpu.linear(problem, a["x"], a["weight"], 0, 0, 0, a["y"])
 

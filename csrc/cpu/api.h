@@ -31,6 +31,7 @@ struct LinearProblem {
   int64_t M, N, K;
   int64_t x_stride;   // from one row of x (M, K) to the next
   int weight_dtype;   // fp32 is rounded to bf16
+  bool transposed;    // weight is (K, N), and not (N, K)
   int activation;
   int threads;
 };
@@ -41,8 +42,8 @@ struct WeightGradientProblem {
   bool add;
   int threads;
 };
-// y (M, N) = act(x weight^T + bias) + residual, pre = x weight^T + bias if not 0; weight (N, K), K at most 1024. x,
-// residual, pre, y bf16; bias (N,) fp32.
+// y (M, N) = act(x weight^T + bias) + residual, pre = x weight^T + bias if not 0; weight (N, K), K at most 4096. x,
+// residual, pre, y bf16; bias (N,) fp32. Transposed: x weight, with weight (K, N).
 void linear(const LinearProblem&, Address x, Address weight, Address bias, Address residual, Address pre, Address y);
 // out (N, K) = dy^T x, or += with `add`; sums (N,) fp32 = the sums over the rows of dy, if not 0.
 void weight_gradient(const WeightGradientProblem&, Address dy, Address x, Address out, Address sums);

@@ -26,9 +26,9 @@ PYBIND11_MODULE(_cpu, m) {
 
   using namespace megakern;
   py::class_<LinearProblem>(m, "LinearProblem", py::module_local())
-      .def(py::init([](int64_t M, int64_t N, int64_t K, int64_t x_stride, int weight_dtype, int activation,
-                       int threads) {
-        return LinearProblem{M, N, K, x_stride, weight_dtype, activation, threads};
+      .def(py::init([](int64_t M, int64_t N, int64_t K, int64_t x_stride, int weight_dtype, bool transposed,
+                       int activation, int threads) {
+        return LinearProblem{M, N, K, x_stride, weight_dtype, transposed, activation, threads};
       }));
   py::class_<WeightGradientProblem>(m, "WeightGradientProblem", py::module_local())
       .def(py::init([](int64_t M, int64_t N, int64_t K, int64_t dy_stride, int64_t x_stride, int dtype, bool add,

@@ -1,6 +1,7 @@
 // Matrix products of linear layers on AMX: bf16 operands, fp32 sums, with what precedes and follows in the same pass.
 //
-//   linear           y = act(x w^T + bias) + residual; fp32 weights are rounded to bf16 while they are packed
+//   linear           y = act(x w^T + bias) + residual, or with w in place of w^T, as in a gradient of x; fp32 weights are
+//                    rounded to bf16 while they are packed
 //   weight_gradient  out (+)= dy^T x in fp32 or bf16, and the sums over the rows of dy
 //
 // Writes with =, weight_gradient with += on request. Operands are packed into panels of tiles, 32 rows or columns wide; a
@@ -16,7 +17,7 @@
 
 namespace megakern {
 namespace {
-constexpr int64_t kDeepest = 1024;  // largest K of linear: its sums never leave the tiles
+constexpr int64_t kDeepest = 4096;  // largest K of linear: its sums never leave the tiles
 }  // namespace
 }  // namespace megakern
 
@@ -31,7 +32,10 @@ namespace {
 constexpr int64_t kSide = 32;         // rows and columns of the result made at a time: 2 x 2 tiles
 constexpr int64_t kSquare = kSide * kSide;
 constexpr int64_t kStep = 2 * kTile;  // units of a panel for 32 of the summed dimension: two tiles
-constexpr int64_t kRows = 256;        // of a block of y
+
+// A block of y: at most so many rows of x, and so many units of them, beside the packed weight in 2 MB of L2.
+constexpr int64_t kRows = 256, kBlockUnits = 1 << 17;
+constexpr int64_t kResident = 3 << 17;  // units of a packed weight that stays in L2 beside them
 
 // A block of a weight gradient, and the rows of dy and x between two visits to its sums: all of it stays in 2 MB of L2.
 // A gradient of 1536 x 384 over 3072 rows, ms on a loaded core: 512, 256: 3.5; 512, 384: 3.7; 256, 512: 4.2.
@@ -150,7 +154,8 @@ void pack_left(const bf16* x, int64_t stride, int64_t rows, int64_t columns, int
 }
 
 // Panels of 32 columns of x, summed over its rows: the right operand. Panels are `apart` units apart.
-void pack_right(const bf16* x, int64_t stride, int64_t rows, int64_t columns, int64_t steps, Unit* to, int64_t apart) {
+template <typename T>
+void pack_right(const T* x, int64_t stride, int64_t rows, int64_t columns, int64_t steps, Unit* to, int64_t apart) {
   const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5,
                                        36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
   const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
@@ -161,7 +166,7 @@ void pack_right(const bf16* x, int64_t stride, int64_t rows, int64_t columns, in
   const Units zero = _mm512_setzero_si512();
   for (int64_t r = 0; r < steps * kTileDepth; r += 2) {
     Unit* place = to + r / kTileDepth * kStep + r % kTileDepth / 2 * kTileUnits;
-    const bf16 *even = x + r * stride, *odd = even + stride;
+    const T *even = x + r * stride, *odd = even + stride;
     int64_t c = 0;
     if (r + 1 < rows)
       for (; c + kSide <= columns; c += kSide, place += apart)
@@ -263,28 +268,34 @@ struct Finish {  // of rows of a square of sums
 template <typename W, int kind>
 void linear(const LinearProblem& a, const bf16* x, const W* w, const Finish<kind>& finish) {
   const int64_t strips = (a.N + kSide - 1) / kSide, steps = steps_of(a.K), apart = steps * kStep;
-  const int64_t rows_of_block = std::min(kRows, round_up((a.M + a.threads - 1) / a.threads, kSide));
+  const int64_t fitting = std::max(kSide, kBlockUnits / (steps * kTileUnits) / kSide * kSide);
+  const int64_t rows_of_block = std::min({kRows, fitting, round_up((a.M + a.threads - 1) / a.threads, kSide)});
+  const bool by_row = strips * apart <= kResident;  // else each panel of the weight is read once a block
   const Buffer<Unit> right(strips * apart);
 #pragma omp parallel num_threads(a.threads)
   {
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < strips; ++i)
-      pack_right_transposed(w + i * kSide * a.K, a.K, std::min(kSide, a.N - i * kSide), a.K, steps,
-                            right.get() + i * apart);
+    for (int64_t i = 0; i < strips; ++i) {
+      const int64_t first = i * kSide, columns = std::min(kSide, a.N - first);
+      Unit* to = right.get() + i * apart;
+      if (a.transposed) pack_right(w + first, a.N, a.K, columns, steps, to, apart);
+      else pack_right_transposed(w + first * a.K, a.K, columns, a.K, steps, to);
+    }
     const TileConfig config;
     const Buffer<Unit> left(rows_of_block / kSide * apart);
     const Buffer<float> squares(2 * kSquare);
     Pipeline<Finish<kind>> pipeline(finish);
 #pragma omp for schedule(dynamic)
     for (int64_t first = 0; first < a.M; first += rows_of_block) {
-      const int64_t rows = std::min(rows_of_block, a.M - first);
+      const int64_t rows = std::min(rows_of_block, a.M - first), panels = (rows + kSide - 1) / kSide;
       pack_left(x + first * a.x_stride, a.x_stride, rows, a.K, steps, left.get());
-      for (int64_t r = 0; r < rows; r += kSide)
-        for (int64_t i = 0; i < strips; ++i) {
-          float* c = squares.get() + i % 2 * kSquare;
-          pipeline.run(left.get() + r / kSide * apart, right.get() + i * apart, steps, c, true, true,
-                       {c, first + r, std::min(kSide, rows - r), i * kSide, std::min(kSide, a.N - i * kSide)});
-        }
+      for (int64_t s = 0; s < panels * strips; ++s) {
+        const int64_t p = by_row ? s / strips : s % panels, i = by_row ? s % strips : s / panels;
+        float* c = squares.get() + s % 2 * kSquare;
+        pipeline.run(left.get() + p * apart, right.get() + i * apart, steps, c, true, true,
+                     {c, first + p * kSide, std::min(kSide, rows - p * kSide), i * kSide,
+                      std::min(kSide, a.N - i * kSide)});
+      }
       pipeline.drain();
     }
   }

@@ -78,11 +78,12 @@ enum Accuracy { kExact, kFast };
 template <typename T>
 constexpr Accuracy kAccuracyOf = sizeof(T) == sizeof(float) ? kExact : kFast;
 
-// 2^x; 0 for x < -150, also for -inf; NaN for NaN. The polynomials are least in relative error on [-1/2, 1/2]:
-// degree 6 2e-9, degree 4 3e-6.
+// 2^x; 0 for x < -125.5, also for -inf; NaN for NaN. The polynomials are least in relative error on [-1/2, 1/2]:
+// degree 6 2e-9, degree 4 3e-6. No lane makes a subnormal, for which Intel's processors leave the fast path: causal
+// attention's masked scores took 45 % of its forward and 23 % of its backward pass.
 template <Accuracy accuracy>
 MEGAKERN_INLINE Vec exp2(Vec x) {
-  x = _mm512_max_ps(set1(-300.0f), x);  // the second operand where one is NaN
+  const Mask normal = _mm512_cmp_ps_mask(x, set1(-125.5f), _CMP_NLT_UQ);
   const Vec n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const Vec f = _mm512_sub_ps(x, n);
   Vec p;
@@ -98,7 +99,7 @@ MEGAKERN_INLINE Vec exp2(Vec x) {
     p = fma(p, f, set1(6.931241933e-01f));
   }
   p = fma(p, f, set1(1.0f));
-  return _mm512_scalef_ps(p, n);
+  return _mm512_maskz_scalef_ps(normal, p, n);
 }
 
 // e^x for x below 88, 0 for -inf, NaN for NaN and above 88 maybe inf.

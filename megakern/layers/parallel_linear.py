@@ -82,7 +82,7 @@ class _ColumnParallel(torch.autograd.Function):
         dx = None
         if needs_x:
             for dz, weight, backend in zip(dys, weights, ctx.backends, strict=True):
-                part = input_gradient(dz, weight.to(dz.dtype), backend)
+                part = input_gradient(dz, weight, backend)
                 dx = part if dx is None else dx.add_(part)
         x = arriving.wait() if arriving is not None else x
         leaving = None

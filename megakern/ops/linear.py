@@ -76,6 +76,8 @@ def _fake(x, weight, bias, residual, activation, keep, backend):
 
 
 def _input_gradient(dy, weight, backend):
+    if backend != "torch":
+        weight = weight.to(dy.dtype)
     return launcher(backend, "linear", "linear_input_gradient")(dy, weight)
 
 
@@ -154,7 +156,7 @@ def _autograd_backward(ctx, dy, _dpre):
     if needs_x or needs_weight or needs_bias:
         dz = activation_backward(dy, pre, ctx.activation, ctx.backend) if ctx.activation else dy
         if needs_x:
-            dx = input_gradient(dz, weight.to(dz.dtype), ctx.backend)
+            dx = input_gradient(dz, weight, ctx.backend)
         dweight, dbias = parameter_gradients(dz, x, ctx.target, ctx.bias_dtype, ctx.backend)
     return dx, dweight, dbias, dy if needs_residual else None, None, None, None
 

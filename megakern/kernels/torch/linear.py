@@ -53,8 +53,13 @@ def linear_forward(x, weight, bias, residual, activation, keep):
 
 
 def linear_input_gradient(dy, weight):
-    """-> dx (..., K) from dy (..., N), the gradient before the activation."""
-    return torch.mm(dy.reshape(-1, dy.shape[-1]), weight).view(*dy.shape[:-1], weight.shape[1])
+    """-> dx (..., K) from dy (..., N), the gradient before the activation. weight may be fp32."""
+    rows, shape = dy.reshape(-1, dy.shape[-1]), (*dy.shape[:-1], weight.shape[1])
+    if native.takes_product(rows, weight, None, transposed=True):
+        return native.product(
+            rows, weight, None, None, "", rows.new_empty(rows.shape[0], shape[-1]), transposed=True
+        ).view(shape)
+    return torch.mm(rows, weight.to(dy.dtype)).view(shape)
 
 
 def linear_weight_gradient(dy, x, weight_dtype, bias_dtype):

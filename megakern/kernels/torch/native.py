@@ -25,7 +25,8 @@ ACTIVATIONS = {"": 0, "gelu": 1, "gelu_tanh": 2, "relu_squared": 3, "silu": 4}
 
 LARGEST_HEAD = 512  # head dim; kLargestHead in csrc/cpu/attention.cpp
 FEWEST_PRODUCT_ROWS = 64  # below, packing the weight costs more than the product
-LARGEST_PRODUCT_DEPTH = 512
+DEEPEST_PRODUCT = 4096  # kDeepest in csrc/cpu/linear_amx.cpp
+LARGEST_PRODUCT_WEIGHT, DEEPEST_WITH_LARGER_WEIGHT = 3 << 18, 512  # elements (1.5 MB of L2); K
 FEWEST_ROWS = 8  # of q: with fewer, most of a tile of 32 queries would be padding
 
 # How attention makes its products; csrc/cpu/attention.h.
@@ -112,25 +113,32 @@ def linear_epilogue(z, bias, residual, activation: str, y, pre=None):
     return y
 
 
-def takes_product(x, weight, residual, activation: str) -> bool:
+def takes_product(x, weight, residual, activation: str = "", transposed: bool = False) -> bool:
     """Does the AMX kernel compute act(x w^T + bias) + residual for bf16 x (2-D) faster than oneDNN and the epilogue?
 
-    Medians of loaded minutes, one core, 3072 rows, ms: (1536, 384) with gelu and its pre-activation 4.1 against 5.3;
-    without an activation the two are equal, from K = 768 on also with one.
+    transposed: weight is (K, N). ms of two Xeon cores, in brackets oneDNN's with the weight's cast, 3072 rows: (N, K)
+    (1152, 384) 1.14 (0.95), (384, 1536) 1.94 (1.76), transposed 1.82 (1.79); oneDNN then needs a pass for the bias, and
+    a whole step of a 384-wide GPT takes 2 to 3 % less with this kernel. Weights that leave L2: (2304, 768), 2048 rows,
+    4.1 (2.9).
     """
     M, K = x.shape
-    if not activation or K > LARGEST_PRODUCT_DEPTH or M < FEWEST_PRODUCT_ROWS or not has_tiles():
+    if M < FEWEST_PRODUCT_ROWS or K > DEEPEST_PRODUCT or not has_tiles():
         return False
-    return x.dtype == torch.bfloat16 and takes(weight) and takes(x, residual)
+    pays = weight.numel() <= LARGEST_PRODUCT_WEIGHT or (activation and K <= DEEPEST_WITH_LARGER_WEIGHT)
+    return bool(pays) and x.dtype == torch.bfloat16 and takes(weight) and takes(x, residual)
 
 
-def product(x, weight, bias, residual, activation: str, y, pre=None):
-    """y = act(x w^T + bias) + residual; with `pre`, also pre = x w^T + bias. x (M, K) bf16, w (N, K) bf16 or fp32."""
+def product(x, weight, bias, residual, activation: str, y, pre=None, transposed: bool = False):
+    """y = act(x w^T + bias) + residual; with `pre`, also pre = x w^T + bias. x (M, K) bf16, w (N, K) bf16 or fp32.
+
+    transposed: w is (K, N), and y = act(x w + bias) + residual.
+    """
     x, weight = _dense_rows(x), weight.contiguous()
     bias = None if bias is None else bias.float().contiguous()
     residual = None if residual is None else residual.contiguous()
-    how = (_rows_apart(x), DTYPES[weight.dtype], ACTIVATIONS[activation], torch.get_num_threads())
-    problem = _cpu.LinearProblem(x.shape[0], *weight.shape, *how)
+    sizes = (*x.shape[:1], *(weight.shape[::-1] if transposed else weight.shape), _rows_apart(x))
+    how = (DTYPES[weight.dtype], transposed, ACTIVATIONS[activation], torch.get_num_threads())
+    problem = _cpu.LinearProblem(*sizes, *how)
     _cpu.linear(problem, x.data_ptr(), *(_address(t) for t in (weight, bias, residual, pre, y)))
     return y
 
