@@ -47,3 +47,15 @@ def test_the_heap_is_of_huge_pages():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "True"
+
+
+def test_a_module_of_other_sources_is_not_used():
+    script = (
+        "import sys, types, megakern\n"
+        "sys.modules['megakern._cpu'] = megakern._cpu = types.ModuleType('_cpu')\n"
+        "from megakern.kernels.torch import native\n"
+        "print(native.unavailable(), native.features())"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "it was built from other sources than those of this package" in done.stdout
+    assert "install megakern again" in done.stdout and done.stdout.strip().endswith("()")

@@ -13,12 +13,16 @@ from contextlib import contextmanager
 
 import torch  # first, so that the extension shares its OpenMP library
 
+INTERFACE = 2  # kInterface in csrc/cpu/api.h
+
 try:
     from megakern import _cpu
 except ImportError as error:
     _cpu, _import_error = None, str(error)
 else:
     _import_error = ""
+    if getattr(_cpu, "interface", 1) != INTERFACE:
+        _cpu, _import_error = None, "it was built from other sources than those of this package"
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 ACTIVATIONS = {"": 0, "gelu": 1, "gelu_tanh": 2, "relu_squared": 3, "silu": 4}
