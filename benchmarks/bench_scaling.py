@@ -4,7 +4,8 @@
 
 The work is the same for all (strong scaling); a process has its share of the cores. `efficiency` is the speed beside
 one process on one core, over the cores that are used: 100 % is ideal. One layout runs at a time, `communication` is
-what a profile of rank 0 has in collectives, waiting for the others included.
+what a profile of rank 0 has in collectives, waiting for the others included. Layouts with tp also time an all-reduce
+alone, of 3072 x 384, begun by all ranks at once. "gloo": MEGAKERN_SHARED_MEMORY=0.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ import megakern as mk
 from benchmarks import report, steps
 from benchmarks.breakdown import breakdown
 from benchmarks.common import begin_part, end_part, part_parser
+from megakern.parallel import shared
+from megakern.parallel.collectives import all_reduce
 from megakern.train import build, launch, machine
 from megakern.train.config import ParallelConfig
 
@@ -46,8 +49,26 @@ def layouts(cores: int, *, quick: bool = False) -> dict[str, tuple[int, int, dic
     return {name: layout for name, layout in found.items() if not quick or layout[2] in ({}, {"tp": 2})}
 
 
-def rank_main(rank: int, world: int, threads: int, settings: dict, port: int, shape: dict, turns: int, pipe) -> None:
+def all_reduce_alone(group: dist.ProcessGroup, turns: int) -> dict[str, float]:
+    """Median ms of an all-reduce of ALONE, by dtype."""
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.ones(ALONE, dtype=dtype)
+        seconds = []
+        for _ in range(2 * turns + 1):
+            dist.barrier()
+            start = time.perf_counter()
+            all_reduce(x, group)
+            seconds.append(time.perf_counter() - start)
+        found[str(dtype).removeprefix("torch.")] = statistics.median(seconds[1:]) * 1e3
+    return found
+
+
+def rank_main(
+    rank: int, world: int, threads: int, settings: dict, gloo: bool, port: int, shape: dict, turns: int, pipe
+) -> None:
     """One rank: warm up, time `turns` steps, profile two; rank 0 tells."""
+    os.environ["MEGAKERN_SHARED_MEMORY"] = "0" if gloo else "1"
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world),
                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS=str(threads))  # fmt: skip
     torch.set_num_threads(threads)
@@ -71,8 +92,11 @@ def rank_main(rank: int, world: int, threads: int, settings: dict, port: int, sh
         step(tokens, targets)
         seconds.append(time.perf_counter() - start)
     found = breakdown(lambda: step(tokens, targets), 2)
+    alone, transport = None, ""
+    if parallel.tp_group is not None:
+        alone, transport = all_reduce_alone(parallel.tp_group, turns), shared.describe(parallel.tp_group)
     if rank == 0:
-        pipe.send((seconds, loss, found, machine.peak_memory(parallel.device())))
+        pipe.send((seconds, loss, found, machine.peak_memory(parallel.device()), alone, transport))
     if dist.is_initialized():
         parallel.barrier()
         dist.destroy_process_group()
@@ -86,7 +110,9 @@ def measure_layout(name: str, processes: int, threads: int, settings: dict, shap
         port = free.getsockname()[1]
     ranks = [
         context.Process(
-            target=rank_main, args=(r, processes, threads, settings, port, shape, turns, theirs), daemon=True
+            target=rank_main,
+            args=(r, processes, threads, settings, name.endswith(GLOO), port, shape, turns, theirs),
+            daemon=True,
         )
         for r in range(processes)
     ]
@@ -94,7 +120,7 @@ def measure_layout(name: str, processes: int, threads: int, settings: dict, shap
         rank.start()
     theirs.close()
     try:
-        seconds, loss, found, peak = ours.recv()
+        seconds, loss, found, peak, alone, transport = ours.recv()
     except EOFError:
         raise RuntimeError(f"{name}: a rank ended without a result; what it said is above") from None
     finally:
@@ -114,6 +140,8 @@ def measure_layout(name: str, processes: int, threads: int, settings: dict, shap
         "breakdown": found,
         "peak_bytes": peak,
         "loss": loss,
+        "all_reduce_ms": alone,
+        "transport": transport,
     }
 
 

@@ -12,6 +12,7 @@ from megakern import __version__
 from megakern.kernels import cuda
 from megakern.kernels.torch import native
 from megakern.ops.dispatch import UNAVAILABLE
+from megakern.parallel import shared
 from megakern.parallel.overlap import why_not_fused
 from megakern.train import machine
 from megakern.train.metrics import quantity
@@ -36,6 +37,8 @@ def report() -> str:
     lines += ["", "other"]
     distributed = "gloo" + (", nccl" if torch.distributed.is_nccl_available() else "")
     lines.append(f"  {'collectives':<14}{distributed}")
+    reason = shared.why_not()
+    lines.append(f"  {'shared memory':<14}{'between CPU ranks of one machine' if reason is None else 'no: ' + reason}")
     fused = why_not_fused(machine.device_type(), max(2, torch.cuda.device_count()))
     lines.append(f"  {'fused tp':<14}{'symmetric memory' if fused is None else 'no: ' + fused}")
     plots = "yes" if have_matplotlib() else "no: install matplotlib with: pip install 'megakern[plot]'"

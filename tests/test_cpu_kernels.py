@@ -582,6 +582,8 @@ def test_doctor_says_what_is_there(monkeypatch):
     (line,) = [line for line in doctor.report().splitlines() if line.strip().startswith("torch on CPUs")]
     wanted = native.unavailable() or ", ".join(native.features())
     assert wanted in line
+    monkeypatch.setenv("MEGAKERN_SHARED_MEMORY", "0")
+    assert "\n  shared memory no: MEGAKERN_SHARED_MEMORY=0 asks for gloo\n" in doctor.report()
 
 
 def test_a_missing_module_and_a_lesser_processor_are_named(monkeypatch):

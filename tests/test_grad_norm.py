@@ -140,17 +140,17 @@ def spread_parameters(dtype) -> list[torch.nn.Parameter]:
 
 def clip_spread(dtype, max_norm) -> tuple:
     params = spread_parameters(dtype)
-    calls, real = [], dist.all_reduce
+    calls, real = [], grad_norm.all_reduce_in_place
 
     def counted(tensor, *rest, **named):
         calls.append(tuple(tensor.shape))
         return real(tensor, *rest, **named)
 
-    grad_norm.dist.all_reduce = counted
+    grad_norm.all_reduce_in_place = counted
     try:
         norm = mk.clip_grad_norm_(params, max_norm)
     finally:
-        grad_norm.dist.all_reduce = real
+        grad_norm.all_reduce_in_place = real
     gradients = [p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for p in params]
     return norm, gradients, calls
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megakern.parallel import trace
+from megakern.parallel import shared, trace
 from megakern.train import watch
 from megakern.train.checkpoint import newest
 from megakern.train.metrics import read_metrics
@@ -70,6 +70,8 @@ def unbroken(config, tmp_path_factory) -> Path:
     output = finish(launch("train", config, "--out", run, "--nproc", 2))
     assert "held-out loss" in output
     assert "tokens/s" in output
+    reason = shared.why_not()
+    assert f"tensor parallel  2 ranks, {'shared memory' if reason is None else f'gloo: {reason}'}" in output
     return run
 
 

@@ -5,8 +5,11 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__x86_64__)
-#define MEGAKERN_AVX2 __attribute__((target("avx2")))
+// The loop's iterations do not depend on each other, whatever its pointers are.
+#if defined(__clang__)
+#define MEGAKERN_APART _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define MEGAKERN_APART _Pragma("GCC ivdep")
 #endif
 
 namespace megakern {
@@ -49,11 +52,25 @@ MEGAKERN_ALWAYS void narrow(float x, half_float* out) {  // to nearest even; NaN
   out->bits = uint16_t((bits & 0x7FFFFFFF) > 0x7F800000 ? quiet : rounded);
 }
 
+template <bool maximum, typename W>
+MEGAKERN_ALWAYS W combine(W sum, W value) {
+  if constexpr (maximum)
+    return value != value || value > sum ? value : sum;  // NaN wins
+  else
+    return sum + value;
+}
+
 constexpr int64_t kBlock = 1024;  // elements added up in the first-level cache
 
 // out = parts[0] + parts[1] + ... in this order; out may be one of them.
 template <typename T, bool maximum>
 MEGAKERN_ALWAYS void reduce_blocks(T* out, const T* const* parts, int ranks, int64_t elements) {
+  if (ranks == 2) {
+    const T *a = parts[0], *b = parts[1];
+    MEGAKERN_APART
+    for (int64_t i = 0; i < elements; ++i) narrow(combine<maximum>(widen(a[i]), widen(b[i])), out + i);
+    return;
+  }
   using W = typename Wide<T>::type;
   W sum[kBlock];
   for (int64_t first = 0; first < elements; first += kBlock) {
@@ -62,13 +79,7 @@ MEGAKERN_ALWAYS void reduce_blocks(T* out, const T* const* parts, int ranks, int
     for (int64_t i = 0; i < count; ++i) sum[i] = widen(x[i]);
     for (int r = 1; r < ranks; ++r) {
       x = parts[r] + first;
-      for (int64_t i = 0; i < count; ++i) {
-        const W value = widen(x[i]);
-        if constexpr (maximum)
-          sum[i] = value != value || value > sum[i] ? value : sum[i];  // NaN wins
-        else
-          sum[i] += value;
-      }
+      for (int64_t i = 0; i < count; ++i) sum[i] = combine<maximum>(sum[i], widen(x[i]));
     }
     T* y = out + first;
     for (int64_t i = 0; i < count; ++i) narrow(sum[i], y + i);
@@ -80,9 +91,15 @@ void reduce_plain(T* out, const T* const* parts, int ranks, int64_t elements) {
   reduce_blocks<T, maximum>(out, parts, ranks, elements);
 }
 
-#if defined(MEGAKERN_AVX2)
+#if defined(__x86_64__)
+// 32768 bf16 of two ranks in a near cache: 17 us plain, 9 with AVX2, 5.5 with AVX-512; fp32 3 to 5 with each (Zen 5).
 template <typename T, bool maximum>
-MEGAKERN_AVX2 void reduce_avx2(T* out, const T* const* parts, int ranks, int64_t elements) {
+__attribute__((target("avx2"))) void reduce_avx2(T* out, const T* const* parts, int ranks, int64_t elements) {
+  reduce_blocks<T, maximum>(out, parts, ranks, elements);
+}
+template <typename T, bool maximum>
+__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))) void reduce_avx512(T* out, const T* const* parts,
+                                                                                 int ranks, int64_t elements) {
   reduce_blocks<T, maximum>(out, parts, ranks, elements);
 }
 #endif
@@ -93,8 +110,11 @@ void reduce(void* out, const char* const* parts, int ranks, int64_t elements, bo
   const auto call = [&](auto* sum, auto* largest) {
     (maximum ? largest : sum)(static_cast<T*>(out), typed, ranks, elements);
   };
-#if defined(MEGAKERN_AVX2)
+#if defined(__x86_64__)
+  static const bool avx512 = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                             __builtin_cpu_supports("avx512vl");
   static const bool avx2 = __builtin_cpu_supports("avx2");
+  if (avx512) return call(reduce_avx512<T, false>, reduce_avx512<T, true>);
   if (avx2) return call(reduce_avx2<T, false>, reduce_avx2<T, true>);
 #endif
   call(reduce_plain<T, false>, reduce_plain<T, true>);

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from megakern.ops import checks
 from megakern.ops.dispatch import Problem, describes, launcher, register, resolve
-from megakern.parallel import trace
+from megakern.parallel.collectives import all_reduce_in_place
 
 
 def gradient_norm_reference(gradients: Iterable[torch.Tensor]) -> torch.Tensor:
@@ -103,8 +103,7 @@ def gradient_norm(params: torch.Tensor | Iterable[torch.Tensor], *, backend: str
     for name, group in groups.items():
         members = [i for i, names in enumerate(batches) if name in names]
         part = sums[members]
-        trace.collective("all_reduce", part, group)
-        dist.all_reduce(part, group=group)
+        all_reduce_in_place(part, group)
         sums[members] = part
     return sums.sum().sqrt()
 

@@ -43,8 +43,8 @@ try:
 except ImportError:
     _cpu = None
 
-SLOTS, CHUNK = 16, 256 * 1024
-"""Chunks of a rank's ring, and bytes of one."""
+SLOTS, CHUNK = 8, 128 * 1024
+"""Chunks of a rank's ring, and bytes of one. A ring of 1 MB stays in near caches: faster than one of 2 or 4 (Zen 5)."""
 SPINS = 2000  # looks, of about 20 ns, before a rank that waits sleeps
 NOW = 1 << 30  # as many chunks as there is room for
 SLICE = 100  # milliseconds after which Python may handle a signal
@@ -70,7 +70,13 @@ _WELL, _OFF, _NOT_BUILT, _NOT_LINUX, _NO_ROOM, _NOT_OPENED = range(len(WHY))
 
 def why_not() -> str | None:
     """Why processes of this machine cannot share memory, or None. Raises ValueError for a wrong setting."""
-    return WHY[_unable()] or None
+    code = _unable()
+    if code == _WELL:
+        file = _new_file(2, 0)
+        if file < 0:
+            return WHY[_NO_ROOM]
+        os.close(file)
+    return WHY[code] or None
 
 
 def _unable() -> int:
@@ -112,6 +118,8 @@ class Channel:
     def _start(self, collective, reduction, x, out, elements, block, ahead) -> int:
         if self._broken:
             raise dist.DistBackendError(self._broken)
+        if not (x.is_contiguous() and out.is_contiguous()):
+            raise ValueError("shared memory: tensors must be contiguous; call contiguous() before")
         dtype = _DTYPES[torch.uint8 if collective == _ALL_GATHER else x.dtype]
         with _in_profile(_NAMES[collective]):
             return self._native.start(
@@ -181,6 +189,12 @@ def transport(group: dist.ProcessGroup) -> Transport:
     if found is None:
         found = _transports[group] = _agree(group)
     return found
+
+
+def describe(group: dist.ProcessGroup) -> str:
+    """How collectives of ours over `group` have travelled so far. No collective."""
+    found = _transports.get(group)
+    return dist.get_backend(group) if found is None else str(found)
 
 
 def _gloo(group: dist.ProcessGroup) -> dist.Backend | None:

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING
 from megakern.data.ngram import BigramModel, empirical_entropy
 from megakern.model.flops import flops_per_token
 from megakern.model.gpt import parameter_count
+from megakern.parallel import shared
 from megakern.train.files import write_atomic
 from megakern.train.metrics import quantity
 from megakern.train.plot import have_matplotlib, plot_run
 
 if TYPE_CHECKING:
     from megakern.data.manifest import PreparedData
+    from megakern.parallel.context import ParallelContext
     from megakern.train.trainer import Trainer
 
 
@@ -75,6 +77,8 @@ class Summary:
     tokens: int
     precision: str
     processes: int
+    tensor_parallel: str
+    """Its ranks, and how their collectives travel; empty for one."""
     tokens_per_second: float
     mfu_causal: float
     mfu_full: float
@@ -96,6 +100,7 @@ class Summary:
             tokens=trainer.samples * config.model.sequence_length,
             precision=config.train.precision,
             processes=trainer.parallel.world_size,
+            tensor_parallel=_tensor_parallel(trainer.parallel),
             tokens_per_second=rate,
             mfu_causal=rate * flops_per_token(config.model, causal=True) / trainer.peak,
             mfu_full=rate * flops_per_token(config.model, causal=False) / trainer.peak,
@@ -124,4 +129,10 @@ class Summary:
             ("curve", curve),
             ("metrics", str(run / "metrics.jsonl")),
         ]
+        if self.tensor_parallel:
+            rows.insert(len(self.held_out.lines()) + 1, ("tensor parallel", self.tensor_parallel))
         print("\n".join(f"  {name:<16} {value}" for name, value in rows), flush=True)
+
+
+def _tensor_parallel(parallel: ParallelContext) -> str:
+    return "" if parallel.tp_size == 1 else f"{parallel.tp_size} ranks, {shared.describe(parallel.tp_group)}"

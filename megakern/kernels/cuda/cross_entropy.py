@@ -6,12 +6,12 @@ import functools
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
+from torch.distributed import ReduceOp
 
 from megakern.kernels.cross_entropy import launchers
 from megakern.kernels.cuda.module import DTYPES, call, pointer
 from megakern.kernels.memory import empty
-from megakern.parallel import trace
+from megakern.parallel.collectives import all_reduce_in_place
 
 HELD = 10
 """Chunks of 16 bytes that a thread holds in registers, where shared memory alone cannot keep a row; as in the .cu."""
@@ -96,11 +96,9 @@ def row_losses(logits, targets, ignore_index, label_smoothing, z_loss, vocab_siz
     sums = empty((3 if label_smoothing else 2, M), torch.float32, logits.device)
     call("cross_entropy_parts", logits, *rows, peaks.data_ptr(), sums.data_ptr(), threads)
     highest = peaks.clone()
-    trace.collective("all_reduce", highest, shard.group)
-    dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=shard.group)
+    all_reduce_in_place(highest, shard.group, ReduceOp.MAX)
     call("cross_entropy_shift", logits, *rows, peaks.data_ptr(), highest.data_ptr(), sums.data_ptr())
-    trace.collective("all_reduce", sums, shard.group)
-    dist.all_reduce(sums, group=shard.group)
+    all_reduce_in_place(sums, shard.group)
     pointers = [x.data_ptr() for x in (highest, sums, loss, lse)]
     call("cross_entropy_finish", logits, *rows, *pointers)
     return loss, lse

@@ -8,16 +8,16 @@ Backward: one program a piece of a row. `write_gradient` may write over the logi
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 import triton
 import triton.language as tl
+from torch.distributed import ReduceOp
 
 from megakern.kernels.cross_entropy import launchers
 from megakern.kernels.memory import empty
 from megakern.kernels.triton import configs, tune
 from megakern.kernels.triton.configs import cdiv
 from megakern.kernels.triton.launch import launch
-from megakern.parallel import trace
+from megakern.parallel.collectives import all_reduce_in_place
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # of fp32: the maximum of a row of -inf, or of nothing but padding
 
@@ -169,13 +169,11 @@ def row_losses(logits, targets, ignore_index, label_smoothing, z_loss, vocab_siz
     sums = empty((3 if smooth else 2, M), torch.float32, logits.device)
     forward(None, None, peaks, sums, finish=False)
     highest = peaks.clone()
-    trace.collective("all_reduce", highest, shard.group)
-    dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=shard.group)
+    all_reduce_in_place(highest, shard.group, ReduceOp.MAX)
     rows = {"config": configs.ROW_SUMS, "SMOOTH": smooth}
     grid = (cdiv(M, configs.ROW_SUMS.tiles["ROWS"]),)
     launch(_shift, grid, sums, peaks, highest, targets, M, shard.start, shard.real, ignore_index, **rows)
-    trace.collective("all_reduce", sums, shard.group)
-    dist.all_reduce(sums, group=shard.group)
+    all_reduce_in_place(sums, shard.group)
     launch(_finish, grid, sums, highest, targets, loss, lse, M, vocab_size, *options, **rows)
     return loss, lse
 
