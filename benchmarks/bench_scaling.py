@@ -4,7 +4,7 @@
 
 The work is the same for all (strong scaling); a process has its share of the cores. `efficiency` is the speed beside
 one process on one core, over the cores that are used: 100 % is ideal. One layout runs at a time, `communication` is
-what a profile of rank 0 has in collectives, waiting for the others included. Layouts with tp also time an all-reduce
+what a profile of rank 0 has in collectives, waiting for the others included (but not the waits of gloo). Layouts with tp also time an all-reduce
 alone, of 3072 x 384, begun by all ranks at once. "gloo": MEGAKERN_SHARED_MEMORY=0.
 """
 
@@ -33,20 +33,32 @@ from megakern.train.config import ParallelConfig
 
 MODEL = {"layers": 4, "width": 384, "heads": 6, "vocab_size": 1024, "vocab_multiple": 2, "sequence_length": 256}
 BATCH = 8
+ALONE = (3072, 384)
+GLOO = ", gloo"
 
 
 def layouts(cores: int, *, quick: bool = False) -> dict[str, tuple[int, int, dict[str, Any]]]:
-    """Name -> processes, threads of each, settings of `[parallel]`. A quick run has tensor parallelism alone."""
+    """Name -> processes, threads of each, settings of `[parallel]`. A quick run has tensor parallelism alone.
+
+    A name that ends in GLOO: without shared memory.
+    """
     found: dict[str, tuple[int, int, dict[str, Any]]] = {"1 core": (1, 1, {})}
     if cores > 1:
+        tensor, sequence = {"tp": 2}, {"tp": 2, "sequence_parallel": True}
         found |= {
             f"{cores} threads": (1, cores, {}),
-            "tp = 2": (2, cores // 2, {"tp": 2}),
-            "tp = 2, sequence parallel": (2, cores // 2, {"tp": 2, "sequence_parallel": True}),
+            "tp = 2": (2, cores // 2, tensor),
+            f"tp = 2{GLOO}": (2, cores // 2, tensor),
+            "tp = 2, sequence parallel": (2, cores // 2, sequence),
+            f"tp = 2, sequence parallel{GLOO}": (2, cores // 2, sequence),
             "dp = 2": (2, cores // 2, {"dp": 2}),
             "dp = 2, zero 3": (2, cores // 2, {"dp": 2, "zero": 3}),
         }
-    return {name: layout for name, layout in found.items() if not quick or layout[2] in ({}, {"tp": 2})}
+    return {
+        name: layout
+        for name, layout in found.items()
+        if not quick or (layout[2] in ({}, {"tp": 2}) and GLOO not in name)
+    }
 
 
 def all_reduce_alone(group: dist.ProcessGroup, turns: int) -> dict[str, float]:

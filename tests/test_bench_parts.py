@@ -116,3 +116,6 @@ def test_layouts_are_timed_on_the_same_work():
     )
     assert rows["1 core"]["efficiency"] == 1
     assert "tp = 2, sequence parallel" in report.scaling_table(results)
+    assert rows["tp = 2"]["transport"] == "shared memory" and rows["tp = 2"]["all_reduce_ms"]["float32"] > 0
+    assert rows["tp = 2, gloo"]["transport"].startswith("gloo: MEGAKERN_SHARED_MEMORY=0")
+    assert rows["tp = 2, gloo"]["loss"] == rows["tp = 2"]["loss"]

@@ -101,7 +101,7 @@ SharedChannel::SharedChannel(int file, int rank, int ranks, int slots, int64_t c
   require(chunk > 0 && chunk % kLine == 0 && chunk >= 8 * ranks,
           "SharedChannel: chunk must be a multiple of 128 bytes, 8 or more a rank, got " + std::to_string(chunk));
   const int64_t size = bytes(ranks, slots, chunk);
-  require(lseek(file, 0, SEEK_END) >= size, "SharedChannel: the file has fewer than " + std::to_string(size) + " bytes");
+  require(lseek(file, 0, SEEK_END) >= size, "SharedChannel: the file must have " + std::to_string(size) + " bytes");
   void* base = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
   if (base == MAP_FAILED) throw std::runtime_error(std::string("cannot map shared memory: ") + std::strerror(errno));
   segment_ = std::make_unique<Segment>(static_cast<char*>(base), size, ranks, slots);

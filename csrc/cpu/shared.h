@@ -1,8 +1,8 @@
 // Collectives of the ranks of one machine through memory that they share; megakern/parallel/shared.py opens it.
 //
-// The memory is a ring of chunks for each rank, and two counters: chunks it has written, chunks of all ranks it has read.
-// All ranks make the same collectives in the same order, so chunk k of one rank belongs with chunk k of every other, and
-// nothing else need be agreed upon:
+// The memory is a ring of chunks for each rank, and two counters: chunks it wrote, chunks of all ranks it has read.
+// All ranks make the same collectives in the same order, so chunk k of one rank belongs with chunk k of every other,
+// and nothing else need be agreed upon:
 //
 //     rank r may write chunk k    when every other rank has read chunk k - slots
 //     rank r may read chunk k     when every other rank has written it; then it has all it needs for its own result
@@ -51,8 +51,8 @@ class SharedChannel {
   // Begins a collective, writes what there is room for, never waits. Both tensors are contiguous and stay as they are
   // until it is finished. Returns its number. `ahead`: how many chunks to write now.
   //
-  //     all-reduce        x, out (elements,), out may be x: summed in the order of ranks, bf16 in fp32, so that all ranks
-  //                       have the same bits
+  //     all-reduce        x, out (elements,), out may be x: summed in the order of ranks, bf16 in fp32, so that all
+  //                       ranks have the same bits
   //     all-gather        x (elements,) -> out (ranks elements,)
   //     reduce-scatter    x (ranks elements,) -> out (elements,)
   //

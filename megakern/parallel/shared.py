@@ -44,7 +44,7 @@ except ImportError:
     _cpu = None
 
 SLOTS, CHUNK = 8, 128 * 1024
-"""Chunks of a rank's ring, and bytes of one. A ring of 1 MB stays in near caches: faster than one of 2 or 4 (Zen 5)."""
+"""Chunks of a rank's ring, and bytes of one. 1 MB stays in near caches: on a Xeon with AMX faster than 2 or 4."""
 SPINS = 2000  # looks, of about 20 ns, before a rank that waits sleeps
 NOW = 1 << 30  # as many chunks as there is room for
 SLICE = 100  # milliseconds after which Python may handle a signal
