@@ -4,8 +4,8 @@
 
 The work is the same for all (strong scaling); a process has its share of the cores. `efficiency` is the speed beside
 one process on one core, over the cores that are used: 100 % is ideal. One layout runs at a time, `communication` is
-what a profile of rank 0 has in collectives, waiting for the others included (but not the waits of gloo). Layouts with tp also time an all-reduce
-alone, of 3072 x 384, begun by all ranks at once. "gloo": MEGAKERN_SHARED_MEMORY=0.
+what a profile of rank 0 has in collectives, waiting for the others included (which gloo's entries do not show). Layouts
+with tp also time an all-reduce alone, of 3072 x 384, begun by all ranks at once. "gloo": MEGAKERN_SHARED_MEMORY=0.
 """
 
 from __future__ import annotations
