@@ -134,5 +134,5 @@ def scale_(x, factor):
 
 
 cross_entropy_forward, cross_entropy_backward, cross_entropy_in_place = launchers(
-    row_losses, write_gradient, loss_and_gradient
+    row_losses, write_gradient, loss_and_gradient, check=True
 )

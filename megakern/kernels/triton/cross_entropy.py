@@ -14,7 +14,7 @@ from torch.distributed import ReduceOp
 
 from megakern.kernels.cross_entropy import launchers
 from megakern.kernels.memory import empty
-from megakern.kernels.triton import configs, tune
+from megakern.kernels.triton import INTERPRETED, configs, tune
 from megakern.kernels.triton.configs import cdiv
 from megakern.kernels.triton.launch import launch
 from megakern.parallel.collectives import all_reduce_in_place
@@ -206,5 +206,5 @@ def loss_and_gradient(out, scale, logits, targets, *options):
 
 
 cross_entropy_forward, cross_entropy_backward, cross_entropy_in_place = launchers(
-    row_losses, write_gradient, loss_and_gradient
+    row_losses, write_gradient, loss_and_gradient, check=INTERPRETED
 )
