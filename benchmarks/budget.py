@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 Needs = dict[str, dict[str, dict[str, object]]]
@@ -16,6 +17,20 @@ def write(path: Path, compiler: str, version: str, needs: Needs) -> None:
         for arch, kernels in needs.items()
     )
     path.write_text(f'{{"{compiler}": "{version}", "kernels": {{\n{lines}\n}}}}\n')
+
+
+def outcome(options, path: Path, count: int, *, update: Callable, complaints: Callable, show: Callable) -> int:
+    """What --update, --check or neither does with `count` kernels that were compiled -> the exit code."""
+    if options.update:
+        update()
+        print(f"{path}: {count} kernels")
+    elif options.check:
+        found = complaints(json.loads(path.read_text()))
+        print("\n".join(found) or f"{count} compiled kernels keep to the budget")
+        return 1 if found else 0
+    else:
+        show()
+    return 0
 
 
 def complaints(budget: dict, compiler: str, version: str, needs: Needs, partial: bool = False) -> list[str]:

@@ -12,7 +12,6 @@ recorded, and each is compiled for sm_80, sm_90 and sm_100 by the ptxas in Trito
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import re
@@ -211,17 +210,15 @@ def main() -> int:
         parser.error("--update writes the whole file: leave out --only and --arch")
     needs = measure(options.only, tuple(options.arch))
     count = sum(len(kernels) for kernels in needs.values())
-    if options.update:
-        plain = {arch: {name: asdict(need) for name, need in found.items()} for arch, found in needs.items()}
-        budget.write(BUDGET, "triton", triton.__version__, plain)
-        print(f"{BUDGET}: {count} kernels")
-    elif options.check:
-        found = complaints(needs, json.loads(BUDGET.read_text()), partial)
-        print("\n".join(found) or f"{count} compiled kernels keep to the budget")
-        return 1 if found else 0
-    else:
-        show(needs)
-    return 0
+    plain = {arch: {name: asdict(need) for name, need in found.items()} for arch, found in needs.items()}
+    return budget.outcome(
+        options,
+        BUDGET,
+        count,
+        update=lambda: budget.write(BUDGET, "triton", triton.__version__, plain),
+        complaints=lambda allowed: complaints(needs, allowed, partial),
+        show=lambda: show(needs),
+    )
 
 
 if __name__ == "__main__":

@@ -142,16 +142,14 @@ def main() -> int:
     logs, version = build(only), toolkit.release(nvcc)
     needs = measure(logs)
     count = sum(len(kernels) for kernels in needs.values())
-    if options.update:
-        budget.write(BUDGET, "nvcc", version, updated(needs, only))
-        print(f"{BUDGET}: {count} kernels")
-    elif options.check:
-        found = complaints(logs, json.loads(BUDGET.read_text()), version, partial=bool(only))
-        print("\n".join(found) or f"{count} compiled kernels keep to the budget")
-        return 1 if found else 0
-    else:
-        show(needs)
-    return 0
+    return budget.outcome(
+        options,
+        BUDGET,
+        count,
+        update=lambda: budget.write(BUDGET, "nvcc", version, updated(needs, only)),
+        complaints=lambda allowed: complaints(logs, allowed, version, partial=bool(only)),
+        show=lambda: show(needs),
+    )
 
 
 if __name__ == "__main__":

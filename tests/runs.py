@@ -15,6 +15,14 @@ from megakern.train.run import NewRun
 from megakern.train.trainer import Trainer
 
 MODEL = GPTConfig(layers=1, width=16, heads=2, vocab_size=257, sequence_length=16, dropout=0.1)
+SMALL = {"width": 32, "heads": 4, "layers": 2, "vocab_size": 60, "vocab_multiple": 32, "sequence_length": 16}
+FAMILIES = {
+    "gpt2": GPTConfig(**SMALL, dropout=0.1),
+    "llama": GPTConfig(
+        **SMALL, dropout=0.1, kv_heads=4, ffn_size=48, norm="rmsnorm", activation="swiglu", positions="rope",
+        bias=False, tied_embeddings=False, qk_norm=True,
+    ),
+}  # fmt: skip
 
 
 def config_of(data: Path, model: GPTConfig = MODEL, **train) -> RunConfig:
@@ -44,10 +52,9 @@ def train(run: Path, config: RunConfig, parallel: ParallelContext | None = None)
     return trainer
 
 
-def losses(run: Path) -> dict[int, float]:
-    return {
-        record["step"]: record["loss"] for record in read_metrics(run / "metrics.jsonl") if record["kind"] == "train"
-    }
+def losses(run: Path, kind: str = "train") -> dict[int, float]:
+    """Step -> loss of training, or kind "eval" of the held-out tokens."""
+    return {r["step"]: r["loss"] for r in read_metrics(run / "metrics.jsonl") if r["kind"] == kind}
 
 
 def digest(path: Path) -> str:

@@ -12,16 +12,9 @@ import megakern as mk
 from megakern.layers.dropout import DropoutKey
 from megakern.parallel.blocks import blocks_of, local_of
 from megakern.parallel.data import begin_pass, release, shard_data_parallel
+from tests.runs import FAMILIES
 
 STEPS, BATCH, T = 10, 8, 16
-SMALL = {"width": 32, "heads": 4, "layers": 2, "vocab_size": 60, "vocab_multiple": 32, "sequence_length": T}
-CONFIGS = {
-    "gpt2": mk.GPTConfig(**SMALL, dropout=0.1),
-    "llama": mk.GPTConfig(
-        **SMALL, dropout=0.1, kv_heads=4, ffn_size=48, norm="rmsnorm", activation="swiglu", positions="rope",
-        bias=False, tied_embeddings=False, qk_norm=True,
-    ),
-}  # fmt: skip
 
 
 def full(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -52,7 +45,7 @@ def batch(step: int) -> torch.Tensor:
 
 
 def build(name: str, parallel: mk.ParallelContext, zero: int, compute: torch.dtype, recompute: str = "none") -> mk.GPT:
-    model = mk.GPT(CONFIGS[name], parallel, device="meta", compute_dtype=compute, recompute=recompute)
+    model = mk.GPT(FAMILIES[name], parallel, device="meta", compute_dtype=compute, recompute=recompute)
     shard_data_parallel(model, parallel, model.blocks, zero=zero)
     model.materialize("cpu", seed=11)
     return model
@@ -141,7 +134,7 @@ def assert_alike(got: dict, expected: dict) -> None:
     assert got["losses"] == pytest.approx(expected["losses"], rel=1e-5)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize(
     ("tp", "dp"), [(2, 2), *(pytest.param(*size, marks=pytest.mark.slow) for size in [(2, 1), (1, 2), (1, 4), (4, 1)])]
 )
@@ -262,14 +255,14 @@ def sizes() -> dict:
     release(model)
     again = all(isinstance(parameter, DTensor) for parameter in model.parameters())
     whole = mk.ParallelContext.create(tp=4)
-    plain = mk.GPT(CONFIGS["gpt2"], whole, device="meta")
+    plain = mk.GPT(FAMILIES["gpt2"], whole, device="meta")
     shard_data_parallel(plain, whole, plain.blocks, zero=3)
     wrapped = any(isinstance(module, FSDPModule) for module in plain.modules())
     return {"held": held, "gathered": gathered, "again": again, "wrapped": wrapped}
 
 
 def test_a_rank_holds_its_shard_and_dp_of_one_wraps_nothing(ranks):
-    total = sum(parameter.numel() for parameter in mk.GPT(CONFIGS["gpt2"], device="meta").parameters())
+    total = sum(parameter.numel() for parameter in mk.GPT(FAMILIES["gpt2"], device="meta").parameters())
     results = ranks.run(sizes, 4)
     assert sum(result["held"] for result in results) == total
     for result in results:
@@ -305,6 +298,6 @@ def wrong_replicas() -> str:
 def test_wrong_sizes_are_named(ranks):
     expected = "replicas = 3 does not divide dp = 4; choose one that does"
     assert ranks.run(wrong_replicas, 4) == [expected] * 4
-    model = mk.GPT(CONFIGS["gpt2"], device="meta")
+    model = mk.GPT(FAMILIES["gpt2"], device="meta")
     with pytest.raises(ValueError, match="zero must be 1, 2 or 3, got 4"):
         shard_data_parallel(model, mk.ParallelContext(), model.blocks, zero=4)

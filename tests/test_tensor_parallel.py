@@ -12,16 +12,9 @@ from torch.distributed.tensor import DTensor
 import megakern as mk
 from megakern.layers.dropout import DropoutKey
 from tests.closeness import assert_close_to_ref
+from tests.runs import FAMILIES
 
 STEPS, B, T = 20, 4, 16
-SMALL = {"width": 32, "heads": 4, "layers": 2, "vocab_size": 60, "vocab_multiple": 32, "sequence_length": T}
-CONFIGS = {
-    "gpt2": mk.GPTConfig(**SMALL, dropout=0.1),
-    "llama": mk.GPTConfig(
-        **SMALL, dropout=0.1, kv_heads=4, ffn_size=48, norm="rmsnorm", activation="swiglu", positions="rope",
-        bias=False, tied_embeddings=False, qk_norm=True,
-    ),
-}  # fmt: skip
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
@@ -39,7 +32,7 @@ def batch(step: int) -> torch.Tensor:
 def train(name: str, tp: int, recompute: str = "none") -> tuple[dict, list[float], dict]:
     """-> (weights at the start, losses, weights at the end), weights in full."""
     context = mk.ParallelContext.create(tp=tp) if tp > 1 else None
-    model = mk.GPT(CONFIGS[name], context, seed=11, recompute=recompute)
+    model = mk.GPT(FAMILIES[name], context, seed=11, recompute=recompute)
     start = {key: full(parameter) for key, parameter in model.named_parameters()}
     optimizer = mk.AdamW(model.parameters(), lr=3e-3)
     losses = []
@@ -55,7 +48,7 @@ def train(name: str, tp: int, recompute: str = "none") -> tuple[dict, list[float
     return start, losses, {key: full(parameter) for key, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_ranks_train_alike(ranks, name):
     start, losses, end = train(name, 1)
     assert losses[-1] < 0.9 * losses[0], "the model must learn for this test to see anything"
@@ -78,7 +71,7 @@ def test_recompute_gives_the_same_bits_on_two_ranks(ranks):
 def one_step(vocab_size: int, tp: int, compute_dtype: torch.dtype) -> tuple[float, torch.Tensor, torch.Tensor]:
     """-> loss, logits, gradient of the embedding in full."""
     context = mk.ParallelContext.create(tp=tp) if tp > 1 else None
-    config = dataclasses.replace(CONFIGS["gpt2"], vocab_size=vocab_size, dropout=0.0)
+    config = dataclasses.replace(FAMILIES["gpt2"], vocab_size=vocab_size, dropout=0.0)
     model = mk.GPT(config, context, seed=11, compute_dtype=compute_dtype)
     text = batch(0) % vocab_size
     loss = model(text[:, :-1], text[:, 1:])
@@ -106,7 +99,7 @@ def test_two_ranks_in_bf16(ranks):
 def replicas(name: str) -> dict:
     """This rank's own copies of the replicated parameters, after training."""
     context = mk.ParallelContext.create(tp=2)
-    model = mk.GPT(CONFIGS[name], context, seed=11)
+    model = mk.GPT(FAMILIES[name], context, seed=11)
     optimizer = mk.AdamW(model.parameters(), lr=3e-3)
     for step in range(3):
         text = batch(step)
@@ -119,7 +112,7 @@ def replicas(name: str) -> dict:
     return copies
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_replicated_parameters_stay_bit_identical(ranks, name):
     first, second = ranks.run(replicas, 2, name)
     for key in first:
@@ -129,7 +122,7 @@ def test_replicated_parameters_stay_bit_identical(ranks, name):
 def start_under_fsdp() -> tuple[bool, list]:
     """tp = 2 x dp = 2, sharded on the meta device and filled afterwards."""
     context = mk.ParallelContext.create(tp=2)
-    config = dataclasses.replace(CONFIGS["llama"], dropout=0.0)
+    config = dataclasses.replace(FAMILIES["llama"], dropout=0.0)
     model = mk.GPT(config, context, device="meta")
     for block in model.blocks:
         fully_shard(block, mesh=context.mesh["dp"])
@@ -144,7 +137,7 @@ def start_under_fsdp() -> tuple[bool, list]:
 
 
 def test_fsdp_shards_and_fills_the_same_model(ranks):
-    config = dataclasses.replace(CONFIGS["llama"], dropout=0.0)
+    config = dataclasses.replace(FAMILIES["llama"], dropout=0.0)
     model, text = mk.GPT(config, seed=11), batch(0)
     model(text[:, :-1], text[:, 1:]).backward()
     for same, gradients in ranks.run(start_under_fsdp, 4):

@@ -14,9 +14,9 @@ import pytest
 from megakern.parallel import shared, trace
 from megakern.train import watch
 from megakern.train.checkpoint import newest
-from megakern.train.metrics import read_metrics
 from tests.commands import ROOT, Command, children, finish, launch, start, wait_gone
 from tests.faults import limit
+from tests.runs import losses
 
 CONFIG = """
 [model]
@@ -48,10 +48,6 @@ def config(tiny_data, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("config") / "run.toml"
     path.write_text(CONFIG.format(data=tiny_data))
     return path
-
-
-def losses(run: Path, kind: str = "train") -> dict[int, float]:
-    return {r["step"]: r["loss"] for r in read_metrics(run / "metrics.jsonl") if r["kind"] == kind}
 
 
 def wait_for_step(run: Path, step: int, process: Command | subprocess.Popen) -> None:
