@@ -9,7 +9,7 @@ from megakern.kernels.cuda.linear_plan import NN, NT, TILES, TN, choose, epilogu
 H200 = 132
 WIDE, SQUARE, FLAT = TILES
 BIAS_GELU = epilogue_weight(bias=True, activation=True)
-# benchmarks/results/h200/tuning_linear.md, without clusters, by TFLOP/s or 1 / us. Where a shape was timed in both runs,
+# benchmarks/results/h200/tuning_linear.md, without clusters: TFLOP/s, or 1 / us. Where a shape was timed in both runs,
 # the later one counts: between them the epilogue changed.
 MEASURED = [
     ((8192, 8192, 8192), 0.0, {WIDE: 663, SQUARE: 674, FLAT: 521}),
