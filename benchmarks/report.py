@@ -224,24 +224,25 @@ def curves_table(results: Row) -> str:
     return grid(head, lines)
 
 
-def _all_reduce(row: Row) -> str:
-    """Of layouts with tensor parallelism, in results since it is measured."""
-    found = row.get("all_reduce_ms")
-    return "" if found is None else f"{found['float32']:.2f}, {found['bfloat16']:.2f}"
-
-
 def scaling_table(results: Row) -> str:
+    alone = any(row.get("all_reduce_ms") for row in results["rows"])  # not in results of before it was measured
     lines = [
         [row["layout"], str(row["processes"]), str(row["threads"]),
          spread(row["ms"], row["fastest_ms"], row["slowest_ms"]), f"{row['tokens_per_second']:,.0f}",
-         f"{row['speedup']:.2f}", f"{row['efficiency']:.0%}", f"{row['communication_ms']:.1f}", _all_reduce(row),
-         size(row["peak_bytes"])]
+         f"{row['speedup']:.2f}", f"{row['efficiency']:.0%}", f"{row['communication_ms']:.1f}",
+         *([_all_reduce(row)] if alone else []), size(row["peak_bytes"])]
         for row in results["rows"]
     ]  # fmt: skip
     head = ["layout", "processes", "threads each", "ms a step (from to)", "tokens/s", "x one core", "efficiency",
-            "communication, ms", "an all-reduce of 3072 x 384 in fp32, bf16, ms",
+            "communication, ms", *(["an all-reduce of 3072 x 384 in fp32, bf16, ms"] if alone else []),
             "peak memory of a process"]  # fmt: skip
     return grid(head, lines)
+
+
+def _all_reduce(row: Row) -> str:
+    """Of layouts with tensor parallelism."""
+    found = row["all_reduce_ms"]
+    return "" if found is None else f"{found['float32']:.2f}, {found['bfloat16']:.2f}"
 
 
 def growth_table(results: Row) -> str:

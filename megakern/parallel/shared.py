@@ -85,7 +85,7 @@ def _unable() -> int:
         raise ValueError(f"MEGAKERN_SHARED_MEMORY must be 0 (use gloo) or 1, got {setting!r}")
     if setting == "0":
         return _OFF
-    if sys.platform != "linux":
+    if sys.platform != "linux" or not hasattr(os, "memfd_create"):
         return _NOT_LINUX
     return _WELL if hasattr(_cpu, "SharedChannel") else _NOT_BUILT
 
