@@ -4,6 +4,7 @@
 
 #include "api.h"
 #include "attention.h"
+#include "block_step.h"
 #include "shared.h"
 
 namespace py = pybind11;
@@ -16,6 +17,9 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("linear_epilogue", &megakern::linear_epilogue, unlocked(), "y = act(z + bias) + residual, pre = z + bias.");
   m.def("column_sum", &megakern::column_sum, unlocked(), "Sums over rows, in fp32.");
   m.def("linear", &megakern::linear, unlocked(), "y = act(x weight^T + bias) + residual on AMX.");
+  m.def("linear_rows", &megakern::linear_rows, unlocked(), "y = act(x weight^T + bias) + residual for a few rows.");
+  m.def("block_step", &megakern::block_step, unlocked(), "A transformer block over a few new tokens and a cache.");
+  m.def("use_huge_pages", &megakern::use_huge_pages, unlocked(), "Puts a tensor into pages of 2 MB.");
   m.def("weight_gradient", &megakern::weight_gradient, unlocked(), "out (+)= dy^T x on AMX.");
   m.def("activation_backward", &megakern::activation_backward, unlocked(), "dx = dy act'(x).");
   m.def("cross_entropy_sums", &megakern::cross_entropy_sums, unlocked(), "Maximum and sums of each row.");
@@ -30,6 +34,11 @@ PYBIND11_MODULE(_cpu, m) {
       .def(py::init([](int64_t M, int64_t N, int64_t K, int64_t x_stride, int weight_dtype, bool transposed,
                        int activation, int threads) {
         return LinearProblem{M, N, K, x_stride, weight_dtype, transposed, activation, threads};
+      }));
+  py::class_<LinearRowsProblem>(m, "LinearRowsProblem", py::module_local())
+      .def(py::init([](int64_t M, int64_t N, int64_t K, int64_t x_stride, int dtype, int weight_dtype, int bias_dtype,
+                       int activation, int threads) {
+        return LinearRowsProblem{M, N, K, x_stride, dtype, weight_dtype, bias_dtype, activation, threads};
       }));
   py::class_<WeightGradientProblem>(m, "WeightGradientProblem", py::module_local())
       .def(py::init([](int64_t M, int64_t N, int64_t K, int64_t dy_stride, int64_t x_stride, int dtype, bool add,
@@ -47,6 +56,29 @@ PYBIND11_MODULE(_cpu, m) {
         return AttentionProblem{B, T, S, H, Hkv, D, left, right, scale, dropout_p, threshold, seed, sample, head,
                                 threads};
       }));
+  py::class_<BlockNorm>(m, "BlockNorm", py::module_local()).def(py::init([](Address weight, Address bias) {
+    return BlockNorm{weight, bias};
+  }));
+  py::class_<BlockLinear>(m, "BlockLinear", py::module_local()).def(py::init([](Address weight, Address bias) {
+    return BlockLinear{weight, bias};
+  }));
+  py::class_<BlockShape>(m, "BlockShape", py::module_local())
+      .def(py::init([](int64_t B, int64_t T, int64_t C, int64_t H, int64_t G, int64_t D, int64_t F, bool centre,
+                       bool parallel_residual, bool gated, int activation, int64_t window, float eps, float head_eps) {
+        return BlockShape{B, T, C, H, G, D, F, centre, parallel_residual, gated, activation, window, eps, head_eps};
+      }));
+  py::class_<BlockWeights>(m, "BlockWeights", py::module_local())
+      .def(py::init([](BlockNorm norm1, BlockNorm norm2, BlockNorm q_norm, BlockNorm k_norm, BlockLinear qkv,
+                       BlockLinear proj, BlockLinear fc1, BlockLinear up, BlockLinear fc2) {
+        return BlockWeights{norm1, norm2, q_norm, k_norm, qkv, proj, fc1, up, fc2};
+      }));
+  py::class_<BlockCache>(m, "BlockCache", py::module_local())
+      .def(py::init([](Address keys, Address values, Address block_table, Address lengths, int64_t pages,
+                       int64_t page_size, int64_t P) {
+        return BlockCache{keys, values, block_table, lengths, pages, page_size, P};
+      }));
+  py::class_<BlockRope>(m, "BlockRope", py::module_local())
+      .def(py::init([](Address cos, Address sin, int64_t positions) { return BlockRope{cos, sin, positions}; }));
   using Input = AttentionInput;
   py::class_<AttentionForward>(m, "AttentionForward", py::module_local())
       .def(py::init([](Input q, Input k, Input v, Address out, Address lse) {

@@ -26,6 +26,7 @@ from megakern.layers.dropout import DropoutKey, checked_key, drop_branch
 from megakern.layers.mlp import ParallelMLP
 from megakern.layers.norm import LayerNorm, RMSNorm
 from megakern.layers.recompute import made_again, run_again
+from megakern.ops.block_step import BlockWeights, Pages, block_step, takes_block_step
 from megakern.parallel.context import ParallelContext
 
 
@@ -97,6 +98,8 @@ class TransformerBlock(nn.Module):
         dropout_key: DropoutKey | None = None,
     ) -> torch.Tensor:
         key = checked_key(dropout_key, self.dropout, self.training)
+        if cache is not None and key is None and (made := self._step(hidden, rope, positions, cache)) is not None:
+            return made
         key = None if key is None else key.at_layer(self.index)
 
         def half(branch: Callable, x: torch.Tensor, residual: torch.Tensor, site: str, **arguments) -> torch.Tensor:
@@ -113,6 +116,34 @@ class TransformerBlock(nn.Module):
             normed, again = self._normed(self.norm2, hidden)
         with again:
             return half(mlp, normed, hidden, "mlp_output")
+
+    def _step(self, hidden, rope, positions, cache: LayerCache) -> torch.Tensor | None:
+        """The whole block as one kernel, for a few new tokens; None where it is to run op by op."""
+        places, attention, mlp = cache.places, self.attention, self.mlp
+        own_positions = rope is None or positions is places.positions
+        if self.region.group is not None or places.kept is not None or not own_positions or self.recompute:
+            return None
+        if torch.compiler.is_compiling() or self._adapted():
+            return None
+        fc1, up = (mlp.gate, mlp.up) if mlp.gated else (mlp.fc1, None)
+        modules = (self.norm1, self.norm2, attention.q_norm, attention.k_norm, attention.qkv, attention.proj, fc1, up)
+        weights = BlockWeights(
+            *(None if each is None else (each.weight, getattr(each, "bias", None)) for each in (*modules, mlp.fc2)),
+            heads=attention.heads,
+            kv_heads=attention.kv_heads,
+            head_dim=attention.head_dim,
+            centre=isinstance(self.norm1, LayerNorm),
+            activation="silu" if mlp.gated else fc1.activation or "",
+            window=None if attention.window is None else attention.window[0],
+            eps=self.norm1.eps,
+            head_eps=0.0 if attention.q_norm is None else attention.q_norm.eps,
+        )
+        pages = Pages(cache.keys, cache.values, places.block_table, places.lengths)
+        return block_step(hidden, weights, pages, rope) if takes_block_step(hidden, weights, pages) else None
+
+    def _adapted(self) -> bool:
+        linears = (self.attention.qkv, self.attention.proj, *self.mlp.children())
+        return any(layer.adapter is not None for layer in linears)
 
     def _normed(self, norm: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, AbstractContextManager]:
         """norm(hidden), and the context in which to read it."""

@@ -28,6 +28,8 @@ class Places:
     """int64: row of the flattened pages for each new token, sequence after sequence."""
     kept: torch.Tensor | None
     """int64, like slots: which of the B T rows are these tokens. None: all."""
+    positions: torch.Tensor
+    """(B, T) int64: of each new token in its sequence."""
     whole: bool
     """Nothing is in the cache yet and every row is a token: attention needs to read nothing from the pages."""
 

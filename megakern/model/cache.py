@@ -168,6 +168,7 @@ class KVCache:
             there(lengths, torch.int32),
             there(slots),
             None if kept is None else there(kept),
+            self.positions,
             whole=kept is None and max(past) == 0,
         )
         self.layers = [LayerCache(keys, values, places) for keys, values in pool.layers]

@@ -163,6 +163,11 @@ def _overridden(op: str) -> str | None:
     return None
 
 
+def is_overridden() -> bool:
+    """Is the automatic choice of any op overruled?"""
+    return bool(_overrides)
+
+
 def _log_fallback(op: str, used: str, preferred: str, reason: str) -> None:
     if (op, reason) not in _logged:
         _logged.add((op, reason))

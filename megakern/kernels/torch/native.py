@@ -29,6 +29,10 @@ ACTIVATIONS = {"": 0, "gelu": 1, "gelu_tanh": 2, "relu_squared": 3, "silu": 4}
 
 LARGEST_HEAD = 512  # head dim; kLargestHead in csrc/cpu/attention.cpp
 FEWEST_PRODUCT_ROWS = 64  # below, packing the weight costs more than the product
+SMALL = 1 << 14  # elements that one thread works off in the few us that two take to meet
+MOST_STREAMED_ROWS = 8  # kMostRows in csrc/cpu/rows.h
+LARGEST_STEP_HEAD = 256  # head dim; kMostVecs in csrc/cpu/block_step.cpp
+HUGE_PAGE = 1 << 21  # bytes
 DEEPEST_PRODUCT = 4096  # kDeepest in csrc/cpu/linear_amx.cpp
 LARGEST_PRODUCT_WEIGHT, DEEPEST_WITH_LARGER_WEIGHT = 3 << 18, 512  # elements (1.5 MB of L2); K
 FEWEST_ROWS = 8  # of q: with fewer, most of a tile of 32 queries would be padding
@@ -101,6 +105,11 @@ def _address(tensor: torch.Tensor | None) -> int:
     return tensor.data_ptr()
 
 
+def _threads(elements: int) -> int:
+    """Threads for a kernel that reads so many elements: one where waking the others takes longer than the work."""
+    return torch.get_num_threads() if elements > SMALL else 1
+
+
 def linear_epilogue(z, bias, residual, activation: str, y, pre=None):
     """y = act(z + bias) + residual; with `pre`, also pre = z + bias. z, residual, pre, y: (M, N); bias (N,) or None."""
     M, N = z.shape
@@ -144,6 +153,26 @@ def product(x, weight, bias, residual, activation: str, y, pre=None, transposed:
     how = (DTYPES[weight.dtype], transposed, ACTIVATIONS[activation], torch.get_num_threads())
     problem = _cpu.LinearProblem(*sizes, *how)
     _cpu.linear(problem, x.data_ptr(), *(_address(t) for t in (weight, bias, residual, pre, y)))
+    return y
+
+
+def takes_few_rows(x, weight, bias, residual) -> bool:
+    """May the kernel for few rows compute act(x w^T + bias) + residual, x (M, K)? It reads the weight as it lies."""
+    if x.shape[0] > MOST_STREAMED_ROWS or weight.device.type != "cpu" or not weight.is_contiguous():
+        return False
+    fits = all(t is None or t.dtype == x.dtype or t.dtype == torch.float32 for t in (weight, bias))
+    return fits and takes(x, residual)
+
+
+def few_rows(x, weight, bias, residual, activation: str, y):
+    """y (M, N) = act(x w^T + bias) + residual for few rows; w and bias of x's dtype or fp32."""
+    x = _dense_rows(x)
+    bias = None if bias is None else bias.contiguous()
+    residual = None if residual is None else residual.contiguous()
+    dtypes = [DTYPES[t.dtype] for t in (x, weight, x if bias is None else bias)]
+    how = (_rows_apart(x), *dtypes, ACTIVATIONS[activation], _threads(weight.numel()))
+    problem = _cpu.LinearRowsProblem(x.shape[0], *weight.shape, *how)
+    _cpu.linear_rows(problem, x.data_ptr(), *(_address(t) for t in (weight, bias, residual, y)))
     return y
 
 
@@ -307,6 +336,59 @@ def attention_backward(dout, q, k, v, out, lse, dq, dk, dv, product: torch.dtype
         *(_address(x) for x in (keep[0], dq, dk, dv)),
     )
     _cpu.attention_backward(_attention_problem(q, k, *how), tensors, DTYPES[q.dtype], _products(product))
+
+
+def takes_block_step(hidden, weights, cache) -> bool:
+    """May one kernel make the whole block? hidden (B, T, C); `weights` and `cache` as `block_step` has them."""
+    B, T, _ = hidden.shape
+    if not 0 < B * T <= MOST_STREAMED_ROWS or weights.head_dim > LARGEST_STEP_HEAD or not takes(hidden):
+        return False
+    dtype = weights.qkv[0].dtype
+    if dtype != hidden.dtype and dtype != torch.float32:
+        return False
+    present = [t for pair in weights.pairs() for t in pair if t is not None]
+    plain = (torch.Tensor, torch.nn.Parameter)  # no DTensor
+    fits = all(type(t) in plain and t.dtype == dtype and t.device.type == "cpu" and t.is_contiguous() for t in present)
+    pages = (cache.keys, cache.values)
+    return fits and hidden.is_contiguous() and all(t.dtype == hidden.dtype and t.is_contiguous() for t in pages)
+
+
+def block_step(hidden, weights, cache, rope, out) -> None:
+    """out (B, T, C) = block(hidden), new keys and values into the pages; shapes in megakern/ops/block_step.py."""
+
+    def pair(kind, tensors):
+        return kind(*map(_address, tensors or (None, None)))
+
+    B, T, C = hidden.shape
+    w = weights
+    shape = _cpu.BlockShape(
+        B, T, C, w.heads, w.kv_heads, w.head_dim, w.fc2[0].shape[1], w.centre, w.norm2 is None, w.up is not None,
+        ACTIVATIONS[w.activation], -1 if w.window is None else w.window, w.eps, w.head_eps,
+    )  # fmt: skip
+    norms = [pair(_cpu.BlockNorm, each) for each in (w.norm1, w.norm2, w.q_norm, w.k_norm)]
+    linears = [pair(_cpu.BlockLinear, each) for each in (w.qkv, w.proj, w.fc1, w.up, w.fc2)]
+    where = (*map(_address, cache), *cache.keys.shape[:2], cache.block_table.shape[1])
+    cos, sin = rope or (None, None)
+    _cpu.block_step(
+        shape,
+        _cpu.BlockWeights(*norms, *linears),
+        _cpu.BlockCache(*where),
+        _cpu.BlockRope(_address(cos), _address(sin), 0 if cos is None else cos.shape[0]),
+        _address(hidden),
+        _address(out),
+        DTYPES[hidden.dtype],
+        DTYPES[w.qkv[0].dtype],
+        torch.get_num_threads(),
+    )
+
+
+def use_huge_pages(tensors) -> bool:
+    """Put tensors of CPUs that are large into pages of 2 MB; contents and addresses stay. -> is it done for all?
+
+    Reading 500 MB of weights, two cores of a Xeon: 31 GB/s, with pages of 4 KB 20.
+    """
+    large = [t for t in tensors if t.device.type == "cpu" and t.is_contiguous() and t.nbytes >= HUGE_PAGE]
+    return _cpu is not None and all([_cpu.use_huge_pages(t.data_ptr(), t.nbytes) for t in large])
 
 
 def describe() -> str:
