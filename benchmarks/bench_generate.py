@@ -71,8 +71,8 @@ class Generation:
     def _megakern(self, config: mk.GPTConfig):
         from megakern.model.generate import complete
 
-        model = mk.GPT(config, device="meta", dtype=self.dtype, compute_dtype=self.dtype).eval()
-        steps.copy_weights(model.to_empty(device=self.device), steps.from_plain(weights(config, self.device), config))
+        model = mk.GPT(config, device=self.device, dtype=self.dtype, compute_dtype=self.dtype).eval()
+        steps.copy_weights(model, steps.from_plain(weights(config, self.device), config))
         prompts = self.prompt.tolist()
         return lambda count: complete(model, prompts, max_new_tokens=count)[0].tokens
 

@@ -12,7 +12,7 @@ from megakern.kernels.torch import native
 from megakern.layers.lora import add_adapters
 from megakern.model.generate import complete
 from megakern.model.gpt import rope_tables
-from megakern.ops.block_step import BlockWeights, Pages, block_step, block_step_reference, takes_block_step
+from megakern.ops.block_step import BlockWeights, Pages, block_step, block_step_reference
 from tests.closeness import assert_close_to_ref
 from tests.test_cpu_kernels import draw, needs_kernels, same_bits_with_three_threads
 
@@ -107,7 +107,6 @@ def test_against_float64(name, dtypes):
     for lengths, T in CASES:
         pages = pages_of(weights, lengths, T, dtype)
         hidden = draw(len(lengths), T, SHAPES[name][3], dtype=dtype, seed=7, scale=1.0)
-        assert takes_block_step(hidden, weights, pages)
 
         def ours(hidden=hidden, pages=pages):
             own = copied(pages)
@@ -156,24 +155,51 @@ def test_places_that_are_not_there_are_refused(change, message):
 
 
 def test_what_does_not_fit_is_left_to_the_separate_ops():
-    weights = weights_of("gpt2", torch.float32)
+    weights, x = weights_of("gpt2", torch.float32), draw(1, 1, 64)
     pages = pages_of(weights, [5], 1, torch.float32)
-    assert takes_block_step(draw(1, 1, 64), weights, pages)
-    assert not takes_block_step(draw(1, 9, 64), weights, pages), "too many rows"
-    assert not takes_block_step(draw(1, 0, 64), weights, pages), "no rows"
-    assert not takes_block_step(draw(1, 1, 64, dtype=torch.bfloat16), weights, pages), "pages of another dtype"
-    assert not takes_block_step(draw(1, 1, 64).double(), weights, pages), "no kernel of that dtype"
-    assert not takes_block_step(draw(1, 1, 64), weights._replace(head_dim=257), pages), "a larger head"
+
+    def takes(hidden=x, weights=weights, rope=None):
+        before = pages.keys.nan_to_num(nan=7.0)
+        if block_step(hidden, weights, pages, rope) is not None:
+            return True
+        assert torch.equal(pages.keys.nan_to_num(nan=7.0), before)
+        return False
+
+    angles = torch.zeros(64, 8)
+    assert takes() and takes(rope=(angles, angles))
+    assert not takes(draw(1, 9, 64)), "too many rows"
+    assert not takes(draw(1, 0, 64)), "no rows"
+    assert not takes(x.bfloat16()), "pages of another dtype"
+    assert not takes(x.double()), "no kernel of that dtype"
+    assert not takes(weights=weights._replace(head_dim=257)), "a larger head"
+    assert not takes(weights=as_dtype(weights, torch.bfloat16)), "weights of another dtype"
+    assert not takes(weights=weights._replace(fc1=(draw(64, 256).t(), weights.fc1[1]))), "strided weights"
+    assert not takes(rope=(angles.double(), angles.double())) and not takes(rope=(angles[:, :4], angles[:, :4]))
     with native.composites_only():
-        assert not takes_block_step(draw(1, 1, 64), weights, pages)
+        assert not takes()
     with mk.use_backend("torch"):
-        assert not takes_block_step(draw(1, 1, 64), weights, pages), "somebody asked for a backend"
+        assert not takes(), "somebody asked for a backend"
+
+
+def test_what_is_kept_is_that_of_the_tensors_of_the_call():
+    """Other weights, and the same parameters elsewhere in memory, are not taken for those before."""
+    weights, x, kept = weights_of("gpt2", torch.float32), draw(1, 1, 64), {}
+    pages = pages_of(weights, [5], 1, torch.float32)
+    first = block_step(x, weights, pages, kept=kept)
+    held = kept["block_step"]
+    assert torch.equal(block_step(x, weights, pages, kept=kept), first) and kept["block_step"] is held
+    other = weights._replace(proj=(weights.proj[0] * 2, weights.proj[1]))
+    found = block_step(x, other, pages, kept=kept)
+    assert torch.equal(found, block_step(x, other, pages)) and not torch.equal(found, first)
+    other.proj[0].data = weights.proj[0] * 3
+    assert torch.equal(block_step(x, other, pages, kept=kept), block_step(x, other, pages))
+    assert not torch.equal(block_step(x, other, pages, kept=kept), found)
 
 
 def test_generation_runs_on_it_and_without_it_writes_the_same(monkeypatch):
     """All but prompts of more rows, adapters, and a choice of backends."""
-    calls, kernel = [], native.block_step
-    monkeypatch.setattr(native, "block_step", lambda *a: calls.append(a) or kernel(*a))
+    calls, kernel = [], native.PreparedBlock.run
+    monkeypatch.setattr(native.PreparedBlock, "run", lambda *a: calls.append(a) or kernel(*a))
     config = mk.GPTConfig(layers=2, width=48, heads=4, kv_heads=2, vocab_size=250, sequence_length=64, init_std=0.2,
                           norm="rmsnorm", activation="swiglu", positions="rope")  # fmt: skip
     model = mk.GPT(config, seed=4).eval()

@@ -44,16 +44,20 @@ def test_few_rows(shape, dtype, weight_dtype):
         z = x.to(wide) @ weight.to(dtype).to(wide).t()
         z = z if bias is None else z + bias.to(wide)
         y = activation_reference(z, kind) if kind else z
-        return y if residual is None else y + residual.to(wide)
+        return (y if residual is None else y + residual.to(wide)), z
 
     def ours(rows=slice(None)):
         added = None if residual is None else residual[rows]
         assert native.takes_few_rows(x[rows], weight, bias, added)
-        return native.few_rows(x[rows], weight, bias, added, kind, torch.empty(x[rows].shape[0], N, dtype=dtype))
+        y, pre = (torch.empty(x[rows].shape[0], N, dtype=dtype) for _ in range(2))
+        native.few_rows(x[rows], weight, bias, added, kind, y, pre)
+        assert torch.equal(native.few_rows(x[rows], weight, bias, added, kind, torch.empty_like(y)), y)
+        return y, pre
 
-    (y,) = same_bits_with_three_threads(lambda: (ours(),))
-    assert_close_to_ref(y, formula(torch.float64), formula(dtype))
-    assert torch.equal(ours(slice(M - 1, M)), y[-1:]), "a row depends on those beside it"
+    found = same_bits_with_three_threads(ours)
+    for name, out, wide, same in zip(("y", "pre"), found, formula(torch.float64), formula(dtype), strict=True):
+        assert_close_to_ref(out, wide, same, name=name)
+    assert torch.equal(ours(slice(M - 1, M))[0], found[0][-1:]), "a row depends on those beside it"
 
 
 def test_linear_of_few_rows_runs_on_its_kernel(monkeypatch):
@@ -84,4 +88,4 @@ def test_few_rows_refuses(change, message):
     problem = native._cpu.LinearRowsProblem(*({**sizes, "threads": 1} | change).values())
     x, weight, y = draw(1, 8), draw(6, 8), torch.empty(1, 6)
     with pytest.raises(ValueError, match=message):
-        native._cpu.linear_rows(problem, x.data_ptr(), weight.data_ptr(), 0, 0, y.data_ptr())
+        native._cpu.linear_rows(problem, x.data_ptr(), weight.data_ptr(), 0, 0, 0, y.data_ptr())

@@ -50,8 +50,8 @@ void linear(const LinearProblem&, Address x, Address weight, Address bias, Addre
 // out (N, K) = dy^T x, or += with `add`; sums (N,) fp32 = the sums over the rows of dy, if not 0.
 void weight_gradient(const WeightGradientProblem&, Address dy, Address x, Address out, Address sums);
 
-// y (M, N) = act(x weight^T + bias) + residual for up to 8 rows, which does not depend on the other rows. weight (N, K),
-// residual, y contiguous; x, residual, y of `dtype`, weight and bias of that or fp32 (the weight is rounded to `dtype`).
+// The same for up to 8 rows, in fp32 or bf16, without tiles; no row depends on the others. weight (N, K), residual, pre,
+// y contiguous; x, residual, pre, y of `dtype`, weight and bias of that or fp32 (the weight is rounded to `dtype`).
 struct LinearRowsProblem {
   int64_t M, N, K;
   int64_t x_stride;  // from one row of x (M, K) to the next
@@ -59,7 +59,8 @@ struct LinearRowsProblem {
   int activation;
   int threads;
 };
-void linear_rows(const LinearRowsProblem&, Address x, Address weight, Address bias, Address residual, Address y);
+void linear_rows(const LinearRowsProblem&, Address x, Address weight, Address bias, Address residual, Address pre,
+                 Address y);
 
 // dx = dy act'(x), all contiguous with `elements` elements; dx may be dy or x.
 void activation_backward(Address dy, Address x, Address dx, int dtype, int activation, int64_t elements, int threads);

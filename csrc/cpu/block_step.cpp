@@ -184,8 +184,8 @@ void run(const BlockShape& s, const BlockWeights& w, const BlockCache& cache, co
       lay_out_rows(y, s.C);
     };
     const auto product = [&](const BlockLinear& linear, int64_t N, int64_t K, int activation, const T* residual, T* to) {
-      product_share<W>(at<const Stored>(linear.weight), at<const V>(linear.bias), N, K, x, M, activation, residual, to,
-                       id, count);
+      product_share<W>(at<const Stored>(linear.weight), at<const V>(linear.bias), N, K, x, M, activation, residual,
+                       static_cast<T*>(nullptr), to, id, count);
     };
 
     norm_rows(hidden, w.norm1);

@@ -46,8 +46,8 @@ struct BlockRope {
 void block_step(const BlockShape&, const BlockWeights&, const BlockCache&, const BlockRope&, Address hidden, Address out,
                 int dtype, int weight_dtype, int threads);
 
-// Asks the kernel to put the memory of a tensor, and what shares its pages, into pages of 2 MB; contents stay. -> did it
-// all of them? It is refused where the system has no such pages left, or does not know the request.
+// From now on the system backs this memory, and what shares its pages, with pages of 2 MB where it is first written.
+// -> does it? Not where there are none, or where they are switched off.
 bool use_huge_pages(Address first, int64_t bytes);
 
 }  // namespace megakern

@@ -13,7 +13,8 @@ namespace megakern {
 namespace {
 
 template <typename W, typename T, typename V>
-void run(const LinearRowsProblem& p, Address x, Address weight, Address bias, Address residual, Address y) {
+void run(const LinearRowsProblem& p, Address x, Address weight, Address bias, Address residual, Address pre,
+         Address y) {
   std::vector<float> wide(p.M * padded(p.K));
   for (int64_t m = 0; m < p.M; ++m)
     lay_out<W>(reinterpret_cast<const T*>(x) + m * p.x_stride, p.K, wide.data() + m * padded(p.K));
@@ -21,7 +22,7 @@ void run(const LinearRowsProblem& p, Address x, Address weight, Address bias, Ad
   for (int id = 0; id < p.threads; ++id)
     product_share<W>(reinterpret_cast<const typename W::Stored*>(weight), reinterpret_cast<const V*>(bias), p.N, p.K,
                      wide.data(), static_cast<int>(p.M), p.activation, reinterpret_cast<const T*>(residual),
-                     reinterpret_cast<T*>(y), id, p.threads);
+                     reinterpret_cast<T*>(pre), reinterpret_cast<T*>(y), id, p.threads);
 }
 
 }  // namespace
@@ -30,7 +31,8 @@ void run(const LinearRowsProblem& p, Address x, Address weight, Address bias, Ad
 
 namespace megakern {
 
-void linear_rows(const LinearRowsProblem& p, Address x, Address weight, Address bias, Address residual, Address y) {
+void linear_rows(const LinearRowsProblem& p, Address x, Address weight, Address bias, Address residual, Address pre,
+                 Address y) {
   const char* op = "linear_rows";
   require_dtype(op, p.dtype);
   require_dtype(op, p.weight_dtype);
@@ -53,15 +55,18 @@ void linear_rows(const LinearRowsProblem& p, Address x, Address weight, Address 
   if (bias) require_address(op, "bias", bias, element_size(p.bias_dtype));
   if (residual) require_address(op, "residual", residual, size);
   if (residual) require_no_partial_overlap(op, "residual", residual, "y", y, p.M * p.N * size);
+  const Address bytes = p.M * p.N * size;
+  if (pre) require_address(op, "pre", pre, size);
+  if (pre) require(pre + bytes <= y || y + bytes <= pre, "linear_rows: pre and y overlap");
   const Address x_end = x + Address(((p.M - 1) * p.x_stride + p.K) * size);
-  require(x_end <= y || y + Address(p.M * p.N * size) <= x, "linear_rows: x and y overlap");
+  require(x_end <= y || y + bytes <= x, "linear_rows: x and y overlap");
 #if defined(__x86_64__)
   const bool wide_bias = p.bias_dtype == kFloat32;
-  if (p.dtype == kFloat32) return run<Plain32, float, float>(p, x, weight, bias, residual, y);
-  if (p.weight_dtype == kFloat32 && wide_bias) return run<Rounded32, bf16, float>(p, x, weight, bias, residual, y);
-  if (p.weight_dtype == kFloat32) return run<Rounded32, bf16, bf16>(p, x, weight, bias, residual, y);
-  if (wide_bias) return run<Plain16, bf16, float>(p, x, weight, bias, residual, y);
-  return run<Plain16, bf16, bf16>(p, x, weight, bias, residual, y);
+  if (p.dtype == kFloat32) return run<Plain32, float, float>(p, x, weight, bias, residual, pre, y);
+  if (p.weight_dtype == kFloat32 && wide_bias) return run<Rounded32, bf16, float>(p, x, weight, bias, residual, pre, y);
+  if (p.weight_dtype == kFloat32) return run<Rounded32, bf16, bf16>(p, x, weight, bias, residual, pre, y);
+  if (wide_bias) return run<Plain16, bf16, float>(p, x, weight, bias, residual, pre, y);
+  return run<Plain16, bf16, bf16>(p, x, weight, bias, residual, pre, y);
 #else
   require(false, "linear_rows: compiled for x86-64 only");
 #endif

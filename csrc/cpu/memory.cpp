@@ -3,6 +3,7 @@
 #include "checks.h"
 
 #if defined(__linux__)
+#include <cerrno>
 #include <sys/mman.h>
 #endif
 
@@ -13,12 +14,9 @@ bool use_huge_pages(Address first, int64_t bytes) {
   require_address("use_huge_pages", "first", first, 1);
 #if defined(__linux__)
   constexpr Address kHuge = Address(1) << 21;
-  constexpr int kCollapse = 25;  // MADV_COLLAPSE of Linux 6.1, which older headers lack
   const Address from = first & ~(kHuge - 1), to = (first + bytes + kHuge - 1) & ~(kHuge - 1);
-  bool all = true;
-  for (Address page = from; page < to; page += kHuge)  // one at a time: a refused one stops the rest of a call
-    all &= madvise(reinterpret_cast<void*>(page), kHuge, kCollapse) == 0;
-  return all;
+  const int code = madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
+  return code == 0 || errno == ENOMEM;  // what is mapped took it, the rest of the first and last page is not there
 #else
   return false;
 #endif

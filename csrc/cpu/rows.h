@@ -143,10 +143,10 @@ struct Share {
 };
 
 // y (M, N) = act(x w^T + bias) + residual for this thread's share of the outputs; x as lay_out leaves it, its rows
-// padded(K) apart. bias is V: T or fp32; y may be the residual.
+// padded(K) apart. pre, if there is one, gets what the activation reads. bias is V: T or fp32; y may be the residual.
 template <typename W, typename T, typename V>
 void product_share(const typename W::Stored* w, const V* bias, int64_t N, int64_t K, const float* x, int M,
-                   int activation, const T* residual, T* y, int id, int count) {
+                   int activation, const T* residual, T* pre, T* y, int id, int count) {
   alignas(64) float sums[kMostRows * kBlock];
   const Share share((N + kBlock - 1) / kBlock, id, count);
   for (int64_t n = share.first * kBlock; n < std::min(share.last * kBlock, N); n += kBlock) {
@@ -155,7 +155,9 @@ void product_share(const typename W::Stored* w, const V* bias, int64_t N, int64_
     block_sums<W>(w + n * K, rows, K, x, padded(K), M, sums);
     const Vec added = bias ? load(bias + n, mask) : _mm512_setzero_ps();
     for (int m = 0; m < M; ++m) {
-      Vec z = activate<kAccuracyOf<T>>(activation, _mm512_add_ps(load(sums + m * kBlock), added));
+      const Vec sum = _mm512_add_ps(load(sums + m * kBlock), added);
+      if (pre) store(pre + m * N + n, sum, mask);
+      Vec z = activate<kAccuracyOf<T>>(activation, sum);
       if (residual) z = _mm512_add_ps(z, load(residual + m * N + n, mask));
       store(y + m * N + n, z, mask);
     }

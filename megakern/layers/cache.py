@@ -41,6 +41,8 @@ class LayerCache:
     keys: torch.Tensor
     values: torch.Tensor
     places: Places
+    kept: dict
+    """What kernels keep from one batch to the next."""
 
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: tuple[int | None, int | None] | None

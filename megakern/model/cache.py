@@ -46,6 +46,8 @@ class PagePool:
         self.layers = [
             tuple(torch.empty(shape, device=self.device, dtype=dtype) for _ in range(2)) for _ in range(config.layers)
         ]
+        self.kept: list[dict] = [{} for _ in self.layers]
+        """Of each layer, what kernels keep from one batch to the next."""
         self._free = list(range(self.count))
         self._users = [0] * self.count
 
@@ -145,30 +147,29 @@ class KVCache:
         for sequence, end in zip(sequences, ends, strict=True):
             sequence.reserve(end)
             sequence.length = end
-        T = self.shape[1]
+        T, size = self.shape[1], pool.page_size
         rows = [sequence.pages[: pool.pages_for(end)] for sequence, end in zip(sequences, ends, strict=True)]
         most = max(map(len, rows))
-        table = torch.tensor([row + [0] * (most - len(row)) for row in rows], dtype=torch.int64)
-        lengths = torch.tensor(ends, dtype=torch.int64)
-        positions = lengths[:, None] - T + torch.arange(T)
+        slots = [
+            row[at // size] * size + at % size
+            for row, old, end in zip(rows, past, ends, strict=True)
+            for at in range(old, end)
+        ]
         kept = None
         if min(counts) < T:
-            kept = (positions >= torch.tensor(past)[:, None]).flatten().nonzero().squeeze(1)
-            positions = positions.clamp(min=0)
-        slots = table.gather(1, positions // pool.page_size) * pool.page_size + positions % pool.page_size
-        slots = slots.flatten() if kept is None else slots.flatten()[kept]
+            kept = [T * (b + 1) - count + i for b, count in enumerate(counts) for i in range(count)]
 
-        def there(x: torch.Tensor, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-            return x.to(dtype).to(pool.device, non_blocking=True)
+        def there(values: list, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+            return torch.tensor(values, dtype=dtype).to(pool.device, non_blocking=True)
 
-        self.positions = there(positions)
+        self.positions = there([[max(0, at) for at in range(end - T, end)] for end in ends])
         """(B, T) int64: of each new token in its sequence."""
         places = Places(
-            there(table, torch.int32),
-            there(lengths, torch.int32),
+            there([row + [0] * (most - len(row)) for row in rows], torch.int32),
+            there(ends, torch.int32),
             there(slots),
             None if kept is None else there(kept),
             self.positions,
             whole=kept is None and max(past) == 0,
         )
-        self.layers = [LayerCache(keys, values, places) for keys, values in pool.layers]
+        self.layers = [LayerCache(*pair, places, kept) for pair, kept in zip(pool.layers, pool.kept, strict=True)]

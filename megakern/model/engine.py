@@ -184,7 +184,8 @@ class Engine:
         rows = [row for part, _ in parts for row in part]
         if not rows:
             return []
-        return self._write(rows, torch.cat([logits for _, logits in parts]))
+        logits = [each for _, each in parts]
+        return self._write(rows, logits[0] if len(logits) == 1 else torch.cat(logits))
 
     def _read(self, unread: list[_Row]) -> tuple[list[_Row], torch.Tensor]:
         """The next piece of the first prompts -> the rows whose prompt ends with it, logits of their last token."""

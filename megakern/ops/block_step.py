@@ -13,7 +13,7 @@ products values are rounded to hidden's dtype, as those ops round them. Nothing 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -54,8 +54,8 @@ class BlockWeights(NamedTuple):
     eps: float
     head_eps: float
 
-    def pairs(self) -> Iterator[Parameters]:
-        return (pair for pair in self[:9] if pair is not None)
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        return tuple(itertools.chain.from_iterable(pair or (None, None) for pair in self[:9]))
 
 
 class Pages(NamedTuple):
@@ -100,21 +100,29 @@ def block_step_reference(hidden, weights: BlockWeights, pages: Pages, rope=None)
     return linear_reference(inner, *w.fc2, residual=middle)
 
 
-def takes_block_step(hidden: torch.Tensor, weights: BlockWeights, pages: Pages) -> bool:
-    """Is there a kernel for this block here, and has nobody asked for another backend?"""
-    return not dispatch.is_overridden() and native.takes_block_step(hidden, weights, pages)
-
-
 def block_step(
     hidden: torch.Tensor,
     weights: BlockWeights,
     pages: Pages,
     rope: tuple[torch.Tensor, torch.Tensor] | None = None,
-) -> torch.Tensor:
-    """hidden (B, T, C) -> (B, T, C); rope: cos, sin (positions, D/2) fp32. For what `takes_block_step` says yes to.
+    kept: dict | None = None,
+) -> torch.Tensor | None:
+    """hidden (B, T, C) -> (B, T, C); None, and nothing is done, where no kernel takes it or another was asked for.
 
-    Raises ValueError for lengths, pages or positions that are not there.
+    rope: cos, sin (positions, D/2) fp32. kept: what a call leaves there spares the next one, of the same block and
+    pages, a part of its work. Raises ValueError for lengths, pages or positions that are not there.
     """
+    if dispatch.is_overridden() or not native.takes_step(hidden) or hidden.dtype != pages.keys.dtype:
+        return None
+    if rope is not None and (rope[0].dtype != torch.float32 or 2 * rope[0].shape[1] != weights.head_dim):
+        return None
+    prepared = None if kept is None else kept.get("block_step")
+    if prepared is None or not prepared.holds(weights, pages.keys, pages.values):
+        prepared = native.prepared_block(weights, pages.keys, pages.values)
+        if prepared is None:
+            return None
+        if kept is not None:
+            kept["block_step"] = prepared
     out = torch.empty_like(hidden)
-    native.block_step(hidden, weights, pages, rope, out)
+    prepared.run(hidden, pages.block_table, pages.lengths, rope, out)
     return out

@@ -16,16 +16,13 @@ def linear_forward(x, weight, bias, residual, activation, keep):
     """-> y (..., N), pre-activation (..., N) if `keep`, else empty. `activation` is "" for none; weight may be fp32."""
     N = weight.shape[0]
     rows, shape = x.reshape(-1, x.shape[-1]), (*x.shape[:-1], N)  # (M, K)
-    if native.takes_product(rows, weight, residual, activation):
+    few = native.takes_few_rows(rows, weight, bias, residual)
+    if few or native.takes_product(rows, weight, residual, activation):
         added = None if residual is None else residual.reshape(-1, N)
         y = rows.new_empty(rows.shape[0], N)
         pre = torch.empty_like(y) if keep else None
-        native.product(rows, weight, bias, added, activation, y, pre)
+        (native.few_rows if few else native.product)(rows, weight, bias, added, activation, y, pre)
         return y.view(shape), pre.view(shape) if keep else x.new_empty(0)
-    if not keep and native.takes_few_rows(rows, weight, bias, residual):
-        added = None if residual is None else residual.reshape(-1, N)
-        y = native.few_rows(rows, weight, bias, added, activation, rows.new_empty(rows.shape[0], N))
-        return y.view(shape), x.new_empty(0)
     weight = weight.to(x.dtype)
     if native.takes(rows, weight, residual) and (bias is not None or activation):
         z = torch.mm(rows, weight.t())

@@ -164,15 +164,15 @@ def takes_few_rows(x, weight, bias, residual) -> bool:
     return fits and takes(x, residual)
 
 
-def few_rows(x, weight, bias, residual, activation: str, y):
-    """y (M, N) = act(x w^T + bias) + residual for few rows; w and bias of x's dtype or fp32."""
+def few_rows(x, weight, bias, residual, activation: str, y, pre=None):
+    """y (M, N) = act(x w^T + bias) + residual for few rows, and pre like `product`; w and bias of x's dtype or fp32."""
     x = _dense_rows(x)
     bias = None if bias is None else bias.contiguous()
     residual = None if residual is None else residual.contiguous()
     dtypes = [DTYPES[t.dtype] for t in (x, weight, x if bias is None else bias)]
     how = (_rows_apart(x), *dtypes, ACTIVATIONS[activation], _threads(weight.numel()))
     problem = _cpu.LinearRowsProblem(x.shape[0], *weight.shape, *how)
-    _cpu.linear_rows(problem, x.data_ptr(), *(_address(t) for t in (weight, bias, residual, y)))
+    _cpu.linear_rows(problem, x.data_ptr(), *(_address(t) for t in (weight, bias, residual, pre, y)))
     return y
 
 
@@ -338,52 +338,66 @@ def attention_backward(dout, q, k, v, out, lse, dq, dk, dv, product: torch.dtype
     _cpu.attention_backward(_attention_problem(q, k, *how), tensors, DTYPES[q.dtype], _products(product))
 
 
-def takes_block_step(hidden, weights, cache) -> bool:
-    """May one kernel make the whole block? hidden (B, T, C); `weights` and `cache` as `block_step` has them."""
-    B, T, _ = hidden.shape
-    if not 0 < B * T <= MOST_STREAMED_ROWS or weights.head_dim > LARGEST_STEP_HEAD or not takes(hidden):
-        return False
+class PreparedBlock:
+    """A block's weights and pages as the kernel `block_step` takes them, once for many calls."""
+
+    def __init__(self, weights, keys, values) -> None:
+        w = weights
+        self._parts = (*weights.tensors(), keys, values)
+        self._places = [None if t is None else t.data_ptr() for t in self._parts]
+        norms = [
+            _cpu.BlockNorm(*map(_address, each or (None, None))) for each in (w.norm1, w.norm2, w.q_norm, w.k_norm)
+        ]
+        linears = [
+            _cpu.BlockLinear(*map(_address, each or (None, None))) for each in (w.qkv, w.proj, w.fc1, w.up, w.fc2)
+        ]
+        self._weights = _cpu.BlockWeights(*norms, *linears)
+        window = -1 if w.window is None else w.window
+        kind = (w.centre, w.norm2 is None, w.up is not None, ACTIVATIONS[w.activation], window, w.eps, w.head_eps)
+        C, F = w.fc2[0].shape
+        self._shape = (C, w.heads, w.kv_heads, w.head_dim, F, *kind)
+        self._pages = (keys.data_ptr(), values.data_ptr()), keys.shape[:2]
+        self.dtypes = (DTYPES[keys.dtype], DTYPES[w.qkv[0].dtype])
+
+    def holds(self, weights, keys, values) -> bool:
+        """Are these the tensors it was made of, where they lay?"""
+        parts = (*weights.tensors(), keys, values)
+        return all(
+            a is b and (a is None or a.data_ptr() == place)
+            for a, b, place in zip(parts, self._parts, self._places, strict=True)
+        )
+
+    def run(self, hidden, block_table, lengths, rope, out) -> None:
+        """out (B, T, C) = block(hidden), new keys and values into the pages: megakern/ops/block_step.py."""
+        addresses, sizes = self._pages
+        where = _cpu.BlockCache(*addresses, _address(block_table), _address(lengths), *sizes, block_table.shape[1])
+        cos, sin = rope or (None, None)
+        tables = _cpu.BlockRope(_address(cos), _address(sin), 0 if cos is None else cos.shape[0])
+        shape = _cpu.BlockShape(*hidden.shape[:2], *self._shape)
+        places = (_address(hidden), _address(out), *self.dtypes, torch.get_num_threads())
+        _cpu.block_step(shape, self._weights, where, tables, *places)
+
+
+def prepared_block(weights, keys, values) -> PreparedBlock | None:
+    """For a BlockWeights of ops/block_step.py and pages (pages, page_size, G, D); None: the kernel cannot take it."""
     dtype = weights.qkv[0].dtype
-    if dtype != hidden.dtype and dtype != torch.float32:
-        return False
-    present = [t for pair in weights.pairs() for t in pair if t is not None]
     plain = (torch.Tensor, torch.nn.Parameter)  # no DTensor
-    fits = all(type(t) in plain and t.dtype == dtype and t.device.type == "cpu" and t.is_contiguous() for t in present)
-    pages = (cache.keys, cache.values)
-    return fits and hidden.is_contiguous() and all(t.dtype == hidden.dtype and t.is_contiguous() for t in pages)
+    present = [t for t in weights.tensors() if t is not None]
+    if weights.head_dim > LARGEST_STEP_HEAD or not takes(keys, values) or dtype not in (torch.float32, keys.dtype):
+        return None
+    fits = all(type(t) in plain and t.dtype == dtype and t.device.type == "cpu" for t in present)
+    fits = fits and all(t.is_contiguous() for t in (*present, keys, values))
+    return PreparedBlock(weights, keys, values) if fits else None
 
 
-def block_step(hidden, weights, cache, rope, out) -> None:
-    """out (B, T, C) = block(hidden), new keys and values into the pages; shapes in megakern/ops/block_step.py."""
-
-    def pair(kind, tensors):
-        return kind(*map(_address, tensors or (None, None)))
-
-    B, T, C = hidden.shape
-    w = weights
-    shape = _cpu.BlockShape(
-        B, T, C, w.heads, w.kv_heads, w.head_dim, w.fc2[0].shape[1], w.centre, w.norm2 is None, w.up is not None,
-        ACTIVATIONS[w.activation], -1 if w.window is None else w.window, w.eps, w.head_eps,
-    )  # fmt: skip
-    norms = [pair(_cpu.BlockNorm, each) for each in (w.norm1, w.norm2, w.q_norm, w.k_norm)]
-    linears = [pair(_cpu.BlockLinear, each) for each in (w.qkv, w.proj, w.fc1, w.up, w.fc2)]
-    where = (*map(_address, cache), *cache.keys.shape[:2], cache.block_table.shape[1])
-    cos, sin = rope or (None, None)
-    _cpu.block_step(
-        shape,
-        _cpu.BlockWeights(*norms, *linears),
-        _cpu.BlockCache(*where),
-        _cpu.BlockRope(_address(cos), _address(sin), 0 if cos is None else cos.shape[0]),
-        _address(hidden),
-        _address(out),
-        DTYPES[hidden.dtype],
-        DTYPES[w.qkv[0].dtype],
-        torch.get_num_threads(),
-    )
+def takes_step(hidden) -> bool:
+    """Has hidden (B, T, C) so few tokens that one kernel makes a block?"""
+    B, T, _ = hidden.shape
+    return 0 < B * T <= MOST_STREAMED_ROWS and hidden.is_contiguous() and takes(hidden)
 
 
 def use_huge_pages(tensors) -> bool:
-    """Put tensors of CPUs that are large into pages of 2 MB; contents and addresses stay. -> is it done for all?
+    """Large tensors of a CPU, not written yet, will lie in pages of 2 MB. -> will all of them?
 
     Reading 500 MB of weights, two cores of a Xeon: 31 GB/s, with pages of 4 KB 20.
     """
