@@ -13,7 +13,7 @@ namespace megakern {
 
 using Address = std::uintptr_t;  // 0: no tensor
 
-constexpr int kInterface = 2;  // raised with native.py's when what is bound changes: an older module is not used
+constexpr int kInterface = 3;  // raised with native.py's when what is bound changes: an older module is not used
 
 enum DType : int { kFloat32 = 0, kBFloat16 = 1 };
 enum Activation : int { kNone = 0, kGelu = 1, kGeluTanh = 2, kReluSquared = 3, kSilu = 4 };
