@@ -22,6 +22,7 @@ from megakern.kernels.triton import (
     grad_norm,
     linear,
     linear_cross_entropy,
+    mlp,
     norm,
     rope,
 )
@@ -130,9 +131,11 @@ def _linear(size: int, dtype: torch.dtype, activation: str, full: bool) -> None:
     x, weight = tensor(size, size, dtype=dtype), tensor(size, size, dtype=dtype)
     bias = tensor(size, dtype=torch.float32) if full else None
     y, _ = linear.linear_forward(x, weight, bias, x if full else None, activation, bool(activation))
-    linear.linear_input_gradient(y, weight)
+    linear.linear_input_gradient(y, weight, None)
     linear.linear_weight_gradient(y, x, dtype, torch.float32 if full else None)
-    linear.linear_accumulate_weight_gradient(tensor(size, size, dtype=torch.float32), y, x)
+    linear.linear_accumulate_weight_gradient(tensor(size, size, dtype=torch.float32), y, x, None)
+    if activation:
+        mlp.linear_activation_gradient(y, weight, x, None, activation)
 
 
 def _add_linear() -> None:

@@ -29,6 +29,7 @@ OPS = (
     "norm",
     "attention",
     "linear",
+    "mlp",
     "cross_entropy",
     "adamw",
     "linear_cross_entropy",

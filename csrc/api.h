@@ -67,22 +67,29 @@ void swiglu_backward(const SwigluBackward&, Place);
 
 // Which products, by how the operands lie in memory.
 enum class Layout : int {
-  nt = 0,  // a (M, K), b (N, K): y = x W^T
-  nn = 1,  // a (M, K), b (K, N): dx = dy W
-  tn = 2,  // a (K, M), b (K, N): dW = dy^T x
+  nt = 0,     // a (M, K), b (N, K): y = x W^T
+  nn = 1,     // a (M, K), b (K, N): dx = dy W
+  tn = 2,     // a (K, M), b (K, N): dW = dy^T x
+  gated = 3,  // a (M, K), b and b_up (N, K): silu(x Wgate^T) * (x Wup^T)
 };
 
-// out (M, N) (+)= act(A B + bias) + residual, A (M, K), B (K, N); pre = A B + bias, rounded, is what act sees. Of
-// bf16 or fp16; out may be fp32, then there is no bias, act, pre or residual, and it may be accumulated into. All rows
-// start on multiples of 16 bytes.
+// Of A (M, K) and B (K, N) with sums in fp32:
+//   nt      out = act(A B + bias) + residual; pre = A B + bias, rounded, is what act sees
+//   gated   out = silu(A B + bias) * (A B_up + bias_up); pre and pre_up are the two, rounded, as silu sees them
+//   nn      out = A B + residual; with an activation A B act'(saved); with saved_up the gradients of
+//           silu(saved) * saved_up: out that of saved, out_up that of saved_up
+//   tn      out = A B; out may be fp32, then also out += A B. sums (4, M), fp32: of A's rows over K, in four parts
+// What the line of a layout does not name is null. Of bf16 or fp16, the biases of that or fp32. All rows start on
+// multiples of 16 bytes; those of pre, pre_up and out_up lie densely.
 struct LinearProduct {
-  const void *a, *b, *bias, *residual;
-  void *out, *pre;
-  Dtype dtype, out_dtype, bias_dtype;  // dtype: of a, b, pre, residual
+  const void *a, *b, *b_up, *bias, *bias_up, *residual, *saved, *saved_up;
+  void *out, *out_up, *pre, *pre_up;
+  float* sums;
+  Dtype dtype, out_dtype, bias_dtype;
   Layout layout;
   int activation;  // an Activation, or -1
   bool accumulate;
-  int64_t M, N, K, a_stride, b_stride, residual_stride, out_stride;
+  int64_t M, N, K, a_stride, b_stride, b_up_stride, residual_stride, saved_stride, saved_up_stride, out_stride;
   int tile_rows, tile_cols, cluster;  // one of the tile shapes of linear.cu
   int band;                           // rows of out whose tiles are walked column by column
   int head_start;                     // steps of 64 along K by which the upper half of a cooperative tile is ahead
@@ -90,15 +97,23 @@ struct LinearProduct {
 };
 void linear_product(const LinearProduct&, Place);
 
-// out (N,) = sums of the columns of x (M, N), in fp32, in an order that depends on the shape alone. parts: (P, N) fp32
-// scratch.
+// parts (P, N), fp32: their sum over P is that of the columns of x (M, N), in an order that depends on the shape alone.
 struct ColumnSums {
   const void* x;
-  void *parts, *out;
-  Dtype dtype, out_dtype;
+  float* parts;
+  Dtype dtype;
   int64_t M, N, x_stride, P;
 };
 void column_sums(const ColumnSums&, Place);
+
+// out (N,) = sum of parts (P, N), fp32, over P.
+struct PartSums {
+  const float* parts;
+  void* out;
+  Dtype out_dtype;
+  int64_t N, P;
+};
+void part_sums(const PartSums&, Place);
 // --- cross_entropy.cu: math and options in megakern/ops/cross_entropy.py ---
 
 // What all its functions take: logits (M, C), targets (M,). C columns of this rank, of which the first `real` are no

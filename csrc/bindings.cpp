@@ -114,7 +114,8 @@ PYBIND11_MODULE(MEGAKERN_MODULE, m) {
   BIND(swiglu_forward, "y = silu(gate) up.");
   BIND(swiglu_backward, "dgate = dy up silu'(gate), dup = dy silu(gate).");
   BIND(linear_product, "out (+)= act(A B + bias) + residual.");
-  BIND(column_sums, "out = sums of the columns of x.");
+  BIND(column_sums, "Sums of the columns of x, in parts.");
+  BIND(part_sums, "out = the sum of parts.");
   BIND(cross_entropy_rows, "loss, lse of each row of logits.");
   BIND(cross_entropy_parts, "peaks, sums of each row of logits: this rank's part of its loss.");
   BIND(cross_entropy_shift, "sums in place, from this rank's peaks to the highest of all ranks.");

@@ -1,4 +1,5 @@
-// The matrix products of a linear layer: y = act(x W^T + bias) + residual, dx = dy W, dW (+)= dy^T x, dbias.
+// The matrix products of a linear layer: y = act(x W^T + bias) + residual, or gated by a second product; dx = dy W, with
+// the derivative of what came before; dW (+)= dy^T x; dbias.
 //
 // Writes: out and pre whole (=), or out += in fp32. Same bits at each run: no sum is split over blocks.
 // Parallel: persistent blocks of a producer and two consumer warpgroups own tiles of out; the kernel is in product.cuh.
@@ -7,7 +8,6 @@
 #include <tuple>
 
 #include "device/checks.h"
-#include "device/vector.cuh"
 #include "product.cuh"
 
 namespace megakern {
@@ -57,18 +57,25 @@ MK_KERNEL void column_sums_kernel(ColumnSums p) {
   float sum = 0;
   for (int w = 0; w < 8; ++w) sum += sums[w * 256 + threadIdx.x];
   const int64_t own = int64_t(blockIdx.x) * 256 + threadIdx.x;
-  if (own < p.N) static_cast<float*>(p.parts)[blockIdx.y * p.N + own] = sum;
+  if (own < p.N) p.parts[blockIdx.y * p.N + own] = sum;
 }
 
-// out[n] = sum of parts[j][n] over j: a thread a column.
+// A block: 32 columns, a lane each; its 8 warps take the parts in turn, and their sums are added in shared memory.
 template <class T>
-MK_KERNEL void sum_parts_kernel(ColumnSums p) {
-  const int64_t col = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (col >= p.N) return;
-  const float* parts = static_cast<const float*>(p.parts) + col;
+MK_KERNEL void part_sums_kernel(PartSums p) {
+  SharedMemory shared;
+  float* sums = shared.take<float>(256);
+  const int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp;
+  const int64_t col = int64_t(blockIdx.x) * kWarp + lane;
   float sum = 0;
+  if (col < p.N) {
 #pragma unroll 8
-  for (int64_t j = 0; j < p.P; ++j) sum += parts[j * p.N];
+    for (int64_t j = warp; j < p.P; j += 8) sum += p.parts[j * p.N + col];
+  }
+  sums[threadIdx.x] = sum;
+  sync_block();
+  if (warp || col >= p.N) return;
+  for (int w = 1; w < 8; ++w) sum += sums[w * kWarp + lane];
   static_cast<T*>(p.out)[col] = from_float<T>(sum);
 }
 
@@ -76,21 +83,30 @@ MK_KERNEL void sum_parts_kernel(ColumnSums p) {
 
 template <class T, class Out, Layout L, class Tile>
 void launch_product(const LinearProduct& p, Place place) {
+  constexpr bool along_k = L == Layout::nt || L == Layout::gated;  // b's rows, as a's
+  constexpr int cols = L == Layout::gated ? Tile::cols / 2 : Tile::cols, width = 128 / int(sizeof(Out));
   const TensorMap a = L == Layout::tn ? matrix_map(p.a, p.dtype, p.K, p.M, p.a_stride, Tile::depth, 64, Swizzle::b128)
                                       : matrix_map(p.a, p.dtype, p.M, p.K, p.a_stride, Tile::rows, 64, Swizzle::b128);
-  const TensorMap b =
-      L == Layout::nt ? matrix_map(p.b, p.dtype, p.N, p.K, p.b_stride, Tile::cols / Tile::cluster, 64, Swizzle::b128)
-                      : matrix_map(p.b, p.dtype, p.K, p.N, p.b_stride, Tile::depth / Tile::cluster, 64, Swizzle::b128);
-  const int width = 128 / int(sizeof(Out));
+  const auto b_map = [&](const void* b, int64_t stride) {
+    return along_k ? matrix_map(b, p.dtype, p.N, p.K, stride, cols / Tile::cluster, 64, Swizzle::b128)
+                   : matrix_map(b, p.dtype, p.K, p.N, stride, Tile::depth / Tile::cluster, 64, Swizzle::b128);
+  };
+  const TensorMap b = b_map(p.b, p.b_stride), up = p.b_up ? b_map(p.b_up, p.b_up_stride) : b;
   const TensorMap out = matrix_map(p.out, p.out_dtype, p.M, p.N, p.out_stride, 16, width, Swizzle::b128);
-  const TensorMap pre = p.pre ? matrix_map(p.pre, p.dtype, p.M, p.N, p.N, 16, width, Swizzle::b128) : out;
-  const int64_t tasks = ceil_div(p.M, int64_t(Tile::rows * Tile::cluster)) * ceil_div(p.N, int64_t(Tile::cols));
+  const auto dense_map = [&](void* to) {
+    return to ? matrix_map(to, p.dtype, p.M, p.N, p.N, 16, width, Swizzle::b128) : out;
+  };
+  const TensorMap second = dense_map(p.pre ? p.pre : p.out_up), third = dense_map(p.pre_up);
+  const int64_t tasks = ceil_div(p.M, int64_t(Tile::rows * Tile::cluster)) * ceil_div(p.N, int64_t(cols));
   const int64_t clusters = std::min<int64_t>(tasks, std::max(1, p.blocks / Tile::cluster));
-  const Follows follows = {p.bias, p.residual, p.residual_stride, int(p.M), int(p.N), p.activation,
-                           p.bias_dtype == Dtype::f32, p.pre != nullptr, p.accumulate};
-  const Product product = {follows, int(p.K), std::max(1, p.band / (Tile::rows * Tile::cluster)), p.head_start};
+  const Follows follows = {{p.bias, p.bias_up},
+                           {p.residual ? p.residual : p.saved, p.saved_up},
+                           {p.residual ? p.residual_stride : p.saved_stride, p.saved_up_stride},
+                           int(p.M), int(p.N), p.activation, p.bias_dtype == Dtype::f32, p.pre != nullptr, p.accumulate};
+  const Product product = {follows, int(p.K), std::max(1, p.band / (Tile::rows * Tile::cluster)), p.head_start,
+                           p.sums};
   MK_LAUNCH_CLUSTER((product_kernel<T, Out, L, Tile>), dim3(unsigned(clusters * Tile::cluster)), dim3(kPipelineThreads),
-                    Tile::shared, Tile::cluster, place, a, b, out, pre, product);
+                    Tile::shared, Tile::cluster, place, a, b, up, out, second, third, product);
 }
 
 template <class T>
@@ -100,63 +116,102 @@ void with_kernel(const Checks& check, const LinearProduct& p, Place place) {
     const bool wide = p.out_dtype == Dtype::f32;
     if (p.layout == Layout::nt) launch_product<T, T, Layout::nt, Tile>(p, place);
     else if (p.layout == Layout::nn) launch_product<T, T, Layout::nn, Tile>(p, place);
-    else if (wide) launch_product<T, float, Layout::tn, Tile>(p, place);
+    else if (p.layout == Layout::gated) {
+      if constexpr (Tile::cluster == 1) launch_product<T, T, Layout::gated, Tile>(p, place);
+      else check.require(false, "layout 3 is for tiles of single blocks");
+    } else if (wide) launch_product<T, float, Layout::tn, Tile>(p, place);
     else launch_product<T, T, Layout::tn, Tile>(p, place);
   });
+}
+
+// Throws unless what is there besides a, b and out belongs to the layout.
+void check_follows(const Checks& check, const LinearProduct& p) {
+  const bool gated = p.layout == Layout::gated, nt = p.layout == Layout::nt, nn = p.layout == Layout::nn;
+  const auto absent = [&](const char* name, const void* pointer) {
+    check.require(!pointer, std::string(name) + " does not go with layout " + std::to_string(int(p.layout)));
+  };
+  if (!gated) absent("b_up", p.b_up), absent("bias_up", p.bias_up), absent("pre_up", p.pre_up);
+  if (!nt && !gated) absent("bias", p.bias), absent("pre", p.pre);
+  if (!nt && !nn) absent("residual", p.residual);
+  if (p.layout != Layout::tn) absent("sums", p.sums);
+  if (!nn) absent("saved", p.saved), absent("saved_up", p.saved_up), absent("out_up", p.out_up);
+  check.require(p.activation >= -1 && p.activation <= int(Activation::silu),
+                "activation must be -1 to 3, got " + std::to_string(p.activation));
+  check.require(p.activation < 0 || nt || nn, "an activation goes with layouts 0 and 1 alone");
+  check.require(!gated || (!p.bias == !p.bias_up && !p.pre == !p.pre_up), "bias_up goes with bias, pre_up with pre");
+  if (!nn) return;
+  check.require(!p.saved_up == !p.out_up, "out_up goes with saved_up");
+  check.require(!p.saved == (p.activation < 0 && !p.saved_up), "saved goes with an activation or saved_up");
+  check.require(!p.saved || !p.residual, "there is no residual beside saved");
+  check.require(p.activation < 0 || !p.saved_up, "there is no activation beside saved_up");
 }
 
 void linear_product(const LinearProduct& p, Place place) {
   Checks check("linear_product");
   check.require(p.dtype == Dtype::bf16 || p.dtype == Dtype::f16,
                 "dtype must be code 1 (bf16) or 2 (fp16), got " + std::to_string(int(p.dtype)));
-  check.known("layout", p.layout, Layout::tn);
+  check.known("layout", p.layout, Layout::gated);
   const bool wide = p.out_dtype == Dtype::f32;
   if (!wide) check.same("out", p.out_dtype, p.dtype);
   check.require(!wide || p.layout == Layout::tn, "out may be fp32 (code 0) with layout 2 alone");
-  check.require(!wide || (!p.bias && !p.residual && !p.pre && p.activation < 0),
-                "with fp32 out there is no bias, activation, pre or residual");
   check.require(wide || !p.accumulate, "out must be fp32 (code 0) to be accumulated into");
-  check.require(p.activation >= -1 && p.activation <= int(Activation::silu),
-                "activation must be -1 to 3, got " + std::to_string(p.activation));
+  check_follows(check, p);
   constexpr int64_t most = (int64_t(1) << 31) - 1024;  // coordinates of the last tile fit 32 bits
   check.size("M", p.M, 1, most), check.size("N", p.N, 1, most), check.size("K", p.K, 1, most);
   check.size("band", p.band, 1, most), check.size("head_start", p.head_start, 0, 3), check.size("blocks", p.blocks, 1, kMostBlocks);
-  const bool a_across = p.layout == Layout::tn, b_across = p.layout != Layout::nt;
-  check.reads("a", p.a, p.dtype, a_across ? p.K : p.M, a_across ? p.M : p.K, p.a_stride);
-  check.reads("b", p.b, p.dtype, b_across ? p.K : p.N, b_across ? p.N : p.K, p.b_stride);
-  if (p.bias) {
-    if (p.bias_dtype != Dtype::f32) check.same("bias", p.bias_dtype, p.dtype);
-    check.reads("bias", p.bias, p.bias_dtype, p.N);
-  }
-  if (p.residual) check.reads("residual", p.residual, p.dtype, p.M, p.N, p.residual_stride);
-  check.writes("out", p.out, p.out_dtype, p.M, p.N, p.out_stride);
-  if (p.pre) check.writes("pre", p.pre, p.dtype, p.M, p.N, p.N);
   const auto on_16_bytes = [&](const char* name, const void* pointer, int64_t stride, Dtype dtype) {
-    check.require(!pointer || vectors_fit(pointer, stride * size_of(dtype)),
+    check.require(vectors_fit(pointer, stride * size_of(dtype)),
                   std::string("the rows of ") + name + " must start on multiples of 16 bytes");
   };
-  on_16_bytes("a", p.a, p.a_stride, p.dtype), on_16_bytes("b", p.b, p.b_stride, p.dtype);
-  on_16_bytes("out", p.out, p.out_stride, p.out_dtype), on_16_bytes("pre", p.pre, p.N, p.dtype);
-  on_16_bytes("residual", p.residual, p.residual_stride, p.dtype), on_16_bytes("bias", p.bias, 0, p.bias_dtype);
+  const auto reads = [&](const char* name, const void* pointer, int64_t rows, int64_t cols, int64_t stride) {
+    if (!pointer) return;
+    check.reads(name, pointer, p.dtype, rows, cols, stride), on_16_bytes(name, pointer, stride, p.dtype);
+  };
+  const bool a_across = p.layout == Layout::tn, b_across = p.layout == Layout::nn || p.layout == Layout::tn;
+  check.require(p.a && p.b && (p.layout != Layout::gated || p.b_up), "a, b and with layout 3 b_up must not be null");
+  reads("a", p.a, a_across ? p.K : p.M, a_across ? p.M : p.K, p.a_stride);
+  reads("b", p.b, b_across ? p.K : p.N, b_across ? p.N : p.K, p.b_stride);
+  reads("b_up", p.b_up, p.N, p.K, p.b_up_stride);
+  reads("residual", p.residual, p.M, p.N, p.residual_stride);
+  reads("saved", p.saved, p.M, p.N, p.saved_stride), reads("saved_up", p.saved_up, p.M, p.N, p.saved_up_stride);
+  if (p.bias && p.bias_dtype != Dtype::f32) check.same("bias", p.bias_dtype, p.dtype);
+  for (const void* bias : {p.bias, p.bias_up}) {
+    if (bias) check.reads("bias", bias, p.bias_dtype, p.N), on_16_bytes("bias", bias, 0, p.bias_dtype);
+  }
+  check.writes("out", p.out, p.out_dtype, p.M, p.N, p.out_stride), on_16_bytes("out", p.out, p.out_stride, p.out_dtype);
+  const auto writes = [&](const char* name, void* pointer) {
+    if (pointer) check.writes(name, pointer, p.dtype, p.M, p.N, p.N), on_16_bytes(name, pointer, p.N, p.dtype);
+  };
+  writes("out_up", p.out_up), writes("pre", p.pre), writes("pre_up", p.pre_up);
+  if (p.sums) check.writes("sums", p.sums, Dtype::f32, 4, p.M, p.M);
+  check.require(!p.sums || p.M % 8 == 0, "M must be a multiple of 8 for sums, got " + std::to_string(p.M));
   if (p.dtype == Dtype::bf16) with_kernel<bf16>(check, p, place);
   else with_kernel<fp16>(check, p, place);
 }
 
 void column_sums(const ColumnSums& p, Place place) {
   Checks check("column_sums");
-  check.floating(p.dtype), check.floating(p.out_dtype, "out_dtype");
+  check.floating(p.dtype);
   check.size("M", p.M, 1), check.size("N", p.N, 1), check.size("P", p.P, 1, 65535);
   check.reads("x", p.x, p.dtype, p.M, p.N, p.x_stride);
   check.writes("parts", p.parts, Dtype::f32, p.P, p.N, p.N);
-  check.writes("out", p.out, p.out_dtype, p.N);
   check.require(size_of(p.dtype) == 2 && p.N % 8 == 0 && vectors_fit(p.x, p.x_stride * 2),
                 "x must be bf16 or fp16 (code 1 or 2) in rows that start and end on multiples of 16 bytes");
   const dim3 grid(check.blocks(ceil_div(p.N, int64_t(256))), unsigned(p.P));
   const std::size_t shared = shared_bytes<float>(8 * 256);
   if (p.dtype == Dtype::bf16) MK_LAUNCH(column_sums_kernel<bf16>, grid, dim3(256), shared, place, p);
   else MK_LAUNCH(column_sums_kernel<fp16>, grid, dim3(256), shared, place, p);
+}
+
+void part_sums(const PartSums& p, Place place) {
+  Checks check("part_sums");
+  check.floating(p.out_dtype, "out_dtype");
+  check.size("N", p.N, 1), check.size("P", p.P, 1);
+  check.reads("parts", p.parts, Dtype::f32, p.P, p.N, p.N);
+  check.writes("out", p.out, p.out_dtype, p.N);
+  const unsigned blocks = check.blocks(ceil_div(p.N, int64_t(kWarp)));
   with_dtype(p.out_dtype, [&](auto zero) {
-    MK_LAUNCH(sum_parts_kernel<decltype(zero)>, dim3(grid.x), dim3(256), 0, place, p);
+    MK_LAUNCH(part_sums_kernel<decltype(zero)>, dim3(blocks), dim3(256), shared_bytes<float>(256), place, p);
   });
 }
 

@@ -1,6 +1,6 @@
 // The matrix product behind linear.cu on sm_90a; what follows its sums is in device/epilogue.cuh.
 //
-//     out (M, N) (+)= act(A (M, K) B (K, N) + bias) + residual        sums in fp32
+//     out (M, N) (+)= f(A (M, K) B (K, N))        sums in fp32; f by the epilogue
 //
 // A block is three warpgroups. One thread of the first, the producer, fetches tiles of A and B with TMA into a ring of
 // stages; the other two, the consumers, multiply them with wgmma. Blocks are persistent: block i computes tiles i,
@@ -12,6 +12,7 @@
 #include "device/epilogue.cuh"
 #include "device/pipeline.cuh"
 #include "device/shared.cuh"
+#include "device/vector.cuh"
 
 namespace megakern {
 
@@ -20,6 +21,7 @@ struct Product : Follows {
   int K;
   int band;        // cluster rows of tiles that are walked column by column
   int head_start;  // steps that consumer 0 of a cooperative tile is ahead of consumer 1, for their epilogues to take turns
+  float* sums;     // (4, M), or null: sums of A's rows over K, in four parts
 };
 
 // Sizes of one kernel. Cooperative: both consumers compute halves of the same tile. Ping-pong: they take tiles in turn,
@@ -41,27 +43,30 @@ struct ProductTile {
 
 // First row and column of tile `index`: bands of `band` cluster rows, walked column by column, so that the tiles that
 // run at one time share rows of A and columns of B in the L2 cache.
-template <class Tile>
+template <class Tile, Layout L>
 struct Schedule {
+  static constexpr int cols = L == Layout::gated ? Tile::cols / 2 : Tile::cols;  // of out
+
   int down, across, band, count;
 
   MK_DEVICE explicit Schedule(const Product& p)
-      : down(ceil_div(p.M, Tile::rows * Tile::cluster)), across(ceil_div(p.N, Tile::cols)), band(p.band),
+      : down(ceil_div(p.M, Tile::rows * Tile::cluster)), across(ceil_div(p.N, cols)), band(p.band),
         count(down * across) {}
 
   MK_DEVICE void place(int index, int rank, int& row, int& col) const {
     const int of_band = band * across, first = index / of_band * band, within = index % of_band;
     const int height = min(down - first, band);
     row = ((first + within % height) * Tile::cluster + rank) * Tile::rows;
-    col = within / height * Tile::cols;
+    col = within / height * cols;
   }
 };
 
 // --- producer ---
 
-template <class Tile, bool AMajorM, bool BMajorN>
+template <class Tile, Layout L>
 MK_DEVICE void fetch(unsigned char* a, unsigned char* b, MBarrier* full, const TensorMap* a_map, const TensorMap* b_map,
-                     int row, int col, int k, int rank) {
+                     const TensorMap* up_map, int row, int col, int k, int rank) {
+  constexpr bool AMajorM = L == Layout::tn, BMajorN = L == Layout::nn || L == Layout::tn;
   constexpr int both = (1 << Tile::cluster) - 1;
   mbar_expect(full, Tile::a_bytes + Tile::b_bytes);
   if constexpr (AMajorM) {
@@ -78,6 +83,10 @@ MK_DEVICE void fetch(unsigned char* a, unsigned char* b, MBarrier* full, const T
       if constexpr (Tile::cluster == 1) tma_load_2d(to, b_map, full, col + n, k);
       else tma_load_2d_multicast(to, b_map, full, col + n, k + rank * half, both);
     }
+  } else if constexpr (L == Layout::gated) {  // the sums of both products lie in the same threads, side by side
+    static_assert(Tile::cluster == 1);
+    tma_load_2d(b, b_map, full, k, col);
+    tma_load_2d(b + Tile::b_bytes / 2, up_map, full, k, col);
   } else {
     constexpr int half = Tile::cols / Tile::cluster;
     if constexpr (Tile::cluster == 1) tma_load_2d(b, b_map, full, k, col);
@@ -85,16 +94,60 @@ MK_DEVICE void fetch(unsigned char* a, unsigned char* b, MBarrier* full, const T
   }
 }
 
+// Sums over K of the rows of an MN-major A, for a consumer's rows: the bias gradient beside dW = dy^T x, of the very tiles
+// of dy that the tensor cores read. Thread t adds 8 columns of memory, number t % 8 of 64, of rows t / 8 + 16 i of a stage.
+template <class T, class Tile>
+struct RowSums {
+  float total[Tile::fragments][8] = {};
+
+  // `a`: the consumer's slabs of 64 rows of A in a stage. It is free for the next copy when all lanes are done.
+  MK_DEVICE void add(const unsigned char* a, int thread) {
+#pragma unroll
+    for (int m = 0; m < Tile::fragments; ++m) {
+#pragma unroll
+      for (int i = 0; i < Tile::depth / 16; ++i) {
+        const int k = thread / 8 + 16 * i, piece = (thread ^ k) % 8;
+        const auto values = to_float(load<8>(reinterpret_cast<const T*>(a + m * 8192 + k * 128 + piece * 16)));
+#pragma unroll
+        for (int j = 0; j < 8; ++j) total[m][j] += values[j];
+      }
+    }
+    sync_warp();
+  }
+
+  // Those of rows `row` on to `to`, a row of M for this warp.
+  MK_DEVICE void write(float* to, int row, int M, int lane) {
+#pragma unroll
+    for (int m = 0; m < Tile::fragments; ++m) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        total[m][j] += shuffle_xor(total[m][j], 8);
+        total[m][j] += shuffle_xor(total[m][j], 16);
+      }
+      const int first = row + 64 * m + 8 * lane;
+      if (lane < 8 && first < M) {
+#pragma unroll
+        for (int j = 0; j < 8; j += 4) {
+          store(to + first + j, Vector<float, 4>{{total[m][j], total[m][j + 1], total[m][j + 2], total[m][j + 3]}});
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < 8; ++j) total[m][j] = 0;
+    }
+  }
+};
+
 // --- the kernel ---
 
-// T of a and b: bf16 or fp16. Out: T or float; with float no bias, activation, residual. For the grid: whole clusters.
+// T of a and b: bf16 or fp16. Out: T or float; float with Layout::tn alone. For the grid: whole clusters.
 template <class T, class Out, Layout L, class Tile>
 MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
     product_kernel(const MK_GRID_CONSTANT TensorMap a_map, const MK_GRID_CONSTANT TensorMap b_map,
-                   const MK_GRID_CONSTANT TensorMap out_map, const MK_GRID_CONSTANT TensorMap pre_map,
+                   const MK_GRID_CONSTANT TensorMap up_map, const MK_GRID_CONSTANT TensorMap out_map,
+                   const MK_GRID_CONSTANT TensorMap second_map, const MK_GRID_CONSTANT TensorMap third_map,
                    const MK_GRID_CONSTANT Product p) {
 #if MK_SM90A
-  constexpr bool a_major_m = L == Layout::tn, b_major_n = L != Layout::nt;
+  constexpr bool a_major_m = L == Layout::tn, b_major_n = L == Layout::nn || L == Layout::tn;
   constexpr int stages = Tile::stages, fragments = Tile::fragments;
   SharedMemory shared;
   unsigned char* a_tiles = shared.take<unsigned char>(stages * Tile::a_bytes, 1024);
@@ -106,7 +159,7 @@ MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
   const int warpgroup = int(threadIdx.x) / 128, thread = int(threadIdx.x) % 128;
   const int rank = Tile::cluster == 1 ? 0 : cluster_rank();
   const int first = int(blockIdx.x) / Tile::cluster, programs = int(gridDim.x) / Tile::cluster;
-  const Schedule<Tile> schedule(p);
+  const Schedule<Tile, L> schedule(p);
   const int steps = ceil_div(p.K, Tile::depth);
 
   if (threadIdx.x == 0) {
@@ -130,8 +183,8 @@ MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
 #pragma unroll 1
         for (int step = 0; step < steps; ++step, ring.advance()) {
           mbar_wait(&empty[ring.stage], ring.phase ^ 1);
-          fetch<Tile, a_major_m, b_major_n>(a_tiles + ring.stage * Tile::a_bytes, b_tiles + ring.stage * Tile::b_bytes,
-                                            &full[ring.stage], &a_map, &b_map, row, col, step * Tile::depth, rank);
+          fetch<Tile, L>(a_tiles + ring.stage * Tile::a_bytes, b_tiles + ring.stage * Tile::b_bytes, &full[ring.stage],
+                         &a_map, &b_map, &up_map, row, col, step * Tile::depth, rank);
         }
       }
     }
@@ -140,8 +193,8 @@ MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
     const int consumer = warpgroup - 1;
     const int top = Tile::ping_pong ? 0 : consumer * fragments * 64;  // first row in the tile
     const int warp = thread / 32, lane = thread % 32;
-    Epilogue<T, Out, Tile> epilogue{
-        p, &out_map, &pre_map, chunks + (consumer * 4 + warp) * Tile::chunks * Tile::chunk_bytes, warp, lane};
+    Epilogue<T, Out, L, Tile> epilogue{
+        p, &out_map, &second_map, &third_map, chunks + (consumer * 4 + warp) * Tile::chunks * Tile::chunk_bytes, warp, lane};
     const auto release = [&](int stage) {
       if (lane < Tile::cluster) {
         if constexpr (Tile::cluster == 1) mbar_arrive(&empty[stage]);
@@ -149,6 +202,7 @@ MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
       }
     };
     float d[fragments][Tile::cols / 2];
+    RowSums<T, Tile> sums;
     const bool ahead = !Tile::ping_pong && p.head_start > 0 && consumer == 0;
     if (!Tile::ping_pong && p.head_start > 0 && consumer == 1) barrier_sync<1>(256);
     if (Tile::ping_pong && consumer == 1) ring.advance(steps);
@@ -162,6 +216,7 @@ MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
       int row, col;
       schedule.place(tile, rank, row, col);
       row += top;
+      const bool summing = a_major_m && p.sums != nullptr && col == 0;
       epilogue.load_bias(col);
       int previous = -1;
 #pragma unroll 1
@@ -181,6 +236,7 @@ MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
           }
         }
         wgmma_commit();
+        if (a_major_m && summing) sums.add(a + top * 128, thread);  // while the products run
         if (ahead && tile == first && step == min(p.head_start, steps) - 1) barrier_arrive<1>(256);
         wgmma_wait<1>();  // the step before: its stage is free
         if (previous >= 0) release(previous);
@@ -190,12 +246,13 @@ MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
         if (consumer == 0) barrier_arrive<2>(256);
         else barrier_arrive<1>(256);
       }
-      if constexpr (Epilogue<T, Out, Tile>::ahead) epilogue.load_residual(row, col);
+      epilogue.load_ahead(row, col);
       if constexpr (fragments == 1) wgmma_wait<0>(d[0]);
       else wgmma_wait<0>(d[0], d[1]);
       release(previous);
       if (Tile::ping_pong) ring.advance(steps);  // the other consumer's
 
+      if (a_major_m && summing) sums.write(p.sums + std::int64_t(warp) * p.M, row, p.M, lane);
 #pragma unroll
       for (int m = 0; m < fragments; ++m) epilogue.fragment(d[m], row + 64 * m, col);
     }

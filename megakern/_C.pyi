@@ -61,10 +61,17 @@ def swiglu_backward(
 def linear_product(
     a: int,
     b: int,
+    b_up: int,
     bias: int,
+    bias_up: int,
     residual: int,
+    saved: int,
+    saved_up: int,
     out: int,
+    out_up: int,
     pre: int,
+    pre_up: int,
+    sums: float,
     dtype: int,
     out_dtype: int,
     bias_dtype: int,
@@ -76,7 +83,10 @@ def linear_product(
     K: int,
     a_stride: int,
     b_stride: int,
+    b_up_stride: int,
     residual_stride: int,
+    saved_stride: int,
+    saved_up_stride: int,
     out_stride: int,
     tile_rows: int,
     tile_cols: int,
@@ -90,10 +100,8 @@ def linear_product(
 ) -> None: ...
 def column_sums(
     x: int,
-    parts: int,
-    out: int,
+    parts: float,
     dtype: int,
-    out_dtype: int,
     M: int,
     N: int,
     x_stride: int,
@@ -102,6 +110,7 @@ def column_sums(
     stream: int,
     /,
 ) -> None: ...
+def part_sums(parts: float, out: int, out_dtype: int, N: int, P: int, device: int, stream: int, /) -> None: ...
 def cross_entropy_rows(
     rows_logits: int,
     rows_targets: int,

@@ -14,6 +14,7 @@ _WHERE = {
     "paged_attention": "ops.paged_attention",
     "rope": "ops.rope",
     "linear": "ops.linear",
+    "linear_swiglu": "ops.mlp",
     "gelu": "ops.activation",
     "swiglu": "ops.activation",
     "cross_entropy": "ops.cross_entropy",

@@ -128,11 +128,12 @@ def test_opcheck(activation, extra):
     arguments = (v["x"], v["weight"], v.get("bias"), v.get("residual"), activation, activation != "", "torch")
     torch.library.opcheck(torch.ops.megakern.linear.default, arguments)
     dy = torch.randn(3, 5, 6)
-    torch.library.opcheck(input_gradient, (dy, v["weight"].detach(), "torch"))
+    torch.library.opcheck(input_gradient, (dy, v["weight"].detach(), v["x"].detach() if extra else None, "torch"))
     torch.library.opcheck(
         weight_gradient, (dy, v["x"].detach(), torch.float32, torch.float32 if extra else None, "torch")
     )
-    torch.library.opcheck(accumulate_weight_gradient, (torch.zeros(6, 7), dy, v["x"].detach(), "torch"))
+    added = (torch.zeros(6, 7), dy, v["x"].detach(), torch.float32 if extra else None, "torch")
+    torch.library.opcheck(accumulate_weight_gradient, added)
 
 
 def test_compiles_in_one_graph():

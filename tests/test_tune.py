@@ -190,7 +190,7 @@ def test_what_explain_names_is_what_the_launcher_takes(monkeypatch):
     x, weight = (torch.empty(*s, dtype=torch.bfloat16, device="meta") for s in ((M, K), (N, K)))
     with recording():
         dy, _ = linear.linear_forward(x, weight, None, None, "gelu", True)
-        linear.linear_input_gradient(dy, weight)
+        linear.linear_input_gradient(dy, weight, None)
         linear.linear_weight_gradient(dy, x, torch.bfloat16, None)
     options = {"activation": "gelu", "residual": False}
     problem = Problem("linear", "cuda", torch.bfloat16, {"M": M, "N": N, "K": K}, options)

@@ -1,55 +1,69 @@
-// What follows the sums of a matrix product (product.cuh) on their way from registers to global memory.
+// What follows the sums of a matrix product (product.cuh) on their way from registers to global memory. Layout (api.h)
+// says which product it is:
+//
+//     nt      out = act(sums + bias) + beside[0]                                 second = sums + bias, as act sees them
+//     gated   out = silu(sums + bias[0]) * (sums of the other + bias[1])         second, third = the two, as silu sees them
+//     nn      out = sums + beside[0], or sums act'(beside[0]), or with both beside: of silu(beside[0]) * beside[1] the
+//             gradients of beside[0], and of beside[1] in second
+//     tn      out (+)= sums
 #pragma once
 
+#include "api.h"
 #include "device/activation.cuh"
 #include "device/fragment.cuh"
 #include "device/ptx.cuh"
 
 namespace megakern {
 
-// What an epilogue gets besides tensor maps. Strides in elements.
+// What an epilogue gets besides tensor maps. Strides in elements. Pointers are null where something is absent.
 struct Follows {
-  const void *bias, *residual;  // null: absent; residual is T
-  std::int64_t residual_stride;
-  int M, N;         // of out
-  int activation;   // Activation, or -1
+  const void* bias[2];    // (N,) of T or float
+  const void* beside[2];  // (M, N) of T
+  std::int64_t beside_stride[2];
+  int M, N;        // of out
+  int activation;  // Activation, or -1
   bool bias_is_fp32;
-  bool keep;        // write the pre-activation too
+  bool keep;        // write second, and third
   bool accumulate;  // into fp32 out
 };
 
 // What a warp does with its 16 rows of a fragment, chunk by chunk: the epilogue in registers, to shared memory, from there
 // to global memory by TMA. No warp waits for another.
-template <class T, class Out, class Tile>
+template <class T, class Out, Layout L, class Tile>
 struct Epilogue {
+  static constexpr bool gated = L == Layout::gated, forward = L == Layout::nt || gated, wide = sizeof(Out) == 4;
   static constexpr int width = 128 / int(sizeof(Out));  // columns of a chunk
-  static constexpr int count = Tile::cols / width;      // chunks of a fragment
-  static constexpr bool ahead = sizeof(Out) == 2 && Tile::fragments == 1;
+  static constexpr int cols = gated ? Tile::cols / 2 : Tile::cols, count = cols / width;  // of out; chunks of a fragment
+  static constexpr bool reads = L == Layout::nt || L == Layout::nn;
+  static constexpr bool ahead = reads && Tile::fragments == 1;
 
   const Follows& p;
-  const TensorMap *out_map, *pre_map;
+  const TensorMap *out_map, *second_map, *third_map;
   unsigned char* chunks;  // of this warp
   int warp, lane;         // of 4, of 32
   int turn = 0;
-  std::uint32_t bias[Tile::cols / 64][2] = {};  // see load_bias
-  std::uint32_t residual[16] = {};              // of the next chunk: one word for each pair of neighbours
+  std::uint32_t bias[forward ? Tile::cols / 64 : 1][2] = {};  // see load_bias
+  std::uint32_t beside[16] = {};  // beside[0] of the next chunk: one word for each pair of neighbours
 
   // A thread adds the bias of 16 columns in 64, but loads two, before the main loop; the other lanes have the rest.
   MK_DEVICE void load_bias(int col) {
-    if (p.bias == nullptr) return;
+    if constexpr (forward) {
+      if (p.bias[0] == nullptr) return;
 #pragma unroll
-    for (int i = 0; i < Tile::cols / 64; ++i) {
-      const int c = col + 64 * i + 2 * lane;
-      bias[i][0] = bias[i][1] = 0;
-      if (c < p.N) {
-        const std::uint32_t* words = static_cast<const std::uint32_t*>(p.bias);
-        if (p.bias_is_fp32) bias[i][0] = words[c], bias[i][1] = words[c + 1];
-        else bias[i][0] = words[c / 2];
+      for (int i = 0; i < Tile::cols / 64; ++i) {
+        const int c = col + 64 * (i % count) + 2 * lane;
+        bias[i][0] = bias[i][1] = 0;
+        if (c < p.N) {
+          const std::uint32_t* words = static_cast<const std::uint32_t*>(p.bias[i / count]);
+          if (p.bias_is_fp32) bias[i][0] = words[c], bias[i][1] = words[c + 1];
+          else bias[i][0] = words[c / 2];
+        }
       }
     }
   }
 
   MK_DEVICE void add_bias(float (&v)[32], const std::uint32_t (&words)[2]) {
+    if (p.bias[0] == nullptr) return;
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       const int source = 4 * j + lane % 4;
@@ -60,19 +74,24 @@ struct Epilogue {
     }
   }
 
-  // Started one chunk ahead where there are registers for that: the words come from device memory.
-  MK_DEVICE void load_residual(int row, int col) {
-    if (p.residual == nullptr) return;
+  // The words of beside[which] that lie as 64 columns of the fragment do.
+  MK_DEVICE void load_beside(int which, std::uint32_t (&to)[16], int row, int col) {
+    if (p.beside[which] == nullptr) return;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int r = row + 16 * warp + lane / 4 + 8 * h, c = col + lane % 4 * 2;
-      const T* from = static_cast<const T*>(p.residual) + r * p.residual_stride + c;
+      const T* from = static_cast<const T*>(p.beside[which]) + r * p.beside_stride[which] + c;
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        residual[2 * j + h] = 0;
-        if (r < p.M && c + 8 * j < p.N) residual[2 * j + h] = *reinterpret_cast<const std::uint32_t*>(from + 8 * j);
+        to[2 * j + h] = 0;
+        if (r < p.M && c + 8 * j < p.N) to[2 * j + h] = *reinterpret_cast<const std::uint32_t*>(from + 8 * j);
       }
     }
+  }
+
+  // Started one chunk ahead where there are registers for that: the words come from device memory.
+  MK_DEVICE void load_ahead(int row, int col) {
+    if constexpr (ahead) load_beside(0, beside, row, col);
   }
 
   MK_DEVICE unsigned char* begin() {
@@ -86,7 +105,7 @@ struct Epilogue {
     sync_warp();
     row += 16 * warp;
     if (lane == 0 && row < p.M && col < p.N) {
-      if (sizeof(Out) == 4 && p.accumulate) tma_add_2d(map, chunk, col, row);
+      if (wide && p.accumulate) tma_add_2d(map, chunk, col, row);
       else tma_store_2d(map, chunk, col, row);
     }
     if (lane == 0) tma_commit();
@@ -100,25 +119,83 @@ struct Epilogue {
     finish(map, chunk, row, col);
   }
 
-  MK_DEVICE void chunk_of_16_bits(float (&v)[32], const std::uint32_t (&added)[16], int row, int col) {
-    if (p.keep) {  // backward must see the value that the activation saw
+  // Rounded first: backward must see the value that the activation saw.
+  MK_DEVICE void write_kept(const TensorMap* map, float (&v)[32], int row, int col) {
+    if (!p.keep) return;
 #pragma unroll
-      for (int i = 0; i < 32; ++i) v[i] = to_float(from_float<T>(v[i]));
-      write(pre_map, v, row, col);
+    for (int i = 0; i < 32; ++i) v[i] = to_float(from_float<T>(v[i]));
+    write(map, v, row, col);
+  }
+
+  // v[i] = f(v[i], x), x the value of `words` beside it.
+  template <class F>
+  MK_DEVICE static void combine(float (&v)[32], const std::uint32_t (&words)[16], F f) {
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      float a, b;
+      unpacked<T>(words[i], a, b);
+      v[2 * i] = f(v[2 * i], a), v[2 * i + 1] = f(v[2 * i + 1], b);
     }
+  }
+
+  MK_DEVICE void forward_chunk(float (&v)[32], const std::uint32_t (&added)[16], int row, int col) {
+    write_kept(second_map, v, row, col);
     if (p.activation >= 0) activate_all(v, Activation(p.activation));
-    if (p.residual != nullptr) {
+    if (p.beside[0] != nullptr) combine(v, added, [](float x, float a) { return x + a; });
+    write(out_map, v, row, col);
+  }
+
+  MK_DEVICE void gated_chunk(float (&v)[32], float (&up)[32], int row, int col) {
+    write_kept(second_map, v, row, col);
+    write_kept(third_map, up, row, col);
 #pragma unroll
-      for (int i = 0; i < 16; ++i) {
-        float a, b;
-        unpacked<T>(added[i], a, b);
-        v[2 * i] += a, v[2 * i + 1] += b;
+    for (int i = 0; i < 32; ++i) v[i] = activate<Activation::silu>(v[i]) * up[i];
+    write(out_map, v, row, col);
+  }
+
+  // Both gradients leave 16 columns at a time: there are no registers for 64 of each.
+  MK_DEVICE void swiglu_gradient(const float (&v)[32], const std::uint32_t (&gates)[16], int row, int col) {
+    static_assert(Tile::chunks == 2);
+    std::uint32_t ups[16];
+    load_beside(1, ups, row, col);
+    if (lane == 0) tma_wait_read<0>();
+    sync_warp();
+    unsigned char *dup_chunk = chunks + turn * Tile::chunk_bytes, *dgate_chunk = chunks + (1 - turn) * Tile::chunk_bytes;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      std::uint32_t dup[4], dgate[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float gate[2], up[2], of_up[2], of_gate[2];
+        unpacked<T>(gates[4 * j + i], gate[0], gate[1]), unpacked<T>(ups[4 * j + i], up[0], up[1]);
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const float x = v[8 * j + 2 * i + e], share = sigmoid<false>(gate[e]);
+          of_up[e] = x * gate[e] * share;
+          of_gate[e] = x * up[e] * share * (1.0f + gate[e] * (1.0f - share));
+        }
+        dup[i] = packed<T>(of_up[0], of_up[1]), dgate[i] = packed<T>(of_gate[0], of_gate[1]);
       }
+      write_columns(dup_chunk, dup, j, lane), write_columns(dgate_chunk, dgate, j, lane);
+    }
+    finish(second_map, dup_chunk, row, col), finish(out_map, dgate_chunk, row, col);
+  }
+
+  MK_DEVICE void gradient_chunk(float (&v)[32], const std::uint32_t (&saved)[16], int row, int col) {
+    if (p.activation >= 0) {
+      with_activation(Activation(p.activation), [&](auto k) {
+        combine(v, saved, [](float x, float pre) { return x * slope<decltype(k)::value>(pre); });
+      });
+    } else if (p.beside[1] != nullptr) {
+      swiglu_gradient(v, saved, row, col);
+      return;
+    } else if (p.beside[0] != nullptr) {
+      combine(v, saved, [](float x, float a) { return x + a; });
     }
     write(out_map, v, row, col);
   }
 
-  MK_DEVICE void chunk_of_32_bits(const float (&v)[16], int row, int col) {
+  MK_DEVICE void wide_chunk(const float (&v)[16], int row, int col) {
     unsigned char* chunk = begin();
     const int r = lane / 4;
 #pragma unroll
@@ -133,23 +210,36 @@ struct Epilogue {
     finish(out_map, chunk, row, col);
   }
 
-  // The 64 rows from `row` on; the residual of the first chunk has been loaded.
+  template <int N>
+  MK_DEVICE static void part(float (&to)[N], const float (&d)[Tile::cols / 2], int chunk) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) to[i] = d[chunk * N + i];
+  }
+
+  // The 64 rows from `row` on; load_ahead has been called for them.
   MK_DEVICE void fragment(const float (&d)[Tile::cols / 2], int row, int col) {
 #pragma unroll
     for (int c = 0; c < count; ++c) {
+      const int at = col + c * width;
       float v[width / 2];
+      part(v, d, c);
+      if constexpr (wide) {
+        wide_chunk(v, row, at);
+      } else if constexpr (gated) {
+        float up[32];
+        part(up, d, count + c);
+        add_bias(v, bias[c]), add_bias(up, bias[count + c]);
+        gated_chunk(v, up, row, at);
+      } else if constexpr (reads) {
+        std::uint32_t read[16];
+        if (!ahead) load_beside(0, beside, row, at);
 #pragma unroll
-      for (int i = 0; i < width / 2; ++i) v[i] = d[c * width / 2 + i];
-      if constexpr (sizeof(Out) == 2) {
-        std::uint32_t added[16];
-        if (!ahead) load_residual(row, col + c * width);
-#pragma unroll
-        for (int i = 0; i < 16; ++i) added[i] = residual[i];
-        if (ahead && c + 1 < count) load_residual(row, col + (c + 1) * width);
-        if (p.bias != nullptr) add_bias(v, bias[c]);
-        chunk_of_16_bits(v, added, row, col + c * width);
+        for (int i = 0; i < 16; ++i) read[i] = beside[i];
+        if (c + 1 < count) load_ahead(row, at + width);
+        if constexpr (forward) add_bias(v, bias[c]), forward_chunk(v, read, row, at);
+        else gradient_chunk(v, read, row, at);
       } else {
-        chunk_of_32_bits(v, row, col + c * width);
+        write(out_map, v, row, at);
       }
     }
   }

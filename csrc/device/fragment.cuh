@@ -38,17 +38,21 @@ MK_DEVICE void pack_fragment(std::uint32_t (&a)[N / 8][4], const float (&d)[N]) 
   }
 }
 
-// 64 columns of a fragment, v[0] to v[31], rounded to T, to 16 rows of 128 bytes under Swizzle::b128. All lanes call;
+// Columns 16 j to 16 j + 15 of a fragment, already packed, to 16 rows of 128 bytes under Swizzle::b128. All lanes call;
 // `rows` on a multiple of 1024.
+MK_DEVICE void write_columns(unsigned char* rows, const std::uint32_t (&words)[4], int j, int lane) {
+  const int r = lane % 16;
+  stmatrix_x4(rows + r * 128 + ((2 * j + lane / 16) ^ (r % 8)) * 16, words);
+}
+
+// 64 columns, v[0] to v[31], rounded to T.
 template <class T>
 MK_DEVICE void write_fragment(unsigned char* rows, const float* v, int lane) {
-  const int r = lane % 16;
 #pragma unroll
-  for (int j = 0; j < 4; ++j) {  // 16 columns at a time
+  for (int j = 0; j < 4; ++j) {
     const float* w = v + 8 * j;
-    const std::uint32_t words[4] = {packed<T>(w[0], w[1]), packed<T>(w[2], w[3]), packed<T>(w[4], w[5]),
-                                    packed<T>(w[6], w[7])};
-    stmatrix_x4(rows + r * 128 + ((2 * j + lane / 16) ^ (r % 8)) * 16, words);
+    write_columns(rows, {packed<T>(w[0], w[1]), packed<T>(w[2], w[3]), packed<T>(w[4], w[5]), packed<T>(w[6], w[7])}, j,
+                  lane);
   }
 }
 

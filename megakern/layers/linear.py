@@ -31,10 +31,10 @@ import torch
 from torch import nn
 
 from megakern.layers.lora import LowRank
-from megakern.layers.parallel_linear import column_parallel_linear, row_parallel_linear
+from megakern.layers.parallel_linear import column_parallel_activated, column_parallel_linear, row_parallel_linear
 from megakern.layers.parameter import Constant, Normal, add_parameter, initialize_standalone, local
-from megakern.ops.activation import activate
-from megakern.ops.linear import linear
+from megakern.ops.activation import activate, swiglu
+from megakern.ops.mlp import Activated, linear_after
 from megakern.parallel.collectives import gather_from_tensor_parallel, scatter_to_tensor_parallel
 from megakern.parallel.context import ParallelContext
 
@@ -97,10 +97,26 @@ def column_outputs(x: torch.Tensor, layers: Sequence[ColumnParallelLinear]) -> l
     return outputs if activation is None else [activate(y, activation) for y in outputs]
 
 
+def column_activated(
+    x: torch.Tensor, layers: Sequence[ColumnParallelLinear], activation: str
+) -> torch.Tensor | Activated:
+    """The input of a row-parallel layer: what one layer with `activation` gives, or silu(gate) * up of two ("swiglu").
+
+    As `Activated` where nothing stands between: an adapter adds to what the activation sees, and torch's fused
+    collectives have no epilogue.
+    """
+    region = layers[0].region
+    if region.fused_collectives or any(layer.adapter is not None for layer in layers):
+        outputs = column_outputs(x, layers)
+        return swiglu(*outputs) if activation == "swiglu" else outputs[0]
+    pairs = [(local(layer.weight), local(layer.bias)) for layer in layers]
+    return column_parallel_activated(x, pairs, region, activation)
+
+
 class RowParallelLinear(nn.Module):
     """y = x W^T + b (+ residual) with the input features split: weight (N, K) as Shard(1), bias (N,) as Replicate().
 
-    `forward(x, residual=None)`: x (..., K/R), this rank's slice of all tokens, or (..., K) with
+    `forward(x, residual=None)`: x (..., K/R), this rank's slice of all tokens (also as `Activated`), or (..., K) with
     `input_is_parallel=False`; residual and result (..., N) in the residual stream's layout.
     Raises ValueError when tp does not divide K.
     """
@@ -131,12 +147,12 @@ class RowParallelLinear(nn.Module):
         self.adapter: LowRank | None = None
         initialize_standalone(self)
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | Activated, residual: torch.Tensor | None = None) -> torch.Tensor:
         if not self.input_is_parallel:
             x = scatter_to_tensor_parallel(x, self.region.group)
         weight, bias = local(self.weight), local(self.bias, partial=self.region.shards_sequence)
         if self.region.group is None:
-            y = linear(x, weight, bias, residual=residual)
+            y = linear_after(x, weight, bias, residual)
         else:
             y = row_parallel_linear(x, weight, self.region)
             y = y if bias is None else y + bias.to(y.dtype)

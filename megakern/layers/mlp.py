@@ -7,6 +7,8 @@ both     y (B, T, C)   = g(h fc2^T) + b2                                  fc2 (C
 forward: one all-reduce (B, T, C) in g. dgrad: one all-reduce (B, T, C) in f. wgrad: no traffic. Under sequence
 parallelism x and y are (B, T/R, C); forward: an all-gather in f, a reduce-scatter in g; backward: an all-gather of dy,
 another of x, a reduce-scatter of dx. Saved: x (its shard), h, and the pre-activation (plain) or gate and up (swiglu).
+Both layers of the inner half are one product, and the gradient of what the activation saw is another, that of fc2's
+input: megakern/ops/mlp.py.
 """
 
 from __future__ import annotations
@@ -14,8 +16,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from megakern.layers.linear import ColumnParallelLinear, RowParallelLinear, column_outputs
-from megakern.ops.activation import swiglu
+from megakern.layers.linear import ColumnParallelLinear, RowParallelLinear, column_activated
 from megakern.parallel.context import ParallelContext
 
 
@@ -43,7 +44,7 @@ class ParallelMLP(nn.Module):
         super().__init__()
         parallel = parallel or ParallelContext()
         parallel.shard(ffn_size, "ffn_size")
-        self.gated = activation == "swiglu"
+        self.activation, self.gated = activation, activation == "swiglu"
         how = {"bias": bias, "parallel": parallel, "device": device, "dtype": dtype}
         if self.gated:
             self.gate = ColumnParallelLinear(width, ffn_size, init_std=init_std, **how)
@@ -54,8 +55,5 @@ class ParallelMLP(nn.Module):
         self.fc2 = RowParallelLinear(ffn_size, width, init_std=output_init_std, **how)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        if self.gated:
-            inner = swiglu(*column_outputs(x, [self.gate, self.up]))
-        else:
-            inner = self.fc1(x)
-        return self.fc2(inner, residual)
+        layers = [self.gate, self.up] if self.gated else [self.fc1]
+        return self.fc2(column_activated(x, layers, self.activation), residual)

@@ -8,15 +8,18 @@ Letters: K in, N out, R ranks, T tokens, s = T/R under sequence parallelism and 
                        start reduce-scatter dx (sequence) or all-reduce dx
                                                          dW = dz^T x, db = sum of dz
     row, forward       y = x W^T                         reduce-scatter y (sequence) or all-reduce y
-    row, backward      sequence: all-gather dy           dx = dy W, dW = dy^T x
+    row, backward      sequence: all-gather dy           dx = dy W, or dz = (dy W) act'(z); dW = dy^T x
 
 A sequence-parallel collective with nothing beside it (x and y in forward, dy in backward) is cut into pieces that
 overlap with the product that reads or makes it, from `overlap_rows` rows on; or is one operator with it
 (`fused_collectives`).
 
+A column-parallel layer may hand z to the row-parallel layer that reads its output (`Activated`, megakern/ops/mlp.py):
+then dz comes from that layer's product, and neither layer has a pass of its own over the inner gradient.
+
 Saved: of the column-parallel layer the sharded x (..., s, K), the weights as they are and the pre-activations; of the
-row-parallel layer x (..., T, K/R) and the weight. Weights may be fp32 for narrower x: they are cast when they are read,
-in forward and in backward, so that no cast copy lives between the two.
+row-parallel layer x (..., T, K/R), z where it got one, and the weight. Weights may be fp32 for narrower x: they are
+cast when they are read, in forward and in backward, so that no cast copy lives between the two.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from torch.autograd.function import once_differentiable
 from megakern.ops.activation import activation_backward
 from megakern.ops.gradients import target_of
 from megakern.ops.linear import chosen_backend, forward_pieces, input_gradient, linear, parameter_gradients
+from megakern.ops.mlp import Activated, activated, gradients_before, linear_activated, linear_after, open_pieces
 from megakern.parallel.collectives import (
     start_all_reduce,
     start_gather_sequence,
@@ -82,8 +86,7 @@ class _ColumnParallel(torch.autograd.Function):
         dx = None
         if needs_x:
             for dz, weight, backend in zip(dys, weights, ctx.backends, strict=True):
-                part = input_gradient(dz, weight, backend)
-                dx = part if dx is None else dx.add_(part)
+                dx = input_gradient(dz, weight, dx, backend)
         x = arriving.wait() if arriving is not None else x
         leaving = None
         if needs_x:
@@ -96,12 +99,44 @@ class _ColumnParallel(torch.autograd.Function):
         return leaving.wait() if leaving is not None else None, None, None, None, *gradients
 
 
+class _ColumnParallelOpen(_ColumnParallel):
+    """The same for an `Activated`: outputs are its value, which takes no gradient, and what the activation saw."""
+
+    @staticmethod
+    def forward(ctx, x, region, sequence, activation, *parameters):
+        weights, biases = parameters[0::2], parameters[1::2]
+        ctx.group, ctx.sequence, ctx.activation = region.group, sequence, None
+        ctx.targets = [target_of(weight) for weight in weights]
+        ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in biases]
+        pairs = list(zip(weights, biases, strict=True))
+
+        def outputs_of(rows):
+            outputs, backend = open_pieces(rows, pairs, activation, keep=True)
+            ctx.backends = [backend] * len(weights)
+            return outputs
+
+        if sequence:
+            outputs = gather_then(x, region.group, outputs_of, region.pieces(x[..., 0].numel(), x.device))
+        else:
+            outputs = outputs_of(x)
+        ctx.save_for_backward(x, *weights)
+        ctx.mark_non_differentiable(outputs[0])
+        ctx.set_materialize_grads(False)
+        return outputs
+
+    @staticmethod
+    def backward(ctx, _, *dzs):
+        if all(dz is None for dz in dzs):
+            return (None,) * len(ctx.needs_input_grad)
+        return _ColumnParallel.backward(ctx, *dzs)
+
+
 class _RowParallel(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, region, sequence):
-        ctx.region, ctx.sequence, ctx.target = region, sequence, target_of(weight)
+    def forward(ctx, x, weight, region, sequence, activation, *pres):
+        ctx.region, ctx.sequence, ctx.target, ctx.activation = region, sequence, target_of(weight), activation
         ctx.backend = chosen_backend(x, weight, None, None)
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x, weight, *pres)
 
         def product(rows):
             return forward_pieces(rows, weight, None, None, keep=False)[0]
@@ -116,25 +151,38 @@ class _RowParallel(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, weight = ctx.saved_tensors
-        needs_x, needs_weight = ctx.needs_input_grad[:2]
-        dy, dx = _whole_and_product(ctx, dy, weight.to(dy.dtype) if needs_x else None)
+        x, weight, *pres = ctx.saved_tensors
+        needs_x, needs_weight, *_ = ctx.needs_input_grad
+        wanted = any(ctx.needs_input_grad[5:]) if pres else needs_x
+        dy, *dxs = _whole_and_products(ctx, dy, weight.to(dy.dtype) if wanted else None, pres)
         dweight, _ = parameter_gradients(dy, x, ctx.target if needs_weight else None, None, ctx.backend)
-        return dx, dweight, None, None
+        dx, dpres = (None, dxs or [None] * len(pres)) if pres else (dxs[0] if dxs else None, [])
+        return dx, dweight, None, None, None, *dpres
 
 
-def _whole_and_product(ctx, dy: torch.Tensor, weight: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """dy of all tokens (..., T, N), and dx = dy W (..., T, K/R), None without a weight."""
+def _whole_and_products(
+    ctx, dy: torch.Tensor, weight: torch.Tensor | None, pres: list[torch.Tensor]
+) -> tuple[torch.Tensor, ...]:
+    """dy of all tokens (..., T, N); with a weight also dx = dy W (..., T, K/R), or in its place the gradient of each
+    of `pres`."""
     region = ctx.region
+
+    def products(rows, *pres):
+        if weight is None:
+            return (rows,)
+        if pres:
+            return rows, *gradients_before(rows, weight, pres, ctx.activation, ctx.backend)
+        return rows, input_gradient(rows, weight, None, ctx.backend)
+
     if not ctx.sequence:
-        return dy, None if weight is None else input_gradient(dy, weight, ctx.backend)
+        return products(dy, *pres)
     if weight is None:
-        return start_gather_sequence(dy, region.group).wait(), None
+        return products(start_gather_sequence(dy, region.group).wait())
     if region.fused_collectives:
         whole, (dx,) = fused_gather_matmul(dy, [weight], region.group, with_x=True)
         return whole, dx
     pieces = region.pieces(dy[..., 0].numel(), dy.device)
-    return gather_then(dy, region.group, lambda rows: (rows, input_gradient(rows, weight, ctx.backend)), pieces)
+    return gather_then(dy, region.group, products, pieces, tuple(pres))
 
 
 def column_parallel_linear(
@@ -154,8 +202,26 @@ def column_parallel_linear(
     return _ColumnParallel.apply(x, region, region.shards_sequence, activation, *flat)
 
 
-def row_parallel_linear(x: torch.Tensor, weight: torch.Tensor, region: TensorRegion) -> torch.Tensor:
+def column_parallel_activated(
+    x: torch.Tensor,
+    parameters: list[tuple[torch.Tensor, torch.Tensor | None]],
+    region: TensorRegion,
+    activation: str,
+) -> Activated:
+    """act(enter(x) W^T + b) of one (W, b), or silu(gate) * up of two and "swiglu": what `row_parallel_linear` reads."""
+    if region.group is None or not torch.is_grad_enabled():
+        return linear_activated(x, parameters, activation)
+    flat = [tensor for pair in parameters for tensor in pair]
+    outputs = _ColumnParallelOpen.apply(x, region, region.shards_sequence, activation, *flat)
+    return activated(outputs, activation)
+
+
+def row_parallel_linear(x: torch.Tensor | Activated, weight: torch.Tensor, region: TensorRegion) -> torch.Tensor:
     """leave(x W^T): x (..., T, K/R) -> (..., N) in the residual stream's layout."""
     if region.group is None or not torch.is_grad_enabled():
-        return region.leave(linear(x, weight))
-    return _RowParallel.apply(x, weight, region, region.shards_sequence)
+        return region.leave(linear_after(x, weight))
+    if isinstance(x, Activated) and x.pre is not None:
+        pres = (x.pre,) if x.up is None else (x.pre, x.up)
+        return _RowParallel.apply(x.value, weight, region, region.shards_sequence, x.activation, *pres)
+    x = x.value if isinstance(x, Activated) else x
+    return _RowParallel.apply(x, weight, region, region.shards_sequence, None)

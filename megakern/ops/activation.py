@@ -99,7 +99,8 @@ def _swiglu_backward_forward(dy, gate, up, backend):
     return launcher(backend, "activation", "swiglu_backward")(dy, gate, up)
 
 
-_swiglu_backward = register(
+# Also called by the backward of `linear_swiglu`.
+swiglu_backward = register(
     "swiglu_backward",
     "(Tensor dy, Tensor gate, Tensor up, str backend) -> (Tensor, Tensor)",
     forward=_swiglu_backward_forward,
@@ -114,7 +115,7 @@ def _swiglu_setup_context(ctx, inputs, output):
 
 def _swiglu_autograd_backward(ctx, dy):
     gate, up = ctx.saved_tensors
-    dgate, dup = _swiglu_backward(dy, gate, up, ctx.backend)
+    dgate, dup = swiglu_backward(dy, gate, up, ctx.backend)
     return dgate, dup, None
 
 

@@ -64,7 +64,7 @@ def _check(x, weight, bias, activation, residual) -> None:
 # --- custom ops. The pre-activation is an empty tensor where it is not kept. ---
 
 
-def _forward(x, weight, bias, residual, activation, keep, backend):
+def launch(x, weight, bias, residual, activation, keep, backend):
     if backend != "torch":  # which has kernels that read fp32
         weight = weight.to(x.dtype)
     return launcher(backend, "linear", "linear_forward")(x, weight, bias, residual, activation, keep)
@@ -75,10 +75,10 @@ def _fake(x, weight, bias, residual, activation, keep, backend):
     return y, torch.empty_like(y) if keep else x.new_empty(0)
 
 
-def _input_gradient(dy, weight, backend):
+def _input_gradient(dy, weight, added, backend):
     if backend != "torch":
         weight = weight.to(dy.dtype)
-    return launcher(backend, "linear", "linear_input_gradient")(dy, weight)
+    return launcher(backend, "linear", "linear_input_gradient")(dy, weight, added)
 
 
 def _weight_gradient(dy, x, weight_dtype, bias_dtype, backend):
@@ -88,14 +88,22 @@ def _weight_gradient(dy, x, weight_dtype, bias_dtype, backend):
 def _weight_gradient_fake(dy, x, weight_dtype, bias_dtype, backend):
     with_weight = weight_dtype is not None
     dweight = dy.new_empty((dy.shape[-1], x.shape[-1]) if with_weight else 0, dtype=weight_dtype or dy.dtype)
-    return dweight, dy.new_empty(0) if bias_dtype is None else dy.new_empty(dy.shape[-1], dtype=bias_dtype)
+    return dweight, _bias_gradient_fake(dy, bias_dtype)
+
+
+def _bias_gradient_fake(dy, dtype):
+    return dy.new_empty(0) if dtype is None else dy.new_empty(dy.shape[-1], dtype=dtype)
+
+
+def _accumulate(into, dy, x, bias_dtype, backend):
+    return launcher(backend, "linear", "linear_accumulate_weight_gradient")(into, dy, x, bias_dtype)
 
 
 input_gradient = register(
     "linear_input_gradient",
-    "(Tensor dy, Tensor weight, str backend) -> Tensor",
+    "(Tensor dy, Tensor weight, Tensor? added, str backend) -> Tensor",
     forward=_input_gradient,
-    fake=lambda dy, weight, backend: dy.new_empty((*dy.shape[:-1], weight.shape[1])),
+    fake=lambda dy, weight, added, backend: dy.new_empty((*dy.shape[:-1], weight.shape[1])),
 )
 
 # A dtype of None: that gradient is not wanted. Without that of the weight, x is not read.
@@ -108,9 +116,9 @@ weight_gradient = register(
 
 accumulate_weight_gradient = register(
     "linear_accumulate_weight_gradient",
-    "(Tensor(a!) into, Tensor dy, Tensor x, str backend) -> ()",
-    forward=lambda into, dy, x, backend: launcher(backend, "linear", "linear_accumulate_weight_gradient")(into, dy, x),
-    fake=lambda into, dy, x, backend: None,
+    "(Tensor(a!) into, Tensor dy, Tensor x, ScalarType? bias_dtype, str backend) -> Tensor",
+    forward=_accumulate,
+    fake=lambda into, dy, x, bias_dtype, backend: _bias_gradient_fake(dy, bias_dtype),
 )
 
 
@@ -124,16 +132,18 @@ def parameter_gradients(
     """dweight (N, K) and dbias (N,) of z = x W^T + b in their dtypes; None for a target or dtype of None.
 
     Every linear layer's gradients of parameters are made here. Where `target` has an accumulated gradient, dweight is
-    added to it, and None is returned. x is read only where dweight is wanted.
+    added to it, and None is returned. x is read only where dweight is wanted. Both in one op: a kernel may sum dbias
+    from what the product of dweight reads.
     """
     into = None if target is None else target.accumulated()
+    dweight = dbias = None
     if into is not None:
-        accumulate_weight_gradient(into, dz, x, backend)
-    weight_dtype = None if target is None or into is not None else target.dtype
-    if weight_dtype is None and bias_dtype is None:
-        return None, None
-    dweight, dbias = weight_gradient(dz, dz if weight_dtype is None else x, weight_dtype, bias_dtype, backend)
-    return dweight if weight_dtype is not None else None, dbias if bias_dtype is not None else None
+        dbias = accumulate_weight_gradient(into, dz, x, bias_dtype, backend)
+    elif target is not None:
+        dweight, dbias = weight_gradient(dz, x, target.dtype, bias_dtype, backend)
+    elif bias_dtype is not None:
+        _, dbias = weight_gradient(dz, dz, None, bias_dtype, backend)
+    return dweight, None if bias_dtype is None else dbias
 
 
 def _setup_context(ctx, inputs, output):
@@ -156,7 +166,7 @@ def _autograd_backward(ctx, dy, _dpre):
     if needs_x or needs_weight or needs_bias:
         dz = activation_backward(dy, pre, ctx.activation, ctx.backend) if ctx.activation else dy
         if needs_x:
-            dx = input_gradient(dz, weight, ctx.backend)
+            dx = input_gradient(dz, weight, None, ctx.backend)
         dweight, dbias = parameter_gradients(dz, x, ctx.target, ctx.bias_dtype, ctx.backend)
     return dx, dweight, dbias, dy if needs_residual else None, None, None, None
 
@@ -165,7 +175,7 @@ _linear = register(
     "linear",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, str activation, bool keep, str backend)"
     " -> (Tensor, Tensor)",
-    forward=_forward,
+    forward=launch,
     fake=_fake,
     setup_context=_setup_context,
     backward=_autograd_backward,
@@ -196,10 +206,16 @@ def linear(
     return y
 
 
-def chosen_backend(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None) -> str:
+def chosen_backend(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str | None,
+    residual: torch.Tensor | None = None,
+) -> str:
     """The backend that `linear` would take. Raises as `linear` does."""
-    _check(x, weight, bias, activation, None)
-    return resolve(_problem(x, weight, bias, activation=activation))
+    _check(x, weight, bias, activation, residual)
+    return resolve(_problem(x, weight, bias, activation=activation, residual=residual))
 
 
 def forward_pieces(

@@ -39,16 +39,18 @@ def pieces_for(rows: int, overlap_rows: int | None, device: torch.device) -> int
 def gather_then(
     x: torch.Tensor,
     group: dist.ProcessGroup,
-    compute: Callable[[torch.Tensor], tuple[torch.Tensor, ...]],
+    compute: Callable[..., tuple[torch.Tensor, ...]],
     pieces: int,
+    beside: tuple[torch.Tensor, ...] = (),
 ) -> tuple[torch.Tensor, ...]:
-    """compute(all-gather of x), x (..., T/R, K); compute works row by row:
-    (..., rows, K) -> tensors (..., rows, N_i)."""
+    """compute(all-gather of x, *beside), x (..., T/R, K), beside (..., T, C_i); compute works row by row:
+    (..., rows, K) and (..., rows, C_i) -> tensors (..., rows, N_i). Pieces of what is beside are copies."""
     if pieces == 1:
-        return compute(start_gather_sequence(x, group).wait())
-    arriving = [start_gather_sequence(piece, group) for piece in x.chunk(pieces, dim=-2)]
-    parts = [compute(piece.wait()) for piece in arriving]
+        return compute(start_gather_sequence(x, group).wait(), *beside)
     size = group.size()
+    arriving = [start_gather_sequence(piece, group) for piece in x.chunk(pieces, dim=-2)]
+    cut = [rows.unflatten(-2, (size, x.shape[-2])).chunk(pieces, dim=-2) for rows in beside]
+    parts = [compute(piece.wait(), *(rows[i].flatten(-3, -2) for rows in cut)) for i, piece in enumerate(arriving)]
     by_rank = [
         [part.unflatten(-2, (size, part.shape[-2] // size)) for part in column] for column in zip(*parts, strict=True)
     ]

@@ -14,7 +14,7 @@ import torch
 import megakern as mk
 from megakern.kernels.cuda import linear as cuda_linear
 from megakern.kernels.cuda import module
-from megakern.kernels.cuda.linear_plan import NN, NT, OTHER_TILES, TILES, TN, Tile, plan_of
+from megakern.kernels.cuda.linear_plan import GATED, NN, NT, OTHER_TILES, TILES, TN, Tile, plan_of
 from megakern.kernels.triton import configs
 from megakern.kernels.triton.linear import product
 from megakern.ops.activation import KINDS
@@ -103,7 +103,7 @@ def test_every_configuration_and_programs_with_several_tiles(config, device, mon
 def multiply(layout, a, b, tile, out_dtype=None, into=None, **more):
     """a (M, K) b (N, K)^T by the C++ kernel, from operands stored as `layout` says; out starts as NaN."""
     stored_a = a.t().contiguous() if layout == TN else a
-    stored_b = b if layout == NT else b.t().contiguous()
+    stored_b = b if layout in (NT, GATED) else b.t().contiguous()
     shape = (a.shape[0], b.shape[0])
     out = torch.full(shape, float("nan"), dtype=out_dtype or a.dtype, device=a.device) if into is None else into.clone()
     # 4 blocks: more tiles than blocks; bands of two tiles of a cluster.
@@ -130,7 +130,10 @@ def test_every_tile_shape_and_layout(tile, layout, dtype, device, backend):
         assert_close_to_ref(out, wide, wide.to(dtype))
         assert torch.equal(out, again)
         if layout == TN:
-            wide32 = multiply(layout, a, b, tile, torch.float32)
+            sums = torch.full((2, M), float("nan"), dtype=dtype, device=device)
+            wide32, again = (multiply(layout, a, b, tile, torch.float32, dbias=row) for row in sums)
+            assert_close_to_ref(sums[0], a.double().sum(1), a.float().sum(1).to(dtype), name="sums of rows")
+            assert torch.equal(*sums) and torch.equal(wide32, again)
             assert_close_to_ref(wide32, wide, (a.float() @ b.float().t()))
             start = draw(M, N, device=device, seed=2)
             into = multiply(layout, a, b, tile, torch.float32, into=start)
@@ -212,7 +215,18 @@ def test_the_launch_checks_its_arguments(device, backend):
         "out must be dtype code 1, got 2": lambda: multiply(NT, a, b, tile, torch.float16),
         "out may be fp32 .* with layout 2 alone": lambda: multiply(NT, a, b, tile, torch.float32),
         "out must be fp32 .* to be accumulated into": lambda: multiply(TN, a, b, tile, into=out),
-        "with fp32 out there is no bias": lambda: multiply(TN, a, b, tile, torch.float32, bias=a[0]),
+        "bias does not go with layout 2": lambda: multiply(TN, a, b, tile, torch.float32, bias=a[0]),
+        "residual does not go with layout 2": lambda: multiply(TN, a, b, tile, residual=a),
+        "sums does not go with layout 0": lambda: multiply(NT, a, b, tile, dbias=a[0]),
+        "saved does not go with layout 0": lambda: multiply(NT, a, b, tile, saved=a),
+        "b_up does not go with layout 1": lambda: multiply(NN, a, b, tile, b_up=b),
+        "saved goes with an activation or saved_up": lambda: multiply(NN, a, b, tile, activation="gelu"),
+        "out_up goes with saved_up": lambda: multiply(NN, a, b, tile, saved=a, saved_up=a),
+        "there is no residual beside saved": lambda: multiply(NN, a, b, tile, saved=a, residual=a, activation="gelu"),
+        "bias_up goes with bias": lambda: multiply(GATED, a, b, tile, b_up=a, bias=a[0]),
+        "an activation goes with layouts 0 and 1 alone": lambda: multiply(GATED, a, b, tile, b_up=a, activation="gelu"),
+        "a, b and with layout 3 b_up must not be null": lambda: multiply(GATED, a, b, tile),
+        "layout 3 is for tiles of single blocks": lambda: multiply(GATED, a, b, OTHER_TILES[0], b_up=a),
     }
     for message, call in wrong.items():
         with pytest.raises(ValueError, match=f"linear_product: {message}"):
@@ -248,15 +262,19 @@ def test_the_weight_gradient_is_added_in_fp32(device, backend):
     start = draw(N, K, device=device, seed=2)
     expected = start.double() + dy.double().t() @ x.double()
     for into in (start.clone(), fenced(start), start.t().contiguous().t()):
-        accumulate(into, dy, x)
+        dbias = accumulate(into, dy, x, torch.float32)
         torch.testing.assert_close(into.double(), expected, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(dbias.double(), dy.double().sum(0), rtol=1e-5, atol=1e-4)
+    assert accumulate(start.clone(), dy, x, None).numel() == 0
     dweight, dbias = gradient(dy, x, torch.float32, torch.float32)
     torch.testing.assert_close(dweight.double(), expected - start.double(), rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(dbias.double(), dy.double().sum(0), rtol=1e-5, atol=1e-4)
     dweight, dbias = gradient(dy, dy, None, torch.float16)
     assert dweight.numel() == 0 and dbias.dtype == torch.float16
     none = gradient(dy[:0], x[:0], torch.float32, torch.float32)
-    assert all(not gradient.any() for gradient in none)
+    assert all(gradient.numel() and not gradient.any() for gradient in none)
+    into = start.clone()
+    assert not accumulate(into, dy[:0], x[:0], torch.float32).any() and torch.equal(into, start)
 
 
 def test_nan_beside_the_operands_never_leaks_in(device, backend):

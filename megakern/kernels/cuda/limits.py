@@ -64,13 +64,29 @@ def _not_hopper() -> str | None:
 
 
 def _linear_plan(problem) -> str:
-    from megakern.kernels.cuda.linear import multiprocessors  # which loads the compiled modules
-    from megakern.kernels.cuda.linear_plan import NT, choose, epilogue_weight
+    from megakern.kernels.cuda.linear_plan import NT, epilogue_weight  # which loads the compiled modules
 
     weight = epilogue_weight(**{name: bool(problem.options[name]) for name in ("activation", "bias", "residual")})
-    sizes = [problem.sizes[name] for name in "MNK"]
-    plan = choose(*sizes, multiprocessors(torch.device(problem.device)), NT, weight)
-    return f"TMA and wgmma, warp-specialised, persistent blocks; x W^T in {plan}"
+    return f"{_PRODUCT}; x W^T in {_plan(problem, NT, 1, weight)}; backward: the bias gradient from what dy^T x reads"
+
+
+def _linear_swiglu_plan(problem) -> str:
+    from megakern.kernels.cuda.linear_plan import GATED, epilogue_weight
+
+    weight = epilogue_weight(activation=True, bias=problem.options["bias"])
+    plan = _plan(problem, GATED, 2, weight)
+    return f"{_PRODUCT}; both products of x at once, silu(gate) * up in their epilogue, in {plan}"
+
+
+_PRODUCT = "TMA and wgmma, warp-specialised, persistent blocks"
+
+
+def _plan(problem, layout: int, weights: int, epilogue: float) -> str:
+    from megakern.kernels.cuda.linear import multiprocessors
+    from megakern.kernels.cuda.linear_plan import choose
+
+    M, N, K = (problem.sizes[name] for name in "MNK")
+    return str(choose(M, weights * N, K, multiprocessors(torch.device(problem.device)), layout, epilogue))
 
 
 def _norm(problem) -> str:
@@ -167,6 +183,12 @@ OPS: dict[str, Op] = {
         most=dict.fromkeys("MNK", 2**31 - 1024),
         refusal=_linear,
         unfit=_not_hopper,
+    ),
+    "linear_swiglu": Op(
+        _linear_swiglu_plan,
+        dtypes=(torch.bfloat16, torch.float16),
+        most=dict.fromkeys("MNK", 2**30),
+        refusal=_linear,
     ),
 }
 

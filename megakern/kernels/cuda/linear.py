@@ -10,7 +10,7 @@ import functools
 import torch
 
 from megakern.kernels.cuda.activation import KINDS
-from megakern.kernels.cuda.linear_plan import NN, NT, TN, choose, epilogue_weight
+from megakern.kernels.cuda.linear_plan import GATED, NN, NT, TN, choose, epilogue_weight
 from megakern.kernels.cuda.module import DTYPES, call, pointer
 from megakern.kernels.memory import empty, rows_of
 
@@ -20,28 +20,32 @@ BLOCKS_ON_A_CPU = 4  # of the persistent kernel under simt: fewer than the tiles
 
 
 def product(
-    layout, a, b, out, *, bias=None, pre=None, residual=None, activation="", accumulate=False, plan=None, band=BAND,
-    head_start=HEAD_START, blocks=None,
+    layout, a, b, out, *, b_up=None, bias=None, bias_up=None, residual=None, saved=None, saved_up=None, out_up=None,
+    pre=None, pre_up=None, dbias=None, activation="", accumulate=False, plan=None, band=BAND, head_start=HEAD_START,
+    blocks=None,
 ):  # fmt: skip
-    """out (M, N) (+)= act(A B + bias) + residual, of matrices as `layout` says; `pre` gets A B + bias."""
+    """out (M, N) (+)= what csrc/api.h says of a layout, A (M, K) and B (K, N); with TN dbias (M,): sums of A's rows."""
     (M, N), K = out.shape, a.shape[0 if layout == TN else 1]
     blocks = blocks or multiprocessors(out.device)
     if plan is None:
         weight = epilogue_weight(
             bias=bias is not None,
-            activation=bool(activation),
-            residual=residual is not None,
+            activation=bool(activation) or layout == GATED or saved_up is not None,
+            residual=residual is not None or saved is not None,
             wide=out.dtype == torch.float32,
         )
-        plan = choose(M, N, K, blocks, layout, weight)
+        plan = choose(M, 2 * N if layout == GATED else N, K, blocks, layout, weight)
     tile = plan.tile
+    sums = None if dbias is None else empty((4, M), torch.float32, out.device)
+    tensors = a, b, b_up, bias, bias_up, residual, saved, saved_up, out, out_up, pre, pre_up, sums
+    strides = (0 if x is None else x.stride(0) for x in (a, b, b_up, residual, saved, saved_up, out))
     call(
-        "linear_product", out, pointer(a), pointer(b), pointer(bias), pointer(residual), pointer(out), pointer(pre),
-        DTYPES[a.dtype], DTYPES[out.dtype], DTYPES[a.dtype if bias is None else bias.dtype], layout,
-        KINDS[activation] if activation else -1, accumulate, M, N, K, a.stride(0), b.stride(0),
-        0 if residual is None else residual.stride(0), out.stride(0), tile.rows, tile.cols, tile.cluster, band,
-        head_start, blocks,
+        "linear_product", out, *map(pointer, tensors), DTYPES[a.dtype], DTYPES[out.dtype],
+        DTYPES[a.dtype if bias is None else bias.dtype], layout, KINDS[activation] if activation else -1, accumulate,
+        M, N, K, *strides, tile.rows, tile.cols, tile.cluster, band, head_start, blocks,
     )  # fmt: skip
+    if dbias is not None:
+        _add_parts(sums, dbias)
 
 
 @functools.cache
@@ -50,7 +54,7 @@ def multiprocessors(device: torch.device) -> int:
     return BLOCKS_ON_A_CPU if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _operand(x):
+def operand(x):
     """x (..., C) as (M, C) whose rows start on multiples of 16 bytes, apart from each other; a copy if no view is."""
     rows = rows_of(x)
     size = rows.element_size()
@@ -70,57 +74,71 @@ def linear_forward(x, weight, bias, residual, activation, keep):
     if y.numel():
         product(
             NT,
-            _operand(x),
-            _operand(weight),
+            operand(x),
+            operand(weight),
             y.view(-1, N),
-            bias=None if bias is None else _operand(bias)[0],
+            bias=None if bias is None else operand(bias)[0],
             pre=pre if keep else None,
-            residual=None if residual is None else _operand(residual),
+            residual=None if residual is None else operand(residual),
             activation=activation,
         )
     return y, pre
 
 
-def linear_input_gradient(dy, weight):
-    """-> dx (..., K) from dy (..., N), the gradient before the activation."""
+def linear_input_gradient(dy, weight, added):
+    """-> dx (..., K) from dy (..., N), the gradient before the activation; plus `added` (..., K), or None."""
     K = weight.shape[1]
     dx = empty((*dy.shape[:-1], K), dy.dtype, dy.device)
     if dx.numel():
-        product(NN, _operand(dy), _operand(weight), dx.view(-1, K))
+        residual = None if added is None else operand(added)
+        product(NN, operand(dy), operand(weight), dx.view(-1, K), residual=residual)
     return dx
 
 
 def linear_weight_gradient(dy, x, weight_dtype, bias_dtype):
-    """-> dweight (N, K) of weight_dtype, dbias (N,) of bias_dtype; empty where the dtype is None. Sums are fp32."""
-    rows, N, K = _operand(dy), dy.shape[-1], x.shape[-1]
+    """-> dweight (N, K) of weight_dtype, dbias (N,) of bias_dtype; empty where the dtype is None. Sums are fp32.
+
+    Where both are wanted, dbias is summed from the tiles of dy that the product of dweight reads.
+    """
+    rows, N, K = operand(dy), dy.shape[-1], x.shape[-1]
     with_weight = weight_dtype is not None
     dweight = empty((N, K) if with_weight else (0,), weight_dtype or dy.dtype, dy.device)
-    if with_weight and rows.shape[0]:
-        product(TN, rows, _operand(x), dweight)
+    dbias = _bias_gradient(N, bias_dtype, dy)
+    if not rows.shape[0]:
+        dweight.zero_(), dbias.zero_()
     elif with_weight:
-        dweight.zero_()
-    dbias = empty((0,) if bias_dtype is None else (N,), bias_dtype or dy.dtype, dy.device)
-    if bias_dtype is not None:
+        product(TN, rows, operand(x), dweight, dbias=dbias if bias_dtype else None)
+    elif bias_dtype is not None:
         _column_sums(rows, dbias)
     return dweight, dbias
 
 
-def linear_accumulate_weight_gradient(into, dy, x):
-    """into (N, K), fp32 += dy^T x."""
-    if into.stride(1) != 1 or into.stride(0) % 4 or into.data_ptr() % 16:
-        into.add_(linear_weight_gradient(dy, x, torch.float32, None)[0])
-    elif dy.numel():
-        product(TN, _operand(dy), _operand(x), into, accumulate=True)
+def linear_accumulate_weight_gradient(into, dy, x, bias_dtype):
+    """into (N, K), fp32 += dy^T x -> dbias as `linear_weight_gradient`."""
+    if into.stride(1) != 1 or into.stride(0) % 4 or into.data_ptr() % 16 or not dy.numel():
+        dweight, dbias = linear_weight_gradient(dy, x, torch.float32, bias_dtype)
+        into.add_(dweight)
+        return dbias
+    dbias = _bias_gradient(dy.shape[-1], bias_dtype, dy)
+    product(TN, operand(dy), operand(x), into, accumulate=True, dbias=dbias if bias_dtype else None)
+    return dbias
+
+
+def _bias_gradient(N, dtype, dy):
+    return empty((0,) if dtype is None else (N,), dtype or dy.dtype, dy.device)
 
 
 def _column_sums(rows, out):
     """out (N,) = sums of the columns of rows (M, N)."""
     M, N = rows.shape
-    if M == 0:
-        out.zero_()
-        return
     columns = -(-N // 256)  # blocks across; 8 to a multiprocessor keep its memory busy, with 64 rows for each or more
     P = max(1, min(-(-M // 64), 8 * multiprocessors(rows.device) // columns))
     parts = empty((P, N), torch.float32, rows.device)
-    dtypes = DTYPES[rows.dtype], DTYPES[out.dtype]
-    call("column_sums", rows, pointer(rows), pointer(parts), pointer(out), *dtypes, M, N, rows.stride(0), P)
+    call("column_sums", rows, pointer(rows), pointer(parts), DTYPES[rows.dtype], M, N, rows.stride(0), P)
+    _add_parts(parts, out)
+
+
+def _add_parts(parts, out):
+    """out (N,) = sum of parts (P, N) over P."""
+    P, N = parts.shape
+    call("part_sums", out, pointer(parts), pointer(out), DTYPES[out.dtype], N, P)

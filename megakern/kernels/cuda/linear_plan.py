@@ -9,14 +9,14 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, replace
 
-NT, NN, TN = range(3)
-"""enum Layout of csrc/api.h: a (M, K) b (N, K); a (M, K) b (K, N); a (K, M) b (K, N)."""
+NT, NN, TN, GATED = range(4)
+"""enum Layout of csrc/api.h: a (M, K) b (N, K); a (M, K) b (K, N); a (K, M) b (K, N); as the first, of two b."""
 
 DEPTH = 64  # of K a step of the main loop
 MULTIPLY_ADDS = 2048  # of bf16 or fp16, a cycle and multiprocessor of sm_90
 # Of the main loop, against NT. An H200 took 470 us for dx and dW of 4096^3 together, and 197 for the forward product
 # (results/h200/linear.json). Apart: not yet measured.
-LAYOUT_RATES = {NT: 1.0, NN: 0.85, TN: 0.85}
+LAYOUT_RATES = {NT: 1.0, NN: 0.85, TN: 0.85, GATED: 1.0}
 MEMORY_BYTES = 2450  # a cycle: 4.3 TB/s, measured as a copy, at 1.755 GHz
 
 

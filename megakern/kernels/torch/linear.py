@@ -53,14 +53,18 @@ def linear_forward(x, weight, bias, residual, activation, keep):
     return y.view(shape), pre.view(shape) if keep else pre
 
 
-def linear_input_gradient(dy, weight):
-    """-> dx (..., K) from dy (..., N), the gradient before the activation. weight may be fp32."""
-    rows, shape = dy.reshape(-1, dy.shape[-1]), (*dy.shape[:-1], weight.shape[1])
-    if native.takes_product(rows, weight, None, transposed=True):
-        return native.product(
-            rows, weight, None, None, "", rows.new_empty(rows.shape[0], shape[-1]), transposed=True
-        ).view(shape)
-    return torch.mm(rows, weight.to(dy.dtype)).view(shape)
+def linear_input_gradient(dy, weight, added):
+    """-> dx (..., K) from dy (..., N), the gradient before the activation; plus `added` (..., K), or None.
+
+    weight may be fp32.
+    """
+    K, rows = weight.shape[1], dy.reshape(-1, dy.shape[-1])
+    shape, added = (*dy.shape[:-1], K), None if added is None else added.reshape(-1, K)
+    if native.takes_product(rows, weight, added, transposed=True):
+        dx = rows.new_empty(rows.shape[0], K)
+        return native.product(rows, weight, None, added, "", dx, transposed=True).view(shape)
+    weight = weight.to(dy.dtype)
+    return (torch.mm(rows, weight) if added is None else torch.addmm(added, rows, weight)).view(shape)
 
 
 def linear_weight_gradient(dy, x, weight_dtype, bias_dtype):
@@ -83,17 +87,19 @@ def linear_weight_gradient(dy, x, weight_dtype, bias_dtype):
     return dweight, dbias
 
 
-def linear_accumulate_weight_gradient(into, dy, x):
-    """into (N, K) += dy^T x, in the dtype of `into`."""
+def linear_accumulate_weight_gradient(into, dy, x, bias_dtype):
+    """into (N, K) += dy^T x, in the dtype of `into` -> dbias as `linear_weight_gradient`."""
     rows, columns = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
     if into.is_contiguous() and native.takes_weight_gradient(rows, columns, into.dtype):
-        native.weight_gradient(rows, columns, into, add=True, with_sums=False)
-    elif into.dtype == rows.dtype:
+        dbias = native.weight_gradient(rows, columns, into, add=True, with_sums=bias_dtype is not None)
+        return dy.new_empty(0) if bias_dtype is None else dbias.to(bias_dtype)
+    if into.dtype == rows.dtype:
         into.addmm_(rows.t(), columns)
     elif _unrounded(rows, into.dtype):
         torch.addmm(into, rows.t(), columns, out_dtype=into.dtype, out=into)
     else:
         into.add_(torch.mm(rows.t(), columns))
+    return linear_weight_gradient(dy, x, None, bias_dtype)[1]
 
 
 def _unrounded(operand, dtype):

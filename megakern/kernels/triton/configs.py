@@ -297,6 +297,16 @@ def _linear(problem) -> dict[str, Choice]:
     }
 
 
+def _linear_swiglu(problem) -> dict[str, Choice]:
+    M, N, K = (problem.sizes[name] for name in ("M", "N", "K"))
+    return {
+        "gate and up, a product each": product(M, N, K, problem.dtype),
+        "silu(gate) * up": elementwise(N),
+        "input gradient": product(M, K, N, problem.dtype),
+        "weight gradients": product(N, K, M, problem.dtype, transposed=True),
+    }
+
+
 def no_bf16_products(problem) -> str | None:
     if problem.device == "cpu" and problem.dtype == torch.bfloat16:
         return "Triton's interpreter multiplies bfloat16 matrices wrongly; use float16 or float32 there"
@@ -483,6 +493,7 @@ OPS = {
     "gelu": Op(_gelu),
     "paged_attention": Op(_decode, _attention_refusal),
     "linear": Op(_linear, no_bf16_products),
+    "linear_swiglu": Op(_linear_swiglu, no_bf16_products),
     "linear_cross_entropy": Op(_linear_cross_entropy, no_bf16_products),
     "rope": Op(_rope),
     "swiglu": Op(_gelu),

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from megakern.kernels.memory import empty, rows_of
 from megakern.kernels.triton import configs, tune
-from megakern.kernels.triton.activation import activate
+from megakern.kernels.triton.activation import activate, slope
 from megakern.kernels.triton.configs import cdiv
 from megakern.kernels.triton.launch import launch
 from megakern.kernels.triton.norm import sum_parts
@@ -25,10 +25,13 @@ from megakern.kernels.triton.norm import sum_parts
 @triton.jit
 def _product(
     a, b, out, bias, pre, residual, M, N, K, a_row, a_col, b_row, b_col, out_row, residual_row,
-    ACTIVATION: tl.constexpr, ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
+    ACTIVATION: tl.constexpr, GRADIENT: tl.constexpr, ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """out (M, N) (+)= act(a (M, K) b (K, N) + bias) + residual. Program i: tiles i, i + P, ...; pre is contiguous."""
+    """out (M, N) (+)= act(a (M, K) b (K, N) + bias) + residual. Program i: tiles i, i + P, ...; pre is contiguous.
+
+    GRADIENT: out = (a b) act'(residual).
+    """
     down, across = tl.cdiv(M, BM), tl.cdiv(N, BN)
     # Not flattened into one loop: the compiler then loses which loads are contiguous, and does not pipeline them.
     for tile in range(tl.program_id(0), down * across, tl.num_programs(0)):
@@ -59,9 +62,12 @@ def _product(
             total = total.to(pre.dtype.element_ty)  # backward must see the value that the activation saw
             tl.store(pre + rows * N + cols[None, :], total, mask)
             total = total.to(tl.float32)
-        if ACTIVATION != "":
+        if GRADIENT:
+            saved = tl.load(residual + rows * residual_row + cols[None, :], mask, 0.0).to(tl.float32)
+            total *= slope(saved, ACTIVATION)
+        elif ACTIVATION != "":
             total = activate(total, ACTIVATION)
-        if residual is not None:
+        if residual is not None and not GRADIENT:
             total += tl.load(residual + rows * residual_row + cols[None, :], mask, 0.0).to(tl.float32)
         where = out + rows * out_row + cols[None, :]
         if ACCUMULATE:
@@ -84,11 +90,14 @@ def _column_sums(x, parts, M, N, stride, ROWS: tl.constexpr, COLS: tl.constexpr,
 # --- launchers ---
 
 
-def product(a, b, out, *, bias=None, pre=None, residual=None, activation="", accumulate=False):
-    """out (M, N) (+)= act(a (M, K) b (K, N) + bias) + residual; a and b with one contiguous dim each, out by rows."""
+def product(a, b, out, *, bias=None, pre=None, residual=None, activation="", gradient=False, accumulate=False):
+    """out (M, N) (+)= act(a (M, K) b (K, N) + bias) + residual; a and b with one contiguous dim each, out by rows.
+
+    gradient: out = (a b) act'(residual).
+    """
     (M, K), N = a.shape, b.shape[1]
     strides = (*a.stride(), *b.stride(), out.stride(0), 0 if residual is None else residual.stride(0))
-    constants = {"ACTIVATION": activation, "ACCUMULATE": accumulate, "PRECISION": "ieee"}
+    constants = {"ACTIVATION": activation, "GRADIENT": gradient, "ACCUMULATE": accumulate, "PRECISION": "ieee"}
 
     def call(config):
         tiles = cdiv(M, config.tiles["BM"]) * cdiv(N, config.tiles["BN"])
@@ -125,11 +134,11 @@ def linear_forward(x, weight, bias, residual, activation, keep):
     return y, pre
 
 
-def linear_input_gradient(dy, weight):
-    """-> dx (..., K) from dy (..., N), the gradient before the activation."""
+def linear_input_gradient(dy, weight, added):
+    """-> dx (..., K) from dy (..., N), the gradient before the activation; plus `added` (..., K), or None."""
     K = weight.shape[1]
     dx = empty((*dy.shape[:-1], K), dy.dtype, dy.device)
-    product(rows_of(dy), rows_of(weight), dx.view(-1, K))
+    product(rows_of(dy), rows_of(weight), dx.view(-1, K), residual=None if added is None else rows_of(added))
     return dx
 
 
@@ -143,12 +152,13 @@ def linear_weight_gradient(dy, x, weight_dtype, bias_dtype):
     return dweight, empty((0,), dy.dtype, dy.device) if bias_dtype is None else _column_sum(rows).to(bias_dtype)
 
 
-def linear_accumulate_weight_gradient(into, dy, x):
-    """into (N, K), fp32 += dy^T x."""
+def linear_accumulate_weight_gradient(into, dy, x, bias_dtype):
+    """into (N, K), fp32 += dy^T x -> dbias as `linear_weight_gradient`."""
     if into.stride(1) == 1:
         product(rows_of(dy).t(), rows_of(x), into, accumulate=True)
     else:
         into.add_(linear_weight_gradient(dy, x, torch.float32, None)[0])
+    return linear_weight_gradient(dy, x, None, bias_dtype)[1]
 
 
 def _column_sum(rows):
