@@ -55,7 +55,10 @@ TILES = (
     Tile(64, 128, 1, rate=0.50, epilogue=300, more=1050),
 )
 # Compiled too, and not chosen: benchmarks/tune_linear.py times them beside the others.
-OTHER_TILES = (Tile(128, 256, 2, rate=0.0, epilogue=0), Tile(128, 128, 2, rate=0.0, epilogue=0))
+OTHER_TILES = (
+    Tile(128, 256, 2, rate=0.86, epilogue=4860, more=7600),
+    Tile(128, 128, 2, rate=0.75, epilogue=300, more=2100),
+)
 
 
 def epilogue_weight(
