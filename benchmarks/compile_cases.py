@@ -22,7 +22,6 @@ from megakern.kernels.triton import (
     grad_norm,
     linear,
     linear_cross_entropy,
-    mlp,
     norm,
     rope,
 )
@@ -134,8 +133,6 @@ def _linear(size: int, dtype: torch.dtype, activation: str, full: bool) -> None:
     linear.linear_input_gradient(y, weight, None)
     linear.linear_weight_gradient(y, x, dtype, torch.float32 if full else None)
     linear.linear_accumulate_weight_gradient(tensor(size, size, dtype=torch.float32), y, x, None)
-    if activation:
-        mlp.linear_activation_gradient(y, weight, x, None, activation)
 
 
 def _add_linear() -> None:
