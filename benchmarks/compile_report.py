@@ -3,7 +3,7 @@
     python -m benchmarks.compile_report            a table: registers, spills, shared memory, tensor-core instruction
     python -m benchmarks.compile_report --check    fail when a kernel needs more than benchmarks/compile_budget.json
     python -m benchmarks.compile_report --update   write that file anew; look at the difference before committing it
-    ... --only norm --arch 90                      a part
+    ... --only norm --arch 90                      a part; with --update of all architectures, the rest is kept
 
 What is compiled is what the launchers launch: `compile_cases.py` calls them with meta tensors, the launches are
 recorded, and each is compiled for sm_80, sm_90 and sm_100 by the ptxas in Triton's wheel. Triton caches the results.
@@ -186,6 +186,16 @@ def complaints(
     return found + budget.complaints(allowed, "triton", triton.__version__, plain, partial)
 
 
+def updated(needs: dict[str, dict[str, Need]], only: str | None) -> dict[str, dict[str, dict]]:
+    """The whole budget with these needs; with `only`, what other cases are called keeps what the committed one says."""
+    before = json.loads(BUDGET.read_text())["kernels"] if only is not None else {}
+    new = {}
+    for arch, kernels in needs.items():
+        kept = {name: need for name, need in before.get(arch, {}).items() if only not in name}
+        new[arch] = kept | {name: asdict(need) for name, need in kernels.items()}
+    return new
+
+
 def show(needs: dict[str, dict[str, Need]]) -> None:
     width = max((len(name) for kernels in needs.values() for name in kernels), default=0)
     for arch, kernels in needs.items():
@@ -206,16 +216,15 @@ def main() -> int:
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
     options = parser.parse_args()
     partial = options.only is not None or tuple(options.arch) != ARCHITECTURES
-    if options.update and partial:
-        parser.error("--update writes the whole file: leave out --only and --arch")
+    if options.update and tuple(options.arch) != ARCHITECTURES:
+        parser.error("--update writes what all architectures need: leave out --arch")
     needs = measure(options.only, tuple(options.arch))
     count = sum(len(kernels) for kernels in needs.values())
-    plain = {arch: {name: asdict(need) for name, need in found.items()} for arch, found in needs.items()}
     return budget.outcome(
         options,
         BUDGET,
         count,
-        update=lambda: budget.write(BUDGET, "triton", triton.__version__, plain),
+        update=lambda: budget.write(BUDGET, "triton", triton.__version__, updated(needs, options.only)),
         complaints=lambda allowed: complaints(needs, allowed, partial),
         show=lambda: show(needs),
     )

@@ -12,11 +12,12 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed: pip install -r requirements-dev.txt")
 
 import megakern as mk
+import megakern.ops.attention  # which states its problem
 from megakern.kernels import triton as backend
 from megakern.kernels.triton import configs, tune
 from megakern.kernels.triton.configs import Choice, Config
 from megakern.kernels.triton.launch import recording
-from megakern.ops.dispatch import Problem
+from megakern.ops.dispatch import OPS, Problem
 
 A, B, C = (Config(name, {"BM": size}, 4) for name, size in (("a", 16), ("b", 32), ("c", 64)))
 CHOICE = Choice((A, B, C), "op fp32 M<=16")
@@ -178,6 +179,40 @@ def test_a_recording_has_every_configuration_that_may_run(generation):
         expected = configs.product(4096, 4096, 4096, torch.bfloat16).options
     assert [launch.config for launch in launches] == list(expected)
     assert len({config.name for config in expected}) == len(expected) > 1
+
+
+OF_ATTENTION = [
+    ({}, "causal"),
+    ({"causal": False}, "full"),
+    ({"window": (100, None)}, "window <=128 <=1"),
+    ({"window": (None, 4), "causal": False, "softcap": 2.0}, "window any <=4 featured"),
+    ({"dropout_p": 0.1, "seed": 1}, "causal featured"),
+    ({"packed": True}, "causal packed"),
+]
+
+
+@pytest.mark.parametrize("options, kind", OF_ATTENTION)
+def test_classes_of_attention_are_those_that_explain_names(options, kind, monkeypatch):
+    """Forward and backward; a changed mask or score is another class, and so is a packed batch."""
+    from megakern.kernels.triton import attention
+
+    seen = []
+    monkeypatch.setattr(tune, "run", lambda choice, anchor, call, repeats=True: seen.append(choice))
+    options = dict(options)
+    shape = (300,) if options.pop("packed", False) else (1, 300)
+    q, k, v = (torch.empty(*shape, H, 64, dtype=torch.bfloat16, device="meta") for H in (4, 2, 2))
+    ends = torch.empty(3, dtype=torch.int32, device="meta") if len(shape) == 1 else None
+    left, right = (-1 if side is None else side for side in options.get("window", (None, None)))
+    window = (left, 0 if options.get("causal", True) else right)
+    how = (ends, ends, None, window, 0.1, options.get("softcap", 0.0), options.get("dropout_p", 0.0), (1, 0, 0), False)
+    with recording():
+        out, lse = attention.attention_forward(q, k, v, *how)
+        attention.attention_backward(out, q, k, v, out, lse, *how)
+    problem = OPS["attention"](q, k, v, cu_seqlens=None if ends is None else (ends, ends), **options)
+    choices = configs.OPS["attention"].choices(problem)
+    assert {choice.key for choice in seen} == {choice.key for choice in choices.values()} and len(seen) == 3
+    assert all(choice.key.endswith(f"T<=512 S<=512 {kind}") for choice in seen)
+    assert all(choice.options == configs.ATTENTION[role, 64] for role, choice in choices.items())
 
 
 def test_what_explain_names_is_what_the_launcher_takes(monkeypatch):
