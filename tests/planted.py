@@ -10,19 +10,22 @@ module is loaded; every bug then gets a process of its own for the tests.
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import importlib.util
 import io
 import os
 import re
+import shutil
 import signal
+import subprocess
 import sys
-import sysconfig
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch  # noqa: F401 - once, before the forks; not megakern, which loads its modules when it is imported
+
+from tests import simt
 
 FAILED = 1  # of pytest: some test failed
 HANGS = 900  # seconds
@@ -91,32 +94,31 @@ def planted(source: str, bugs: list[tuple[int, Bug]]) -> str:
 
 
 def module(bugs: list[tuple[int, Bug]]) -> Path:
-    """megakern._simt with these bugs, all of them asleep."""
-    import pybind11
-
-    from tests import simt
-
+    """megakern._simt with these bugs, all of them asleep. Its other objects are those of `make simt`."""
+    spec = importlib.util.spec_from_file_location("build_csrc", simt.CSRC / "build.py")
+    builder = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(builder)
+    others = builder.compile_sources("simt")
     # All sources and headers of attention, so that each finds the others in its own folder first.
     places = [*simt.CSRC.glob("attention*"), *simt.CSRC.glob("device/attention*")]
     texts = {str(path.relative_to(simt.CSRC)): path.read_text() for path in places}
     texts = {file: planted(text, [b for b in bugs if b[1].file == file]) for file, text in texts.items()}
-    texts["planted_bug.h"] = HEADER
-    content = hashlib.sha256("".join(texts[file] for file in sorted(texts)).encode()).hexdigest()[:16]
-    folder = simt.ROOT / "build" / "planted" / content
-    for file, text in texts.items():
+    folder = simt.ROOT / "build" / "planted"
+    shutil.rmtree(folder, ignore_errors=True)
+    for file, text in {**texts, "planted_bug.h": HEADER}.items():
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         (folder / file).write_text(text)
-    include = [f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_path('include')}"]
-    macros = ["-DMEGAKERN_MODULE=_simt", '-DMEGAKERN_BUILT="with planted bugs"']
-    command = [os.environ.get("CXX", "c++"), *simt.GCC, "-O2", "-w", "-DMEGAKERN_SIMT"]
-    sources = {
-        folder / file: [f"-include{folder}/planted_bug.h", "-x", "c++"] for file in texts if file.endswith(".cu")
-    }
-    for path in [simt.CSRC / "bindings.cpp", *simt.CSRC.glob("*.cu")]:
-        if path.name not in texts:
-            sources[path] = [*include, *macros, "-x", "c++"]
-    sources |= {path: ["-O3", "-x", "c++"] for path in sorted(simt.CSRC.glob("simt/*.cpp"))}
-    return simt.build(command, sources, [], "module-{}/_simt.so")
+    flags = [*builder.CXX_FLAGS, "-DMEGAKERN_SIMT", "-pthread", "-w", "-include", "planted_bug.h"]
+    sources = [file for file in texts if file.endswith(".cu")]
+    compilers = [
+        subprocess.Popen([builder.compiler(), *flags, "-x", "c++", "-c", file, "-o", f"{file}.o"], cwd=folder)
+        for file in sources
+    ]
+    assert not any([compiler.wait() for compiler in compilers]), "a bug of the table is no C++"
+    objects = [path for path in others.rglob("*.o") if path.name.removesuffix(".o") not in sources]
+    words = [builder.compiler(), "-shared", "-pthread", *objects, *(f"{file}.o" for file in sources), "-o", "_simt.so"]
+    subprocess.run(words, cwd=folder, check=True)
+    return folder / "_simt.so"
 
 
 def outcome(number: int, tests: tuple[str, ...], built: Path) -> tuple[int, str]:

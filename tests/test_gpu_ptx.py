@@ -67,7 +67,7 @@ def numbers_of(x, box, at, swizzle):
     out = [simt.DTYPES[x.dtype], int(swizzle), x.dim()]
     for i in range(x.dim()):
         out += [x.shape[-1 - i], x.stride(-1 - i) * x.element_size(), box[i], at[i]]
-    return out
+    return [*out, 0]
 
 
 def box_of(x, box, at):
@@ -140,6 +140,31 @@ def test_boxes(machine, shape, box, at, swizzle, dtype):
             after[tuple(i + a for i, a in zip(index, at[::-1], strict=True))] += tile[tuple(index)]
         _, y = machine("tma_add", [in_shared(tile, swizzle), x], numbers)
         assert same_bits(y, after)
+
+
+@pytest.mark.parametrize(
+    "start, length, row", [(0, 13, 0), (0, 1, 0), (0, 40, 32), (13, 27, 0), (13, 27, 16), (39, 1, 0)]
+)
+def test_rows_of_one_packed_sequence(machine, start, length, row):
+    """The map of csrc/device/attention.cuh, head_map, which begins `rows` tokens before the tensor: rows of a sequence
+    are read and written, those of the next are zeros and stay. On a GPU the tensor has an allocation of its own, so
+    that nothing of ours lies before it.
+    """
+    T, rows, token, inside = 40 if machine.name == "simt" else 1 << 18, 16, 128, min(16, length - row)
+    x = torch.randn(T, 64).to(BF16)
+    tile = whole(rows, 64, dtype=BF16)
+    dimensions = [(64, 2, 64, 0), (rows, token, rows, rows - inside), (T + rows, token, 1, start + row + inside),
+                  (1, T * token, 1, 0)]  # fmt: skip
+    numbers = [simt.DTYPES[BF16], 1, 4, *itertools.chain(*dimensions), rows * token]
+    mine = slice(start + row, start + row + inside)
+    expected = torch.zeros_like(tile)
+    expected[:inside] = x[mine]
+    _, out = machine("tma_load", [x, torch.full((rows * token,), 0xEE, dtype=torch.uint8)], numbers)
+    assert same_bits(out, in_shared(expected, True))
+    after = x.clone()
+    after[mine] = tile[:inside]
+    _, y = machine("tma_store", [in_shared(tile, True), x], numbers)
+    assert same_bits(y, after)
 
 
 def test_rows_of_bytes(machine):

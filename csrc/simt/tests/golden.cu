@@ -279,7 +279,8 @@ MK_KERNEL void math_kernel(const float* x, float* y, int count) {
   y[4 * count + i] = tanh_approx(x[i]);
 }
 
-Box box_of(const tests::Arguments& a, void* base) {  // numbers: dtype, swizzle, rank, then for each dimension four
+// numbers: dtype, swizzle, rank, for each dimension four, the bytes by which the map begins before `base`
+Box box_of(const tests::Arguments& a, unsigned char* base) {
   Box box = {};
   const Dtype dtype = Dtype(a.number(0));
   box.rank = a.number(2);
@@ -293,6 +294,7 @@ Box box_of(const tests::Arguments& a, void* base) {  // numbers: dtype, swizzle,
     box.at[i] = a.number(6 + 4 * i);
     box.bytes *= int(sides[i]);
   }
+  base -= a.number(3 + 4 * box.rank);
   box.map = tensor_map(base, dtype, box.rank, sizes, strides, sides, a.number(1) ? Swizzle::b128 : Swizzle::none);
   return box;
 }
@@ -300,17 +302,17 @@ Box box_of(const tests::Arguments& a, void* base) {  // numbers: dtype, swizzle,
 }  // namespace
 
 MK_CASE(tma_load) {  // x, out; of box_of
-  const Box box = box_of(a, a.tensor<void>(0));
+  const Box box = box_of(a, a.tensor<unsigned char>(0));
   MK_LAUNCH(tma_load_kernel, 1, 64, std::size_t(box.bytes) + 2048, a.place, box, a.tensor<unsigned char>(1));
 }
 
 MK_CASE(tma_store) {  // x, y; of box_of
-  const Box box = box_of(a, a.tensor<void>(1));
+  const Box box = box_of(a, a.tensor<unsigned char>(1));
   MK_LAUNCH(tma_store_kernel, 1, 64, std::size_t(box.bytes) + 2048, a.place, box, a.tensor<unsigned char>(0), false);
 }
 
 MK_CASE(tma_add) {  // x, y; of box_of
-  const Box box = box_of(a, a.tensor<void>(1));
+  const Box box = box_of(a, a.tensor<unsigned char>(1));
   MK_LAUNCH(tma_store_kernel, 1, 64, std::size_t(box.bytes) + 2048, a.place, box, a.tensor<unsigned char>(0), true);
 }
 
