@@ -1,14 +1,14 @@
 """Configurations of the attention kernels, timed on a GPU one after another: for the tables in
 megakern/kernels/triton/configs.py, and the sizes in megakern/kernels/cuda/attention*.py.
 
-    python -m benchmarks.tune_attention [--backend triton|cuda] [--shape 2x8192x64x8x128[:full] ...] [--dtype bf16]
+    python -m benchmarks.tune_attention [--backend cuda triton] [--shape 2x8192x64x8x128[:full] ...] [--dtype bf16]
                                         [--role ...] [--json FILE]
 
 Triton: each kernel is launched alone: the named configurations, and those of GRID below. They are compiled first, on
-all cores. C++: forward and backward whole, with heads side by side whose data fill so many MB of cache; dq is
-added in any order and in a fixed one. FLOPs are those of attention (forward 1, backward 2.5), not of the products a
-kernel makes: of the backward pass the key-value gradient counts 1.5 and the query gradient 1. A configuration that does
-not fit on the GPU is named.
+all cores. C++: forward and backward whole; each tile of the forward pass, and with heads side by side whose data fill
+so many MB of cache; dq is added in any order and in a fixed one. FLOPs are those of attention (forward 1, backward
+2.5), not of the products a kernel makes: of the backward pass the key-value gradient counts 1.5 and the query gradient
+1. A configuration that does not fit on the GPU is named. Other tables: --shape 2x8192x64x8x128:full 1x8192x16x16x256
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from benchmarks.common import describe_machine, machine_facts, sizes
 from megakern.kernels.cuda import attention as cuda_attention
 from megakern.kernels.cuda import attention_backward as cuda_backward
 from megakern.kernels.triton import attention, attention_backward, attention_tiles, configs
+from megakern.ops.dispatch import UNAVAILABLE
 from megakern.train.machine import DTYPES
 
 SHARES = {"forward": 1.0, "key-value gradient": 1.5, "query gradient": 1.0, "backward": 2.5}
@@ -60,12 +61,12 @@ def candidates(role: str, D: int) -> list[configs.Config]:
     ]
 
 
-def inputs(shape: str, dtype: str, rows: int | None = None):
+def inputs(shape: str, dtype: str, rows: int | None = None, device: str = "cuda"):
     """q, k, v, dout; what the launchers take behind them; the FLOPs of a forward pass."""
     dims, _, kind = shape.partition(":")
     B, T, H, Hkv, D = sizes(dims)
     T = rows or T
-    tensors = [torch.randn(B, T, n, D, device="cuda", dtype=DTYPES[dtype]) for n in (H, Hkv, Hkv, H)]
+    tensors = [torch.randn(B, T, n, D, device=device, dtype=DTYPES[dtype]) for n in (H, Hkv, Hkv, H)]
     how = (None, None, None, (-1, -1 if kind == "full" else 0), D**-0.5, 0.0, 0.0, (0, 0, 0))
     return tensors, how, (4.0 if kind == "full" else 2.0) * B * H * T * T * D
 
@@ -101,11 +102,11 @@ def with_value(module, name: str, value, call):
     return patched
 
 
-def calls(shape: str, dtype: str, rows: int | None = None):
+def calls(shape: str, dtype: str, rows: int | None = None, device: str = "cuda"):
     """role -> a launch of its Triton kernel, and the FLOPs of a forward pass; with fewer rows to compile the same."""
-    (q, k, v, dout), how, work = inputs(shape, dtype, rows)
+    (q, k, v, dout), how, work = inputs(shape, dtype, rows, device)
     B, T, H, _ = q.shape
-    out, lse = torch.empty_like(q), torch.empty(B, H, T, device="cuda")
+    out, lse = torch.empty_like(q), torch.empty(B, H, T, device=device)
     call, (dq, dk, dv) = attention_tiles.Call(q, k, *how), (torch.empty_like(x) for x in (q, k, v))
     log, delta = torch.empty_like(lse), torch.empty_like(lse)
     if rows is None:
@@ -149,17 +150,18 @@ def milliseconds(call, target: float = 40.0) -> float:
     return sorted(times)[len(times) // 2]
 
 
-def time_triton(options) -> list[dict]:
+def time_triton(options, roles: list[str]) -> list[dict]:
+    if not roles:
+        return []
     jobs = [
         (shape, options.dtype, role, config)
         for shape in options.shape
-        for role in options.role
+        for role in roles
         for config in candidates(role, sizes(shape.partition(":")[0])[-1])
     ]
     # spawn: importing megakern has asked the GPU what it is, and CUDA does not survive a fork.
     with multiprocessing.get_context("spawn").Pool(min(len(jobs), len(os.sched_getaffinity(0)))) as pool:
         refusals = pool.map(compile_one, jobs, chunksize=1)
-    print(describe_machine(), flush=True)
     rows, runs, made_for, work = [], {}, None, 0.0
     for (shape, dtype, role, config), refusal in zip(jobs, refusals, strict=True):
         if refusal is not None:
@@ -172,11 +174,10 @@ def time_triton(options) -> list[dict]:
     return rows
 
 
-def time_cuda(options) -> list[dict]:
-    print(describe_machine(), flush=True)
+def time_cuda(options, roles: list[str]) -> list[dict]:
     rows = []
     for shape in options.shape:
-        for role in options.role:
+        for role in roles:
             found, work = cuda_calls(role, shape, options.dtype)
             rows += [timed(shape, role, name, call, work) for name, call in found]
     return rows
@@ -191,19 +192,21 @@ def timed(shape: str, role: str, name: str, call, work: float) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time configurations of the attention kernels.")
-    parser.add_argument("--backend", choices=sorted(ROLES), default="triton")
+    parser.add_argument("--backend", nargs="+", choices=sorted(ROLES), default=sorted(ROLES))
     parser.add_argument("--shape", nargs="+", default=["2x8192x64x8x128", "1x16384x32x32x64"])
     parser.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16")
-    parser.add_argument("--role", nargs="+", choices=sorted(SHARES), help="all of the backend")
+    parser.add_argument("--role", nargs="+", choices=sorted(SHARES), default=list(SHARES))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    options.role = options.role or list(ROLES[options.backend])
-    other = set(options.role) - set(ROLES[options.backend])
-    if other:
-        parser.error(
-            f"--role of {options.backend} must be of {', '.join(ROLES[options.backend])}, got {', '.join(other)}"
-        )
-    rows = {"triton": time_triton, "cuda": time_cuda}[options.backend](options)
+    print(describe_machine(), flush=True)
+    rows = []
+    for backend in options.backend:
+        roles = [role for role in ROLES[backend] if role in options.role]
+        if reason := UNAVAILABLE[backend]:
+            print(f"{backend}: not timed, {reason}", flush=True)
+        else:
+            timed_here = {"triton": time_triton, "cuda": time_cuda}[backend](options, roles)
+            rows += [{"backend": backend, **row} for row in timed_here]
     if options.json:
         options.json.write_text(json.dumps({"machine": machine_facts(), "rows": rows}, indent=1) + "\n")
 

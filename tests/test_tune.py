@@ -215,6 +215,21 @@ def test_classes_of_attention_are_those_that_explain_names(options, kind, monkey
     assert all(choice.options == configs.ATTENTION[role, 64] for role, choice in choices.items())
 
 
+def test_the_table_of_attention_launches_each_kernel_with_each_configuration():
+    """As far as it goes without a GPU: what is launched, with what."""
+    from benchmarks import tune_attention
+
+    with recording() as launches:
+        runs, work = tune_attention.calls("1x256x4x2x64", "bf16", device="meta")
+        assert work == 2.0 * 4 * 256 * 256 * 64
+        for role, call in runs.items():
+            for config in tune_attention.candidates(role, 64):
+                launches.clear()
+                tune_attention.run(role, config, call)
+                kernel = "_" + role.replace(" ", "_").replace("-", "_")
+                assert [(launch.kernel.__name__, launch.config) for launch in launches] == [(kernel, config)]
+
+
 def test_what_explain_names_is_what_the_launcher_takes(monkeypatch):
     """The class of problems of both, for each product of a linear layer."""
     from megakern.kernels.triton import linear
