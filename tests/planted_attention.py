@@ -10,7 +10,7 @@ from tests.planted import Bug
 
 FORWARD = ("tests/kernels/test_attention_cuda.py",)
 BACKWARD = ("tests/kernels/test_attention_backward_cuda.py",)
-DECODE = ("tests/kernels/test_attention_decode.py",)
+DECODE = ("tests/kernels/test_paged_attention.py",)
 
 
 def _of(what: str, file: str, tests: tuple[str, ...], bugs: dict[str, tuple[str, str]]) -> list[Bug]:

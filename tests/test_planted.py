@@ -14,6 +14,7 @@ def test_every_bug_has_its_place():
     for file in {bug.file for bug in BUGS}:
         planted.planted((simt.CSRC / file).read_text(), [(i, bug) for i, bug in enumerate(BUGS) if bug.file == file])
     assert len({bug.name for bug in BUGS}) == len(BUGS)
+    assert all((simt.ROOT / file).exists() for bug in BUGS for file in bug.tests)
 
 
 def test_bugs_whose_places_overlap_share_one_question():
