@@ -25,8 +25,8 @@ from pathlib import Path
 import pytest
 import torch  # noqa: F401 - once, before the forks; not megakern, which loads its modules when it is imported
 
-from tests import simt
-
+ROOT = Path(__file__).resolve().parent.parent
+CSRC = ROOT / "csrc"
 FAILED = 1  # of pytest: some test failed
 HANGS = 900  # seconds
 HEADER = """#pragma once
@@ -95,20 +95,20 @@ def planted(source: str, bugs: list[tuple[int, Bug]]) -> str:
 
 def module(bugs: list[tuple[int, Bug]]) -> Path:
     """megakern._simt with these bugs, all of them asleep. Its other objects are those of `make simt`."""
-    spec = importlib.util.spec_from_file_location("build_csrc", simt.CSRC / "build.py")
+    spec = importlib.util.spec_from_file_location("build_csrc", CSRC / "build.py")
     builder = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(builder)
     others = builder.compile_sources("simt")
     # All sources and headers of attention, so that each finds the others in its own folder first.
-    places = [*simt.CSRC.glob("attention*"), *simt.CSRC.glob("device/attention*")]
-    texts = {str(path.relative_to(simt.CSRC)): path.read_text() for path in places}
+    places = [*CSRC.glob("attention*"), *CSRC.glob("device/attention*")]
+    texts = {str(path.relative_to(CSRC)): path.read_text() for path in places}
     texts = {file: planted(text, [b for b in bugs if b[1].file == file]) for file, text in texts.items()}
     texts["planted_bug.h"] = HEADER
-    folder, objects = simt.ROOT / "build" / "planted", list(others.rglob("*.o"))
+    folder, objects = ROOT / "build" / "planted", list(others.rglob("*.o"))
     built, newest = folder / "_simt.so", max(path.stat().st_mtime for path in objects)
-    if built.exists() and built.stat().st_mtime > newest:
-        if all((folder / file).exists() and (folder / file).read_text() == text for file, text in texts.items()):
-            return built
+    same = all((folder / file).exists() and (folder / file).read_text() == text for file, text in texts.items())
+    if same and built.exists() and built.stat().st_mtime > newest:
+        return built
     shutil.rmtree(folder, ignore_errors=True)
     for file, text in texts.items():
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
@@ -128,6 +128,7 @@ def module(bugs: list[tuple[int, Bug]]) -> Path:
 
 def outcome(number: int, tests: tuple[str, ...], built: Path) -> tuple[int, str]:
     """Run tests with bug `number` awake (0: none), up to the first that fails -> the exit code, and what they print."""
+    assert "megakern" not in sys.modules, "its module of kernels would be in the forks too"
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
