@@ -12,6 +12,7 @@ recorded, and each is compiled for sm_80, sm_90 and sm_100 by the ptxas in Trito
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import os
 import re
