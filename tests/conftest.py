@@ -10,6 +10,12 @@ import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+if "SIMT_MODULE" in os.environ:  # another build of megakern._simt, before anything imports it: sanitized.py, planted.py
+    _loader = importlib.machinery.ExtensionFileLoader("megakern._simt", os.environ["SIMT_MODULE"])
+    _spec = importlib.util.spec_from_loader("megakern._simt", _loader)
+    sys.modules["megakern._simt"] = importlib.util.module_from_spec(_spec)
+    _loader.exec_module(sys.modules["megakern._simt"])
+
 import pytest
 import torch
 
@@ -32,11 +38,6 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    if "SIMT_MODULE" in os.environ:  # a build of megakern._simt with a sanitizer: tests/sanitized.py
-        loader = importlib.machinery.ExtensionFileLoader("megakern._simt", os.environ["SIMT_MODULE"])
-        spec = importlib.util.spec_from_loader("megakern._simt", loader)
-        sys.modules["megakern._simt"] = importlib.util.module_from_spec(spec)
-        loader.exec_module(sys.modules["megakern._simt"])
     config.pluginmanager.register(Promises(config.getoption("--faults")), "promises")
 
 
