@@ -143,8 +143,24 @@ static void start_store(Copy copy) {
   async_of(*self).stores.push_back(std::move(copy));
 }
 
+// Where a load may start, a store may not: on sm_90 it ends with an illegal instruction.
+static void check_store_start(const TensorMap& map, const int* at, int rank, const char* what, Site site) {
+  if (std::int64_t(at[0]) * map.element % 16) {
+    fail(std::string(what) + ": its innermost coordinate must be on a multiple of 16 bytes, got " + std::to_string(at[0]) +
+             " elements of " + std::to_string(map.element) + "; only a load may start between them", site);
+  }
+  for (int i = 0; i < rank; ++i) {
+    if (at[i] >= 0) continue;
+    fail(std::string(what) + ": coordinate " + std::to_string(i) + " must not be negative, got " + std::to_string(at[i]) +
+             "; only a load may start before the tensor", site);
+  }
+}
+
 void tma_store(const TensorMap* map, const void* from, const int* at, int rank, bool add, Site site) {
-  start_store(box(add ? CopyKind::add : CopyKind::store, map, from, at, rank, add ? "tma_add" : "tma_store", site));
+  const char* what = add ? "tma_add" : "tma_store";
+  Copy copy = box(add ? CopyKind::add : CopyKind::store, map, from, at, rank, what, site);
+  check_store_start(*map, at, rank, what, site);
+  start_store(std::move(copy));
 }
 
 void bulk_store(void* to, const void* from, int bytes, bool add, Site site) {
