@@ -60,7 +60,7 @@ def test_output_and_gradients(norm, shape, dtype, residual, device, backend):
 LONG = [pytest.param(C, marks=pytest.mark.slow) for C in (65536, 131080, 140000)]
 
 
-@pytest.mark.parametrize("C", [1024, 2047, 4096, 8191, 8193, 16384, 16385, 16392, *LONG])
+@pytest.mark.parametrize("C", [1024, 2047, 4096, 8191, 8193, 16384, 16385, 16392, 32776, *LONG])
 @pytest.mark.parametrize("norm", NORMS)
 def test_every_configuration(norm, C, device, backend):
     inputs = make((2, C), torch.bfloat16, device, norm=norm, residual=norm == "layer", weight_dtype=torch.float32)

@@ -75,7 +75,7 @@ def power_of_two(n: int) -> int:
 # --- norm: one program holds ROWS whole rows of COLS padded columns, or walks one row in chunks of COLS ---
 
 NARROWEST = 128  # narrower rows are padded to this: fewer variants to compile
-WIDEST_FORWARD = 16384  # a row and its weight in the registers of 16 warps, 32 elements of each a thread
+WIDEST_FORWARD = 32768  # a row and its weight in the registers of 32 warps, 32 elements of each a thread
 WIDEST_BACKWARD = 8192  # the row, its gradient and two fp32 sums: 16384 columns of that fill the register file (256 KB)
 
 
@@ -97,23 +97,25 @@ def norm_forward(C: int) -> tuple[Config, ...]:
     )  # fmt: skip
     if cols > WIDEST_FORWARD:
         return (chunks,)
+    more = (chunks,) if cols == WIDEST_FORWARD else ()
     if cols <= 2048:
         rows = 2048 // cols
         first = Config("forward-rows", {"ROWS": rows, "COLS": cols}, 4, why="16 elements a thread")
         return first, Config("forward-rows-2", {"ROWS": 2 * rows, "COLS": cols}, 4, why="32 elements a thread")
     one = {"ROWS": 1, "COLS": cols}
-    options = {w: Config(f"forward-row-{w}", one, w, why=f"{cols // w // 32} elements a thread") for w in (4, 8, 16)}
-    table = {4096: (8, 4, 16), 8192: (8, 16), 16384: (16,)}[cols]  # LayerNorm of 8192: 73 us on an H200 against 79
-    return tuple(options[warps] for warps in table)
+    options = {w: Config(f"forward-row-{w}", one, w, why=f"{cols // w // 32} elements a thread") for w in (4, 8, 16, 32)}
+    table = {4096: (8, 4, 16), 8192: (8, 16), 16384: (16, 32), 32768: (32,)}[cols]  # LayerNorm of 8192: 73 us on an H200 against 79
+    return (*(options[warps] for warps in table), *more)
 
 
 def norm_backward(C: int) -> tuple[Config, ...]:
-    """STAGES: tiles of rows on their way, this one included. On an H200, LayerNorm | RMSNorm in us, stages 3, 2, 1:
+    """STAGES: tiles of rows on their way, this one included; 0: the next one, in registers. On an H200, LayerNorm | RMSNorm in us, stages 3, 2, 1:
     65536 x 1024 131, 175, 169 | 103, 115, 113; 32768 x 4096 200, 269, 255 | 200, 251, 238; 8192 x 8192, stages 2, 1:
-    170, 153 | 156, 136.
+    170, 153 | 156, 136. With 0 stages, not yet measured, the only program of an SM loads a row while it computes another,
+    and loads the statistics of a row once, not for each column of a thread.
     """
     cols = max(NARROWEST, power_of_two(C))
-    few = "24 bytes or less, in a loop that waits for memory: ptxas prefers fewer registers, so that more programs fit"
+    few = "48 bytes or less, in a loop that waits for memory: ptxas prefers fewer registers, so that more programs fit"
     if cols > WIDEST_BACKWARD:
         why = "a row in chunks; its second reading comes from L2"
         return (Config("backward-chunks", {"COLS": 4096}, 8, why=why, spills=few),)
@@ -125,7 +127,9 @@ def norm_backward(C: int) -> tuple[Config, ...]:
         tiles = {"ROWS": rows, "COLS": cols, "STAGES": stages}
         return Config(name if stages == 2 else f"{name}-stages-{stages}", tiles, warps, why=why, spills=few)
 
-    return (staged(3), staged(2), staged(1)) if cols < 8192 else (staged(1), staged(2))
+    if cols == 8192:
+        return staged(0), staged(1), staged(2)
+    return staged(3), staged(2), staged(1)
 
 
 WEIGHT_GRADIENT_CHUNKS = Config(

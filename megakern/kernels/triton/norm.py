@@ -105,15 +105,29 @@ def _backward_rows(
     scale = tl.load(weight + cols, cols < C, 0.0).to(tl.float32)
     dweight = tl.zeros((1, COLS), tl.float32)
     dbias = tl.zeros((1, COLS), tl.float32)
-    # The next tiles come from memory while this one is computed: of wide rows an SM holds one program alone.
-    for tile in tl.range(program, tl.cdiv(M, ROWS), tl.num_programs(0), num_stages=STAGES):
+    # The next tiles come from memory while this one is computed: of wide rows an SM holds one program alone. Through
+    # shared memory, or (STAGES 0, one row a tile) the next row alone into registers, two 16-bit values in each.
+    if STAGES == 0:
+        next_gradient = tl.load(dy + program * dy_stride + cols, (program < M) & (cols < C), 0.0)
+        next_normed = tl.load(h + program * h_stride + cols, (program < M) & (cols < C), 0.0)
+    for tile in tl.range(program, tl.cdiv(M, ROWS), tl.num_programs(0), num_stages=STAGES if STAGES > 0 else 1):
         rows = tile * ROWS + tl.arange(0, ROWS)[:, None]
         mask = (rows < M) & (cols < C)
-        gradient = tl.load(dy + rows * dy_stride + cols, mask, 0.0).to(tl.float32)
-        normed = tl.load(h + rows * h_stride + cols, mask, 0.0).to(tl.float32)
-        inverse = tl.load(rstd + rows, rows < M, 0.0)
-        if CENTRE:
-            normed -= tl.load(mean + rows, rows < M, 0.0)
+        if STAGES == 0:
+            gradient = next_gradient.to(tl.float32)
+            normed = next_normed.to(tl.float32)
+            ahead = tile + tl.num_programs(0)
+            next_gradient = tl.load(dy + ahead * dy_stride + cols, (ahead < M) & (cols < C), 0.0)
+            next_normed = tl.load(h + ahead * h_stride + cols, (ahead < M) & (cols < C), 0.0)
+            inverse = tl.load(rstd + tile)  # a scalar: a tile of one row is loaded once for each of a thread's columns
+            if CENTRE:
+                normed -= tl.load(mean + tile)
+        else:
+            gradient = tl.load(dy + rows * dy_stride + cols, mask, 0.0).to(tl.float32)
+            normed = tl.load(h + rows * h_stride + cols, mask, 0.0).to(tl.float32)
+            inverse = tl.load(rstd + rows, rows < M, 0.0)
+            if CENTRE:
+                normed -= tl.load(mean + rows, rows < M, 0.0)
         normed *= inverse
         dweight += tl.sum(gradient * normed, 0, keep_dims=True)
         if dbias_parts is not None:
