@@ -21,6 +21,12 @@ struct Place {
   void* stream;
 };
 
+// --- pointers.cu: for debugging ---
+
+// From now on every launch asks the driver whether each of its tensors is memory of the launch's device, or managed.
+void check_pointers(bool on);
+void launching_on(int device);  // before each call, in the calling thread
+
 // --- activation.cu: gelu, swiglu and their like ---
 
 enum class Activation : int { gelu = 0, gelu_tanh = 1, relu_squared = 2, silu = 3 };

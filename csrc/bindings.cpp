@@ -96,6 +96,7 @@ void bind(py::module_& module, const char* name, void (*launch)(const Struct&, m
     const Struct problem = fill<Struct>(name, arguments.ptr(), std::make_index_sequence<count>());
     const megakern::Place place{Value{PyTuple_GET_ITEM(arguments.ptr(), count), name, count},
                                 Value{PyTuple_GET_ITEM(arguments.ptr(), count + 1), name, count + 1}};
+    megakern::launching_on(place.device);
     py::gil_scoped_release unlocked;
     launch(problem, place);
   };
@@ -109,6 +110,7 @@ void bind(py::module_& module, const char* name, void (*launch)(const Struct&, m
 PYBIND11_MODULE(MEGAKERN_MODULE, m) {
   m.doc() = "CUDA kernels of megakern, on raw addresses; megakern/kernels/cuda calls them, csrc/api.h has the arguments";
   m.attr("built") = MEGAKERN_BUILT;
+  m.def("check_pointers", &megakern::check_pointers, "Whether launches ask where each of their tensors lies.");
   BIND(activation_forward, "y = act(x).");
   BIND(activation_backward, "dx = dy act'(x).");
   BIND(swiglu_forward, "y = silu(gate) up.");
@@ -136,5 +138,6 @@ PYBIND11_MODULE(MEGAKERN_MODULE, m) {
 #if defined(MEGAKERN_SIMT)
   m.def("set_schedule", &megakern::simt::set_schedule, "The order in which threads run; simt/simt.h has the names.");
   m.def("schedule", &megakern::simt::schedule, "The one in use.");
+  m.def("pretend_pointer", &megakern::pretend_pointer, "An address plays memory of a device; -1: of the host; 0: none does.");
 #endif
 }

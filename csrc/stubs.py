@@ -11,7 +11,8 @@ HEAD = '''"""CUDA kernels on raw addresses. Written by csrc/stubs.py from csrc/a
 
 built: str
 """The compiler and architectures."""
-'''
+
+def check_pointers(on: bool, /) -> None: ...'''
 
 
 def fields(body: str, structs: dict[str, list[tuple[str, str]]]) -> list[tuple[str, str]]:

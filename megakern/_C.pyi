@@ -3,6 +3,7 @@
 built: str
 """The compiler and architectures."""
 
+def check_pointers(on: bool, /) -> None: ...
 def activation_forward(
     x: int,
     y: int,

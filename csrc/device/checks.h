@@ -85,6 +85,9 @@ class Checks {
     writes(name, pointer, dtype, 1, count, count, alias);
   }
 
+  // Where check_pointers is on: `pointer` leads to the launch's device. pointers.cu
+  void origin(const char* name, const void* pointer) const;
+
   // The x size of a grid.
   unsigned blocks(int64_t count) const {
     if (count > kMostBlocks) {
@@ -110,6 +113,7 @@ class Checks {
     const std::string tensor = name;
     if (!bytes) require(false, "dtype of " + tensor + " must be a code from 0 to 5, got " + code(dtype));
     if (!address) require(false, "the address of " + tensor + " is null");
+    origin(name, pointer);
     if (address % bytes) {
       require(false, "the address of " + tensor + " must be a multiple of " + std::to_string(bytes) + ", got " +
                          std::to_string(address));

@@ -40,7 +40,9 @@ inline int64_t pieces_of(int64_t count, int64_t size) { return (count + size - 1
 
 // Throws unless tensor number `tensor` of a table has an address fit for elements of `bytes`.
 inline void check_address(const Checks& check, const std::string& name, int64_t tensor, int64_t address, int64_t bytes) {
-  if (address != 0 && address % bytes == 0) return;
+  if (address != 0 && address % bytes == 0) {
+    return check.origin((name + " " + std::to_string(tensor)).c_str(), reinterpret_cast<const void*>(address));
+  }
   check.require(false, "the address of " + name + " " + std::to_string(tensor) + " must be a multiple of " +
                            std::to_string(bytes) + " and not null, got " + std::to_string(address));
 }

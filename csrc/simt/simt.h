@@ -1,7 +1,15 @@
-// What tests may set: the order in which the emulator runs threads.
+// What tests may set: the order in which the emulator runs threads, and where an address seems to lead.
 #pragma once
 
+#include <cstdint>
 #include <string>
+
+namespace megakern {
+
+// For check_pointers: `address` is memory of this device, of the host if -1. pointers.cu
+void pretend_pointer(std::uintptr_t address, int device);
+
+}  // namespace megakern
 
 namespace megakern::simt {
 

@@ -10,6 +10,7 @@ On one core of a Xeon, the driver's own launch left out: 0.3 us a call of a modu
 from __future__ import annotations
 
 import importlib
+import os
 
 import torch
 
@@ -38,6 +39,10 @@ def _load(name: str) -> tuple[object | None, str]:
 
 _C, C_ERROR = _load("_C")
 _simt, SIMT_ERROR = _load("_simt")
+if os.environ.get("MEGAKERN_CHECK_POINTERS", "0") not in ("", "0"):
+    for _module in (_C, _simt):
+        if _module is not None:
+            _module.check_pointers(True)
 
 
 def pointer(x: torch.Tensor | None) -> int:

@@ -103,16 +103,16 @@ def norm_forward(C: int) -> tuple[Config, ...]:
         first = Config("forward-rows", {"ROWS": rows, "COLS": cols}, 4, why="16 elements a thread")
         return first, Config("forward-rows-2", {"ROWS": 2 * rows, "COLS": cols}, 4, why="32 elements a thread")
     one = {"ROWS": 1, "COLS": cols}
-    options = {w: Config(f"forward-row-{w}", one, w, why=f"{cols // w // 32} elements a thread") for w in (4, 8, 16, 32)}
-    table = {4096: (8, 4, 16), 8192: (8, 16), 16384: (16, 32), 32768: (32,)}[cols]  # LayerNorm of 8192: 73 us on an H200 against 79
-    return (*(options[warps] for warps in table), *more)
+    widths = {4096: (8, 4, 16), 8192: (8, 16), 16384: (16, 32), 32768: (32,)}  # 8192: 73 us on an H200 against 79
+    options = (Config(f"forward-row-{w}", one, w, why=f"{cols // w // 32} elements a thread") for w in widths[cols])
+    return (*options, *more)
 
 
 def norm_backward(C: int) -> tuple[Config, ...]:
-    """STAGES: tiles of rows on their way, this one included; 0: the next one, in registers. On an H200, LayerNorm | RMSNorm in us, stages 3, 2, 1:
-    65536 x 1024 131, 175, 169 | 103, 115, 113; 32768 x 4096 200, 269, 255 | 200, 251, 238; 8192 x 8192, stages 2, 1:
-    170, 153 | 156, 136. With 0 stages, not yet measured, the only program of an SM loads a row while it computes another,
-    and loads the statistics of a row once, not for each column of a thread.
+    """STAGES: tiles of rows on their way, this one included; 0: the next one, in registers. On an H200, LayerNorm |
+    RMSNorm in us, stages 3, 2, 1: 65536 x 1024 131, 175, 169 | 103, 115, 113; 32768 x 4096 200, 269, 255 |
+    200, 251, 238; 8192 x 8192, stages 2, 1: 170, 153 | 156, 136. With 0 stages, not yet measured, the only program of
+    an SM loads a row while it computes another, and the statistics of a row once, not for each column of a thread.
     """
     cols = max(NARROWEST, power_of_two(C))
     few = "48 bytes or less, in a loop that waits for memory: ptxas prefers fewer registers, so that more programs fit"
