@@ -67,7 +67,7 @@ def test_every_configuration(norm, C, device, backend):
     check(norm, inputs, backend)
 
 
-@pytest.mark.parametrize("shape", [(45, 20), (600, 16), (7, 8200), (5, 16400)])
+@pytest.mark.parametrize("shape", [(45, 20), (600, 16), (7, 8104), (7, 8200), (5, 16400)])
 @pytest.mark.parametrize("norm", NORMS)
 def test_programs_that_own_several_row_tiles(norm, shape, device, backend, few_programs):
     check(norm, make(shape, torch.float32, device, norm=norm, residual=False), backend)
