@@ -40,7 +40,7 @@ def fail(kind: str, moment: Path) -> None:
     elif kind == "memory":
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + 2**20, used + 2**20))
-        torch.zeros(2**28)
+        torch.zeros(2**32)  # 16 GiB: more than the addresses that malloc's heap may have already
     else:
         raise ValueError(f"no fault {kind!r}")
 
