@@ -1,10 +1,12 @@
 """Every tile shape of the sm_90a product, timed on a GPU beside cuBLAS: for the table in
 megakern/kernels/cuda/linear_plan.py.
 
-    python -m benchmarks.tune_linear [--shape 8192x8192x8192 ...] [--layers] [--epilogues] [--json FILE]
+    python -m benchmarks.tune_linear [--shape 8192x8192x8192 ...] [--layers] [--compile] [--epilogues] [--json FILE]
 
 Shapes are M x N x K of y (M, N) = x W^T, bf16. TFLOP/s, and how many times cuBLAS's speed. --layers: forward, dx and dW
-of the layers of Llama 8B and GPT-2 1.5B at 8192 tokens. --epilogues: what follows a product of 8192 x 16384 x 4096.
+of the layers of Llama 8B and GPT-2 1.5B at 8192 tokens, and dW added to an fp32 gradient; --compile: beside
+torch.compile. An empty --shape leaves the single shapes out. --epilogues: what follows a product of 8192 x 16384 x
+4096.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from torch.nn import functional as F
 from benchmarks.common import describe_machine, machine_facts, sizes
 from benchmarks.timing import CudaClock
 from megakern.kernels.cuda.linear import BAND, multiprocessors, product
-from megakern.kernels.cuda.linear_plan import NN, NT, OTHER_TILES, TILES, TN, choose, plan_of
+from megakern.kernels.cuda.linear_plan import NN, NT, OTHER_TILES, TILES, TN, choose, epilogue_weight, plan_of
 
 SHAPES = ["8192x8192x8192", "4096x4096x4096", "2048x2048x2048", "1024x4096x4096", "64x8192x8192", "16x28672x4096"]
 LLAMA = ["8192x6144x4096", "8192x4096x4096", "8192x28672x4096", "8192x4096x14336"]
@@ -49,6 +51,26 @@ def contestants(layout, M, N, K, every_variant):
     for tile in (*TILES, *OTHER_TILES):
         for name, arguments in list(variants(tile, layout, M, N, K))[: None if every_variant else 1]:
             calls[name] = lambda arguments=arguments: product(layout, stored_a, stored_b, out, **arguments)
+    return calls
+
+
+def compiled(layout, M, N, K):
+    """torch.compile of the same product: it may choose cuBLAS or a kernel of Triton's that it has timed."""
+    a, b = ((K, M) if layout == TN else (M, K)), ((N, K) if layout == NT else (K, N))
+    a, b = (torch.randn(*shape, device="cuda").bfloat16() for shape in (a, b))
+    a, b = a.t() if layout == TN else a, b.t() if layout == NT else b
+    call = torch.compile(torch.matmul, dynamic=False, mode="max-autotune-no-cudagraphs")
+    return {"torch.compile": lambda: call(a, b)}
+
+
+def accumulated(M, N, K):
+    """into (M, N), fp32 += a^T b: what a second micro-batch does with a weight's gradient."""
+    a, b = (torch.randn(K, size, device="cuda").bfloat16() for size in (M, N))
+    into = torch.zeros(M, N, device="cuda")
+    calls = {"cuBLAS": lambda: into.add_(torch.matmul(a.t(), b))}
+    for tile in TILES:
+        plan = plan_of(tile, M, N, K, multiprocessors(torch.device("cuda", 0)), TN, epilogue_weight(wide=True))
+        calls[str(tile)] = lambda plan=plan: product(TN, a, b, into, accumulate=True, plan=plan)
     return calls
 
 
@@ -87,6 +109,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", nargs="*", default=SHAPES)
     parser.add_argument("--layers", action="store_true")
+    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--epilogues", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -108,7 +131,12 @@ def main() -> None:
     for shape in (*LLAMA, *GPT2) if options.layers else ():
         M, N, K = sizes(shape)
         for layout, mine in ((NT, (M, N, K)), (NN, (M, K, N)), (TN, (N, K, M))):
-            race(LAYOUTS[layout], *mine, contestants(layout, *mine, False), layout)
+            calls = contestants(layout, *mine, False)
+            if options.compile:
+                torch._dynamo.reset()  # else it gives up at the ninth shape
+                calls |= compiled(layout, *mine)
+            race(LAYOUTS[layout], *mine, calls, layout)
+        race("dW added in fp32", N, K, M, accumulated(N, K, M), TN)
     if options.epilogues:
         race("epilogues", 8192, 16384, 4096, epilogues(8192, 16384, 4096))
     if options.json:

@@ -1,7 +1,7 @@
-"""Which tiles a product of csrc/linear.cu takes, and which of them are split along K: one cost model, a pure function.
+"""Which tiles a product of csrc/linear.cu takes: one cost model, a pure function.
 
 A block computes tiles until there are none left, so all blocks are busy but in the last round: with 169 tiles for 132
-blocks it is 37 tiles that cost as much as the 132 before them. Those may be computed in parts along K, by more blocks.
+blocks it is 37 tiles that cost as much as the 132 before them.
 """
 
 from __future__ import annotations
