@@ -173,3 +173,11 @@ def test_what_it_refuses(T, G, D, dtype, reason, backend, device):
     q, k, v = make(T, G, D, dtype, device)
     with pytest.raises(ValueError, match=reason):
         paged_attention(q, *paged(k, v, LENGTHS, 16), backend=backend)
+
+
+@pytest.mark.parametrize("at", [5, 40, 70, 100, 140])
+def test_one_key_outweighs_all(at, pieces, backend, device):
+    """By e^150 and more, whichever warp or piece it belongs to: each of them counts for the maximum."""
+    q, k, v = make(1, 1, 16, torch.float16, device, S=150)
+    k[:, at] = q[:, 0] * 40
+    check(attention(q, k, v, return_lse=True, backend=backend), q, k, v, [150] * 3)
