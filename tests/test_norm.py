@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import megakern as mk
-from megakern.ops.norm import layer_norm_reference, rms_norm_reference
-from tests.closeness import assert_gradients_close
+from megakern.ops.norm import layer_norm_reference, norm_of_stream, rms_norm_reference
+from tests.closeness import assert_close_to_ref, assert_gradients_close
 
 # Smallest, one row, primes, a power of two and its neighbours, empty batch. C = 1 has gradient 0 by cancellation: there
 # is nothing but rounding noise to compare, and C = 2 (y is +-1) nearly so: the smallest is C = 3.
@@ -121,3 +121,32 @@ def test_wrong_input_is_named(change, error, message):
     arguments = {"x": torch.ones(3, 4), "weight": torch.ones(4), "bias": torch.zeros(4), **change}
     with pytest.raises(error, match=message):
         mk.layer_norm(**arguments)
+
+
+@pytest.mark.parametrize("centre", [True, False])
+@pytest.mark.parametrize("reads", ["both", "norm", "stream"])
+def test_norm_of_the_residual_stream(centre, reads):
+    """Gradients where the norm and what follows read one x, against float64; either may go unread."""
+    shape = (2, 7, 48)
+    generator = torch.Generator().manual_seed(0)
+    x, dy, dstream = (torch.randn(shape, generator=generator) for _ in range(3))
+    weight, bias = torch.randn(2, 48, generator=generator)
+    bias = bias if centre else None
+
+    def gradients(function, dtype):
+        leaf = x.to(dtype).requires_grad_()
+        parameters = [p.to(dtype, copy=True).requires_grad_() for p in (weight, bias) if p is not None]
+        y, stream = function(leaf, *parameters)
+        parts = {"norm": (y * dy.to(dtype)).sum(), "stream": (stream * dstream.to(dtype)).sum()}
+        chosen = list(parts.values()) if reads == "both" else [parts[reads]]
+        return y.detach(), *torch.autograd.grad(sum(chosen), [leaf, *parameters], allow_unused=reads == "stream")
+
+    def two_reads(x, *parameters):
+        return (layer_norm_reference if centre else rms_norm_reference)(x, *parameters, eps=1e-5), x
+
+    ours = gradients(lambda x, *parameters: norm_of_stream(x, *parameters, centre=centre), torch.float32)
+    for values in zip(ours, gradients(two_reads, torch.float64), gradients(two_reads, torch.float32), strict=True):
+        if values[1] is None:
+            assert values[0] is None
+        else:
+            assert_close_to_ref(*values)

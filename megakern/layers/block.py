@@ -114,11 +114,11 @@ class TransformerBlock(nn.Module):
 
         how = {"rope": rope, "positions": positions, "cache": cache, "cu_seqlens": cu_seqlens, "dropout_key": key}
         mlp = partial(run_again, self.mlp) if "mlp" in self.recompute else self.mlp
-        normed, again = self._normed(self.norm1, hidden)
+        normed, hidden, again = self._normed(self.norm1, hidden)
         with again:
             hidden = half(self.attention, normed, hidden, "attention_output", **how)
         if self.norm2 is not None:
-            normed, again = self._normed(self.norm2, hidden)
+            normed, hidden, again = self._normed(self.norm2, hidden)
         with again:
             return half(mlp, normed, hidden, "mlp_output")
 
@@ -148,7 +148,10 @@ class TransformerBlock(nn.Module):
             hidden, weights, Pages(cache.keys, cache.values, places.block_table, places.lengths), rope, cache.kept
         )
 
-    def _normed(self, norm: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, AbstractContextManager]:
-        """norm(hidden), and the context in which to read it."""
-        normed = norm(hidden)
-        return normed, made_again(normed, norm, hidden) if "norm" in self.recompute else nullcontext()
+    def _normed(
+        self, norm: nn.Module, hidden: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, AbstractContextManager]:
+        """norm(hidden), hidden, and the context in which to read the two."""
+        normed, stream = norm.of_stream(hidden)
+        again = made_again(normed, norm, hidden) if "norm" in self.recompute else nullcontext()
+        return normed, stream, again

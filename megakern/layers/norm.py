@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from megakern.layers.parameter import Constant, add_parameter, initialize_standalone, local
-from megakern.ops.norm import layer_norm, rms_norm
+from megakern.ops.norm import layer_norm, norm_of_stream, rms_norm
 from megakern.parallel.context import ParallelContext
 
 
@@ -48,6 +48,12 @@ class LayerNorm(nn.Module):
         weight, bias = local(self.weight, partial=partial), local(self.bias, partial=partial)
         return layer_norm(x, weight, bias, self.eps, residual=residual)
 
+    def of_stream(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """self(x), and x to go on with: its gradient is added in the norm's backward."""
+        partial = self.region.shards_sequence
+        weight, bias = local(self.weight, partial=partial), local(self.bias, partial=partial)
+        return norm_of_stream(x, weight, bias, self.eps, centre=True)
+
 
 class RMSNorm(nn.Module):
     """RMSNorm over the last dim of size `width`.
@@ -73,3 +79,8 @@ class RMSNorm(nn.Module):
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None):
         weight = local(self.weight, partial=self.region.shards_sequence)
         return rms_norm(x, weight, self.eps, residual=residual)
+
+    def of_stream(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """self(x), and x to go on with: its gradient is added in the norm's backward."""
+        weight = local(self.weight, partial=self.region.shards_sequence)
+        return norm_of_stream(x, weight, None, self.eps, centre=False)

@@ -11,6 +11,7 @@ Saved for backward: h, weight, and per row mean and rstd (fp32). Nothing crosses
 from __future__ import annotations
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from megakern.ops import checks
 from megakern.ops.dispatch import Problem, describes, launcher, register, resolve
@@ -153,3 +154,37 @@ def rms_norm(x, weight, eps=1e-6, *, residual=None, backend=None):
     chosen = resolve(_rms_norm_problem(x, weight, residual=residual), backend)
     y, h, _, _ = _norm(x, weight, None, residual, eps, False, chosen)
     return y if residual is None else (y, h)
+
+
+class _OfStream(torch.autograd.Function):
+    """x -> norm(x), x: what else reads x sends its gradient through the norm's backward, which adds it in its pass."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps, centre, backend):
+        y, _, mean, rstd = _norm(x, weight, bias, None, eps, centre, backend)
+        ctx.save_for_backward(x, weight, mean, rstd)
+        ctx.has_bias, ctx.centre, ctx.backend = bias is not None, centre, backend
+        ctx.set_materialize_grads(False)
+        return y, x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, dstream):
+        if dy is None:
+            return dstream, None, None, None, None, None
+        x, weight, mean, rstd = ctx.saved_tensors
+        dx, dweight, dbias = _norm_backward(dy, dstream, x, weight, mean, rstd, ctx.has_bias, ctx.centre, ctx.backend)
+        return dx, dweight, dbias if ctx.has_bias else None, None, None, None
+
+
+def norm_of_stream(x, weight, bias=None, eps=1e-5, *, centre):
+    """-> layer_norm(x) with `centre`, else rms_norm(x); and x, to be read in its place by all that comes after.
+
+    The sum of their gradients is then no pass of its own. Steps of a 6-layer, 384-wide GPT in bf16 on two loaded cores,
+    ms, least and median of 25: 266, 289; with a pass 275, 293.
+    """
+    _check("layer_norm" if centre else "rms_norm", x, weight, bias, None)
+    chosen = resolve((_layer_norm_problem if centre else _rms_norm_problem)(x, weight))
+    if torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling():  # which fuses by itself
+        return _OfStream.apply(x, weight, bias, eps, centre, chosen)
+    return _norm(x, weight, bias, None, eps, centre, chosen)[0], x
