@@ -72,6 +72,36 @@ def test_hopper_with_a_module_for_older_gpus_takes_triton(gpu):
     assert said.reasons["cuda"] == "no: its C++ kernel is for sm_90a, and megakern._C was built by nvcc 13.0 for sm_80"
 
 
+def explained_loss(V: int = 50257, K: int = 1024, dtype: torch.dtype = torch.bfloat16) -> str:
+    with FakeTensorMode():
+        x, weight = (torch.empty(rows, K, dtype=dtype, device="cuda") for rows in (8192, V))
+        targets = torch.empty(8192, dtype=torch.int64, device="cuda")
+        said = mk.explain("linear_cross_entropy", x, weight, targets)
+    assert said.chosen == "cuda"
+    return said.reasons["cuda"]
+
+
+def test_the_loss_takes_the_cxx_product_on_hopper_and_says_why_elsewhere(gpu):
+    """Elsewhere its other kernels stay the fastest: the products alone are PyTorch's. Any vocabulary will do."""
+    gpu((9, 0), ALL)
+    assert "TMA and wgmma" in explained_loss() and "; x W^T of 5341 rows in tiles of 128 x 256 (" in explained_loss()
+    for said, why in [
+        (
+            explained_loss(K=1028),
+            "its C++ kernel copies rows of whole 16 bytes, so K must be a multiple of 8, got 1028",
+        ),
+        (explained_loss(dtype=torch.float32), "its C++ kernels take bfloat16, float16, not torch.float32"),
+    ]:
+        assert f"matrix products by PyTorch (linear: {why}); the loss as cross_entropy" in said
+    gpu((8, 0), ALL)
+    why = "its C++ kernel is for sm_90a alone (TMA and wgmma), this GPU is sm_80"
+    assert f"matrix products by PyTorch (linear: {why}); " in explained_loss()
+    gpu((9, 0), "by nvcc 13.0 for sm_90")
+    assert (
+        "(linear: its C++ kernel is for sm_90a, and megakern._C was built by nvcc 13.0 for sm_90);" in explained_loss()
+    )
+
+
 def attention_refusal(D: int, dtype: torch.dtype, S: int = 8) -> str:
     with FakeTensorMode():
         q, k, v = (torch.empty(1, n, 2, D, dtype=dtype, device="cuda") for n in (8, S, S))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 
 import torch
 
@@ -89,6 +90,28 @@ def _plan(problem, layout: int, weights: int, epilogue: float) -> str:
     return str(choose(M, weights * N, K, multiprocessors(torch.device(problem.device)), layout, epilogue))
 
 
+def loss_products_refusal(device: str, dtype: torch.dtype, M: int, V: int, K: int) -> str | None:
+    """Why the products of linear_cross_entropy are PyTorch's, or None: they are those of `linear`, with rows of logits
+    (M, V) padded to whole 16 bytes."""
+    sizes = {"M": M, "N": -(-V // 8) * 8, "K": K}
+    return refusal(SimpleNamespace(op="linear", device=device, dtype=dtype, sizes=sizes))
+
+
+def _linear_cross_entropy_plan(problem) -> str:
+    from megakern.kernels.torch.linear_cross_entropy import chunk_rows
+
+    M, V, K = (problem.sizes[name] for name in "MVK")
+    loss = "the loss as cross_entropy with in_place"
+    refused = loss_products_refusal(problem.device, problem.dtype, M, V, K)
+    if refused:
+        return f"matrix products by PyTorch (linear: {refused}); {loss}"
+    from megakern.kernels.cuda.linear_plan import NT
+
+    rows = min(M, chunk_rows(V, problem.dtype.itemsize, problem.device))
+    chunk = replace(problem, sizes={"M": rows, "N": V, "K": K})
+    return f"{_PRODUCT}; x W^T of {rows} rows in {_plan(chunk, NT, 1, 0.0)}; dW added up in fp32; {loss}"
+
+
 def _norm(problem) -> str:
     from megakern.kernels.cuda.configs import describe_norm  # which loads the compiled modules
 
@@ -168,9 +191,7 @@ OPS: dict[str, Op] = {
     "dropout": Op("two pieces of 16 bytes a thread and tensor, of one row, where addresses and strides allow"),
     "gelu": _ELEMENTWISE,
     "layer_norm": _NORM,
-    "linear_cross_entropy": Op(
-        "matrix products by PyTorch; the loss as cross_entropy with in_place", most={"V": 2**31 - 1}
-    ),
+    "linear_cross_entropy": Op(_linear_cross_entropy_plan, most={"V": 2**31 - 1}),
     "paged_attention": Op(
         _DECODE, dtypes=(torch.bfloat16, torch.float16), refusal=_paged_attention, unfit=_small_block
     ),
