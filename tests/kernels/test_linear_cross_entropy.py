@@ -156,7 +156,7 @@ def _on_a_rank(x, weight, targets, vocab_size, backend):
 
 # It starts four processes; test_cross_entropy.py tries the same collectives.
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype, K", [(torch.float32, 6), (torch.float16, 8)])  # the second by our products
+@pytest.mark.parametrize("dtype, K", [(torch.float32, 6), (torch.float16, 8)])  # simt: the second by csrc/linear.cu
 @pytest.mark.parametrize("vocab_size", [24, 7])  # no padding, and ranks with nothing but padding
 def test_the_vocabulary_over_ranks(vocab_size, dtype, K, ranks, device, backend):
     if device != "cpu":
