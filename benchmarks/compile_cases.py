@@ -22,6 +22,7 @@ from megakern.kernels.triton import (
     grad_norm,
     linear,
     linear_cross_entropy,
+    mlp,
     norm,
     rope,
 )
@@ -135,10 +136,23 @@ def _linear(size: int, dtype: torch.dtype, activation: str, full: bool) -> None:
     linear.linear_accumulate_weight_gradient(tensor(size, size, dtype=torch.float32), y, x, None)
 
 
+def _linear_swiglu(size: int, dtype: torch.dtype) -> None:
+    x, weight = tensor(size, size, dtype=dtype), tensor(size, size, dtype=dtype)
+    y, gate, up = mlp.linear_swiglu_forward(x, weight, weight, None, None, True)
+    mlp.linear_activation_gradient(y, weight, gate, up, "silu")
+
+
+def _activation_gradient(size: int, dtype: torch.dtype, activation: str) -> None:
+    dy, weight = tensor(size, size, dtype=dtype), tensor(size, size, dtype=dtype)
+    mlp.linear_activation_gradient(dy, weight, dy, None, activation)
+
+
 def _add_linear() -> None:
     for dtype, short in SHORT.items():
         CASES[f"linear {short}"] = partial(_linear, 4096, dtype, "", False)
     CASES["linear bf16 gelu_tanh bias residual"] = partial(_linear, 4096, torch.bfloat16, "gelu_tanh", True)
+    CASES["linear_swiglu bf16"] = partial(_linear_swiglu, 4096, torch.bfloat16)
+    CASES["linear bf16 gradient gelu_tanh"] = partial(_activation_gradient, 4096, torch.bfloat16, "gelu_tanh")
     for kind in KINDS:
         CASES[f"linear bf16 {kind}"] = partial(_linear, 4096, torch.bfloat16, kind, False)
 

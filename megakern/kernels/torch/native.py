@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch  # first, so that the extension shares its OpenMP library
+from torch._subclasses.fake_tensor import is_fake
 
 INTERFACE = 3  # kInterface in csrc/cpu/api.h
 
@@ -401,7 +402,8 @@ def use_huge_pages(tensors) -> bool:
 
     Reading 500 MB of weights, two cores of a Xeon: 31 GB/s, with pages of 4 KB 20.
     """
-    large = [t for t in tensors if t.device.type == "cpu" and t.is_contiguous() and t.nbytes >= HUGE_PAGE]
+    on_cpu = (t for t in tensors if t.device.type == "cpu" and not is_fake(t))
+    large = [t for t in on_cpu if t.is_contiguous() and t.nbytes >= HUGE_PAGE]
     return _cpu is not None and all([_cpu.use_huge_pages(t.data_ptr(), t.nbytes) for t in large])
 
 
