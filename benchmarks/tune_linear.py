@@ -51,7 +51,14 @@ def contestants(layout, M, N, K, every_variant):
     for tile in (*TILES, *OTHER_TILES):
         for name, arguments in list(variants(tile, layout, M, N, K))[: None if every_variant else 1]:
             calls[name] = lambda arguments=arguments: product(layout, stored_a, stored_b, out, **arguments)
+    chosen = choose(M, N, K, multiprocessors(torch.device("cuda", 0)), layout)
+    if chosen.splits > 1:
+        calls[in_parts(chosen)] = lambda: product(layout, stored_a, stored_b, out, plan=chosen)
     return calls
+
+
+def in_parts(plan):
+    return f"{plan.tile}, the last {plan.tiles - plan.whole} in {plan.splits} parts along K"
 
 
 def compiled(layout, M, N, K):
@@ -68,9 +75,12 @@ def accumulated(M, N, K):
     a, b = (torch.randn(K, size, device="cuda").bfloat16() for size in (M, N))
     into = torch.zeros(M, N, device="cuda")
     calls = {"cuBLAS": lambda: into.add_(torch.matmul(a.t(), b))}
-    for tile in TILES:
-        plan = plan_of(tile, M, N, K, multiprocessors(torch.device("cuda", 0)), TN, epilogue_weight(wide=True))
-        calls[str(tile)] = lambda plan=plan: product(TN, a, b, into, accumulate=True, plan=plan)
+    problem = M, N, K, multiprocessors(torch.device("cuda", 0)), TN, epilogue_weight(wide=True)
+    plans = {str(tile): plan_of(tile, *problem) for tile in TILES}
+    if choose(*problem).splits > 1:
+        plans[in_parts(choose(*problem))] = choose(*problem)
+    for name, plan in plans.items():
+        calls[name] = lambda plan=plan: product(TN, a, b, into, accumulate=True, plan=plan)
     return calls
 
 

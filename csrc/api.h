@@ -84,7 +84,8 @@ enum class Layout : int {
 //   gated   out = silu(A B + bias) * (A B_up + bias_up); pre and pre_up are the two, rounded, as silu sees them
 //   nn      out = A B + residual; with an activation A B act'(saved); with saved_up the gradients of
 //           silu(saved) * saved_up: out that of saved, out_up that of saved_up
-//   tn      out = A B; out may be fp32, then also out += A B. sums (4, M), fp32: of A's rows over K, in four parts
+//   tn      out = A B; out may be fp32, then also out += A B. sums (splits, 4, M), fp32: of A's rows over K, in so
+//           many parts; with splits zeros before
 // What the line of a layout does not name is null. Of bf16 or fp16, the biases of that or fp32. All rows start on
 // multiples of 16 bytes; those of pre, pre_up and out_up lie densely.
 struct LinearProduct {
@@ -100,6 +101,14 @@ struct LinearProduct {
   int band;                           // rows of out whose tiles are walked column by column
   int head_start;                     // steps of 64 along K by which the upper half of a cooperative tile is ahead
   int blocks;                         // multiprocessors to use
+  // Tiles from number `whole` on are computed in `splits` parts along K, 1 to 32, and added in that order. Without splits
+  // whole is the number of tiles (those of a cluster count as one). Scratch for t tiles in parts: parts (t, splits,
+  // tile_rows, tile_cols); arrivals (t, 4), zeros. Null if there are none. Tiles of 128 x 256 and those in clusters are
+  // not split.
+  int splits;
+  int64_t whole;
+  float* parts;
+  int* arrivals;
 };
 void linear_product(const LinearProduct&, Place);
 

@@ -1,7 +1,7 @@
 // The matrix products of a linear layer: y = act(x W^T + bias) + residual, or gated by a second product; dx = dy W, with
 // the derivative of what came before; dW (+)= dy^T x; dbias.
 //
-// Writes: out and pre whole (=), or out += in fp32. Same bits at each run: no sum is split over blocks.
+// Writes: out and pre whole (=), or out += in fp32. Same bits at each run: what blocks share is added in a fixed order.
 // Parallel: persistent blocks of a producer and two consumer warpgroups own tiles of out; the kernel is in product.cuh.
 // Limits: sm_90a; bf16 and fp16; rows on multiples of 16 bytes, so N and K that 8 divides; sizes below 2^31.
 #include <algorithm>
@@ -81,6 +81,12 @@ MK_KERNEL void part_sums_kernel(PartSums p) {
 
 // --- launchers ---
 
+// Of the output; those of a cluster as one.
+int64_t tiles_of(const LinearProduct& p) {
+  const int cols = p.layout == Layout::gated ? p.tile_cols / 2 : p.tile_cols;
+  return ceil_div(p.M, int64_t(p.tile_rows) * p.cluster) * ceil_div(p.N, int64_t(cols));
+}
+
 template <class T, class Out, Layout L, class Tile>
 void launch_product(const LinearProduct& p, Place place) {
   constexpr bool along_k = L == Layout::nt || L == Layout::gated;  // b's rows, as a's
@@ -97,14 +103,14 @@ void launch_product(const LinearProduct& p, Place place) {
     return to ? matrix_map(to, p.dtype, p.M, p.N, p.N, 16, width, Swizzle::b128) : out;
   };
   const TensorMap second = dense_map(p.pre ? p.pre : p.out_up), third = dense_map(p.pre_up);
-  const int64_t tasks = ceil_div(p.M, int64_t(Tile::rows * Tile::cluster)) * ceil_div(p.N, int64_t(cols));
+  const int64_t tasks = p.whole + (tiles_of(p) - p.whole) * p.splits;
   const int64_t clusters = std::min<int64_t>(tasks, std::max(1, p.blocks / Tile::cluster));
   const Follows follows = {{p.bias, p.bias_up},
                            {p.residual ? p.residual : p.saved, p.saved_up},
                            {p.residual ? p.residual_stride : p.saved_stride, p.saved_up_stride},
                            int(p.M), int(p.N), p.activation, p.bias_dtype == Dtype::f32, p.pre != nullptr, p.accumulate};
   const Product product = {follows, int(p.K), std::max(1, p.band / (Tile::rows * Tile::cluster)), p.head_start,
-                           p.sums};
+                           p.sums, int(p.whole), p.splits, p.parts, p.arrivals};
   MK_LAUNCH_CLUSTER((product_kernel<T, Out, L, Tile>), dim3(unsigned(clusters * Tile::cluster)), dim3(kPipelineThreads),
                     Tile::shared, Tile::cluster, place, a, b, up, out, second, third, product);
 }
@@ -113,6 +119,8 @@ template <class T>
 void with_kernel(const Checks& check, const LinearProduct& p, Place place) {
   with_tile(check, p, [&](auto tile) {
     using Tile = decltype(tile);
+    check.require(Tile::splits || p.splits == 1,
+                  "this tile is not split along K: splits must be 1, got " + std::to_string(p.splits));
     const bool wide = p.out_dtype == Dtype::f32;
     if (p.layout == Layout::nt) launch_product<T, T, Layout::nt, Tile>(p, place);
     else if (p.layout == Layout::nn) launch_product<T, T, Layout::nn, Tile>(p, place);
@@ -159,6 +167,13 @@ void linear_product(const LinearProduct& p, Place place) {
   constexpr int64_t most = (int64_t(1) << 31) - 1024;  // coordinates of the last tile fit 32 bits
   check.size("M", p.M, 1, most), check.size("N", p.N, 1, most), check.size("K", p.K, 1, most);
   check.size("band", p.band, 1, most), check.size("head_start", p.head_start, 0, 3), check.size("blocks", p.blocks, 1, kMostBlocks);
+  check.size("tile_rows", p.tile_rows, 1, 256), check.size("tile_cols", p.tile_cols, 2, 256);
+  check.size("cluster", p.cluster, 1, 8), check.size("splits", p.splits, 1, std::min<int64_t>(32, ceil_div<int64_t>(p.K, 64)));
+  check.size("whole", p.whole, p.splits == 1 ? tiles_of(p) : 0, tiles_of(p));
+  if (const int64_t split = (tiles_of(p) - p.whole) * p.cluster) {
+    check.writes("parts", p.parts, Dtype::f32, split * p.splits * p.tile_rows * p.tile_cols);
+    check.writes("arrivals", p.arrivals, Dtype::i32, split * 4);
+  }
   const auto on_16_bytes = [&](const char* name, const void* pointer, int64_t stride, Dtype dtype) {
     check.require(vectors_fit(pointer, stride * size_of(dtype)),
                   std::string("the rows of ") + name + " must start on multiples of 16 bytes");
@@ -183,7 +198,7 @@ void linear_product(const LinearProduct& p, Place place) {
     if (pointer) check.writes(name, pointer, p.dtype, p.M, p.N, p.N), on_16_bytes(name, pointer, p.N, p.dtype);
   };
   writes("out_up", p.out_up), writes("pre", p.pre), writes("pre_up", p.pre_up);
-  if (p.sums) check.writes("sums", p.sums, Dtype::f32, 4, p.M, p.M);
+  if (p.sums) check.writes("sums", p.sums, Dtype::f32, 4 * p.splits, p.M, p.M);
   check.require(!p.sums || p.M % 8 == 0, "M must be a multiple of 8 for sums, got " + std::to_string(p.M));
   if (p.dtype == Dtype::bf16) with_kernel<bf16>(check, p, place);
   else with_kernel<fp16>(check, p, place);

@@ -5,7 +5,8 @@
 // A block is three warpgroups. One thread of the first, the producer, fetches tiles of A and B with TMA into a ring of
 // stages; the other two, the consumers, multiply them with wgmma. Blocks are persistent: block i computes tiles i,
 // i + P, ... and the producer runs ahead into the next tile while consumers write the last one. Two blocks of a cluster
-// compute tiles below each other and share B: each fetches half and TMA writes it to both.
+// compute tiles below each other and share B: each fetches half and TMA writes it to both. The tiles of the last round may
+// be split along K (`complete`).
 // csrc/README.md has a picture.
 #pragma once
 
@@ -21,7 +22,10 @@ struct Product : Follows {
   int K;
   int band;        // cluster rows of tiles that are walked column by column
   int head_start;  // steps that consumer 0 of a cooperative tile is ahead of consumer 1, for their epilogues to take turns
-  float* sums;     // (4, M), or null: sums of A's rows over K, in four parts
+  float* sums;     // (splits, 4, M), or null: sums of A's rows over K, in so many parts; zeros if there are splits
+  int whole, splits;  // tiles from number `whole` on are computed in `splits` parts along K
+  float* parts;       // their sums, and below how many parts of each warp's rows are there
+  int* arrivals;
 };
 
 // Sizes of one kernel. Cooperative: both consumers compute halves of the same tile. Ping-pong: they take tiles in turn,
@@ -30,34 +34,61 @@ template <int Rows, int Cols, int Stages, int Cluster, bool PingPong>
 struct ProductTile {
   static constexpr int rows = Rows, cols = Cols, stages = Stages, cluster = Cluster;
   static constexpr bool ping_pong = PingPong;
+  static constexpr bool splits = PingPong && Cluster == 1;  // along K: others ran out of registers, by 4 to 10 a thread
   static constexpr int depth = 64;                                  // of K a stage: 128 bytes, the width of a swizzle
   static constexpr int fragments = Rows / 64 / (PingPong ? 1 : 2);  // of 64 rows, for each consumer
   static constexpr int readers = PingPong ? 1 : 2;                  // consumers of a stage
   static constexpr int a_bytes = Rows * depth * 2, b_bytes = Cols * depth * 2;
   static constexpr int chunk_bytes = 16 * 128;  // 16 rows of 128 bytes on their way to global memory
   static constexpr int chunks = 2;              // for each of 8 consumer warps
+  static constexpr int sums = fragments * Cols / 2;  // of a consumer's thread
+  static constexpr int area = Rows * Cols;
   static constexpr int shared = 1024 + Stages * (a_bytes + b_bytes) + 8 * chunks * chunk_bytes + 2 * Stages * 16;
   static_assert(shared <= 227 * 1024, "shared memory of a block on sm_90");
   static_assert(fragments * Cols <= 384, "accumulators of a consumer thread: half of this");
 };
 
-// First row and column of tile `index`: bands of `band` cluster rows, walked column by column, so that the tiles that
-// run at one time share rows of A and columns of B in the L2 cache.
+// What a block (or cluster) computes at a time: a tile, or a part of it along K.
+struct Task {
+  int row, col;     // first of its tile
+  int step, steps;  // first, and how many, of `depth` along K
+  int tile, part;   // of a tile in parts: which of those tiles; which part. Else part is -1
+};
+
+// Tiles go in bands of `band` cluster rows, walked column by column, so that the tiles that run at one time share rows of
+// A and columns of B in the L2 cache.
 template <class Tile, Layout L>
 struct Schedule {
   static constexpr int cols = L == Layout::gated ? Tile::cols / 2 : Tile::cols;  // of out
 
-  int down, across, band, count;
+  int down, across, band, steps, whole, splits, count;
 
   MK_DEVICE explicit Schedule(const Product& p)
       : down(ceil_div(p.M, Tile::rows * Tile::cluster)), across(ceil_div(p.N, cols)), band(p.band),
-        count(down * across) {}
+        steps(ceil_div(p.K, Tile::depth)), whole(p.whole), splits(p.splits),
+        count(whole + (down * across - whole) * splits) {}
 
-  MK_DEVICE void place(int index, int rank, int& row, int& col) const {
+  // Steps of K before part `part` of `splits`.
+  MK_DEVICE int before(int part) const { return int(std::int64_t(steps) * part / splits); }
+
+  MK_DEVICE int steps_of(int index) const {
+    if (!Tile::splits || index < whole) return steps;
+    const int part = (index - whole) % splits;
+    return before(part + 1) - before(part);
+  }
+
+  MK_DEVICE Task task(int index, int rank) const {
+    Task t = {0, 0, 0, steps, 0, -1};
+    if (Tile::splits && index >= whole) {
+      t.tile = (index - whole) / splits, t.part = (index - whole) % splits;
+      t.step = before(t.part), t.steps = before(t.part + 1) - t.step;
+      index = whole + t.tile;
+    }
     const int of_band = band * across, first = index / of_band * band, within = index % of_band;
     const int height = min(down - first, band);
-    row = ((first + within % height) * Tile::cluster + rank) * Tile::rows;
-    col = within / height * cols;
+    t.row = ((first + within % height) * Tile::cluster + rank) * Tile::rows;
+    t.col = within / height * cols;
+    return t;
   }
 };
 
@@ -131,11 +162,32 @@ struct RowSums {
           store(to + first + j, Vector<float, 4>{{total[m][j], total[m][j + 1], total[m][j + 2], total[m][j + 3]}});
         }
       }
-#pragma unroll
-      for (int j = 0; j < 8; ++j) total[m][j] = 0;
     }
   }
 };
+
+// A warp's sums over one part of K go to memory. The warp that completes the parts of its rows of a tile gets where they are,
+// the others null: its epilogue adds them in the order of K, so the bits do not depend on who comes last, and nobody waits
+// for anybody. What follows the product follows there as for a whole tile; a second kernel would have to repeat all of it.
+template <class Tile>
+MK_DEVICE const float* complete(const float (&d)[Tile::fragments][Tile::cols / 2], const Product& p, const Task& task,
+                                int warp, int lane) {
+  static_assert(Tile::cluster == 1);
+  float* parts = p.parts + std::int64_t(task.tile) * p.splits * Tile::area + warp * 32 * Tile::sums + lane;
+  float* to = parts + task.part * Tile::area;
+#pragma unroll
+  for (int m = 0; m < Tile::fragments; ++m) {
+#pragma unroll
+    for (int i = 0; i < Tile::cols / 2; ++i) to[(m * Tile::cols / 2 + i) * 32] = d[m][i];
+  }
+  fence_device();
+  sync_warp();
+  int before = 0;
+  if (lane == 0) before = atomic_add(p.arrivals + task.tile * 4 + warp, 1);
+  const bool last = shuffle(before, 0) == p.splits - 1;
+  fence_device();
+  return last ? parts : nullptr;
+}
 
 // --- the kernel ---
 
@@ -160,7 +212,6 @@ MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
   const int rank = Tile::cluster == 1 ? 0 : cluster_rank();
   const int first = int(blockIdx.x) / Tile::cluster, programs = int(gridDim.x) / Tile::cluster;
   const Schedule<Tile, L> schedule(p);
-  const int steps = ceil_div(p.K, Tile::depth);
 
   if (threadIdx.x == 0) {
     for (int s = 0; s < stages; ++s) {
@@ -177,14 +228,13 @@ MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
   if (warpgroup == 0) {
     registers_shrink<kProducerRegisters>();
     if (thread == 0) {
-      for (int tile = first; tile < schedule.count; tile += programs) {
-        int row, col;
-        schedule.place(tile, rank, row, col);
+      for (int index = first; index < schedule.count; index += programs) {
+        const Task task = schedule.task(index, rank);
 #pragma unroll 1
-        for (int step = 0; step < steps; ++step, ring.advance()) {
+        for (int step = task.step; step < task.step + task.steps; ++step, ring.advance()) {
           mbar_wait(&empty[ring.stage], ring.phase ^ 1);
           fetch<Tile, L>(a_tiles + ring.stage * Tile::a_bytes, b_tiles + ring.stage * Tile::b_bytes, &full[ring.stage],
-                         &a_map, &b_map, &up_map, row, col, step * Tile::depth, rank);
+                         &a_map, &b_map, &up_map, task.row, task.col, step * Tile::depth, rank);
         }
       }
     }
@@ -201,21 +251,20 @@ MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
         else mbar_arrive_at(&empty[stage], lane);
       }
     };
-    float d[fragments][Tile::cols / 2];
-    RowSums<T, Tile> sums;
     const bool ahead = !Tile::ping_pong && p.head_start > 0 && consumer == 0;
     if (!Tile::ping_pong && p.head_start > 0 && consumer == 1) barrier_sync<1>(256);
-    if (Tile::ping_pong && consumer == 1) ring.advance(steps);
+    if (Tile::ping_pong && consumer == 1) ring.advance(schedule.steps_of(first));
     const int stride = Tile::ping_pong ? 2 * programs : programs;
-    for (int tile = first + (Tile::ping_pong ? consumer * programs : 0); tile < schedule.count; tile += stride) {
+    for (int index = first + (Tile::ping_pong ? consumer * programs : 0); index < schedule.count; index += stride) {
       // In turn: a phase of `full` is told from the one two before only by who has already waited for the one between.
-      if (Tile::ping_pong && tile >= programs) {
+      if (Tile::ping_pong && index >= programs) {
         if (consumer == 0) barrier_sync<1>(256);
         else barrier_sync<2>(256);
       }
-      int row, col;
-      schedule.place(tile, rank, row, col);
-      row += top;
+      const Task task = schedule.task(index, rank);
+      const int row = task.row + top, col = task.col, steps = task.steps;
+      float d[fragments][Tile::cols / 2];  // of this task alone: outside of the loop they would be held to the next wgmma
+      RowSums<T, Tile> sums;
       const bool summing = a_major_m && p.sums != nullptr && col == 0;
       epilogue.load_bias(col);
       int previous = -1;
@@ -237,12 +286,12 @@ MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
         }
         wgmma_commit();
         if (a_major_m && summing) sums.add(a + top * 128, thread);  // while the products run
-        if (ahead && tile == first && step == min(p.head_start, steps) - 1) barrier_arrive<1>(256);
+        if (ahead && index == first && step == min(p.head_start, steps) - 1) barrier_arrive<1>(256);
         wgmma_wait<1>();  // the step before: its stage is free
         if (previous >= 0) release(previous);
         previous = ring.stage;
       }
-      if (Tile::ping_pong && tile + programs < schedule.count) {
+      if (Tile::ping_pong && index + programs < schedule.count) {
         if (consumer == 0) barrier_arrive<2>(256);
         else barrier_arrive<1>(256);
       }
@@ -250,11 +299,22 @@ MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
       if constexpr (fragments == 1) wgmma_wait<0>(d[0]);
       else wgmma_wait<0>(d[0], d[1]);
       release(previous);
-      if (Tile::ping_pong) ring.advance(steps);  // the other consumer's
+      if (Tile::ping_pong) ring.advance(schedule.steps_of(index + programs));  // the other consumer's
 
-      if (a_major_m && summing) sums.write(p.sums + std::int64_t(warp) * p.M, row, p.M, lane);
+      if (a_major_m && summing) sums.write(p.sums + std::int64_t(4 * max(task.part, 0) + warp) * p.M, row, p.M, lane);
+      if (!Tile::splits || task.part < 0) {
 #pragma unroll
-      for (int m = 0; m < fragments; ++m) epilogue.fragment(d[m], row + 64 * m, col);
+        for (int m = 0; m < fragments; ++m) {
+          epilogue.fragment(HeldSums<Tile::cols / 2>{d[m]}, row + 64 * m, col);
+        }
+      } else if constexpr (Tile::splits) {  // a second copy of the epilogue: in one for both, registers run out
+        if (const float* parts = complete<Tile>(d, p, task, warp, lane)) {
+#pragma unroll 1
+          for (int m = 0; m < fragments; ++m) {
+            epilogue.fragment(StoredSums<Tile::area>{parts + m * 16 * Tile::cols, p.splits}, row + 64 * m, col);
+          }
+        }
+      }
     }
     if (lane == 0) tma_wait<0>();
   }

@@ -32,15 +32,33 @@ def test_the_choice_is_the_measured_best_or_within_3_percent(sizes, weight, rate
 
 
 def test_rounds_that_are_full():
-    assert plan_of(SQUARE, 128 * 132, 128, 4096, H200).why == "132 in 1 rounds of 132, 100% full"
     one, more = (plan_of(SQUARE, rows, 128, 4096, H200).cycles for rows in (128 * 132, 128 * 132 + 1))
     assert more == 2 * one
-    assert choose(16, 4096, 4096, H200).tile == FLAT  # a taller tile computes rows that are not there
+    assert choose(16, 28672, 4096, H200).tile == FLAT  # a taller tile computes rows that are not there
 
 
 def test_a_heavy_epilogue_moves_the_choice_to_tiles_that_hide_it():
     sizes = (8192, 8192, 8192)
     assert choose(*sizes, H200).tile == WIDE and choose(*sizes, H200, NT, 2 * BIAS_GELU).tile == SQUARE
+
+
+@pytest.mark.parametrize("rows, cols, most", [(1600, 1600, 0.8), (768, 768, 0.6), (768, 3072, 0.8)])
+def test_few_tiles_and_many_tokens_are_split_along_k(rows, cols, most):
+    """dW of GPT-2 1.5B and 124M over 8192 tokens: 169, 36 and 144 tiles of 128 x 128 for 132 multiprocessors."""
+    plan = choose(rows, cols, 8192, H200, TN, epilogue_weight(wide=True))
+    whole = min(plan_of(tile, rows, cols, 8192, H200, TN, epilogue_weight(wide=True)).cycles for tile in TILES)
+    assert plan.splits > 1 and plan.cycles < most * whole
+    assert plan.whole == plan.tiles // H200 * H200
+    assert f"the last {plan.tiles - plan.whole} in {plan.splits} parts along K" in str(plan)
+
+
+def test_nothing_is_split_where_it_gains_nothing():
+    assert plan_of(SQUARE, 128 * 132, 128, 4096, H200, splits=4).splits == 1  # full rounds
+    for sizes, weight, _ in MEASURED:
+        if sizes[0] > 64:
+            plan = choose(*sizes, H200, NT, weight)
+            assert plan.splits == 1 and plan.whole == plan.tiles
+    assert choose(16, 28672, 4096, H200).splits == 1  # the weight's bytes take longer than the products
 
 
 def test_all_layouts_and_sizes_have_a_plan():
@@ -49,3 +67,4 @@ def test_all_layouts_and_sizes_have_a_plan():
             for blocks in (1, 4, 132):
                 plan = choose(size, size, size, blocks, layout)
                 assert plan.tile in TILES and plan.cycles > 0 and plan.why in str(plan)
+                assert 1 <= plan.splits <= max(1, size // 64 + 1) and 0 <= plan.whole <= plan.tiles

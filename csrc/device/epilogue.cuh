@@ -27,6 +27,39 @@ struct Follows {
   bool accumulate;  // into fp32 out
 };
 
+// The sums of a fragment: v gets those from number `first` on. In registers, or, where they were made in parts along K, in
+// memory: each of them of all lanes side by side, added in the order of the parts.
+template <int Sums>
+struct HeldSums {
+  static constexpr bool held = true;
+  const float (&d)[Sums];
+
+  template <int N>
+  MK_DEVICE void read(float (&v)[N], int first) const {
+#pragma unroll
+    for (int i = 0; i < N; ++i) v[i] = d[first + i];
+  }
+};
+
+template <int Stride>  // from part to part
+struct StoredSums {
+  static constexpr bool held = false;
+  const float* sums;  // of part 0, this lane
+  int parts;
+
+  template <int N>
+  MK_DEVICE void read(float (&v)[N], int first) const {
+#pragma unroll
+    for (int i = 0; i < N; ++i) v[i] = 0;
+    const float* from = sums + 32 * first;
+#pragma unroll 1
+    for (int n = 0; n < parts; ++n, from += Stride) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) v[i] += from[32 * i];
+    }
+  }
+};
+
 // What a warp does with its 16 rows of a fragment, chunk by chunk: the epilogue in registers, to shared memory, from there
 // to global memory by TMA. No warp waits for another.
 template <class T, class Out, Layout L, class Tile>
@@ -210,32 +243,28 @@ struct Epilogue {
     finish(out_map, chunk, row, col);
   }
 
-  template <int N>
-  MK_DEVICE static void part(float (&to)[N], const float (&d)[Tile::cols / 2], int chunk) {
-#pragma unroll
-    for (int i = 0; i < N; ++i) to[i] = d[chunk * N + i];
-  }
-
-  // The 64 rows from `row` on; load_ahead has been called for them.
-  MK_DEVICE void fragment(const float (&d)[Tile::cols / 2], int row, int col) {
+  // The 64 rows from `row` on; load_ahead has been called for them if the sums are held.
+  template <class Sums>
+  MK_DEVICE void fragment(const Sums& sums, int row, int col) {
+    constexpr bool early = ahead && Sums::held;  // the accumulators' registers count as taken until the next wgmma
 #pragma unroll
     for (int c = 0; c < count; ++c) {
       const int at = col + c * width;
       float v[width / 2];
-      part(v, d, c);
+      sums.read(v, c * width / 2);
       if constexpr (wide) {
         wide_chunk(v, row, at);
       } else if constexpr (gated) {
         float up[32];
-        part(up, d, count + c);
+        sums.read(up, (count + c) * width / 2);
         add_bias(v, bias[c]), add_bias(up, bias[count + c]);
         gated_chunk(v, up, row, at);
       } else if constexpr (reads) {
         std::uint32_t read[16];
-        if (!ahead) load_beside(0, beside, row, at);
+        if (!early) load_beside(0, beside, row, at);
 #pragma unroll
         for (int i = 0; i < 16; ++i) read[i] = beside[i];
-        if (c + 1 < count) load_ahead(row, at + width);
+        if (early && c + 1 < count) load_ahead(row, at + width);
         if constexpr (forward) add_bias(v, bias[c]), forward_chunk(v, read, row, at);
         else gradient_chunk(v, read, row, at);
       } else {

@@ -32,6 +32,7 @@ SHAPES = [((1,), 1, 1), ((7,), 13, 5), ((2, 3), 65, 64), ((64,), 64, 63), ((130,
 # The same for kernels that want N and K to be multiples of 8.
 SHAPES_BY_8 = [((1,), 8, 8), ((7,), 16, 24), ((2, 3), 72, 64), ((64,), 64, 56), ((130,), 136, 264), ((0,), 8, 16)]
 COMPILED = [*TILES, *OTHER_TILES]
+SPLIT = [tile for tile in COMPILED if tile.splits]
 LAYOUTS = {"nt": NT, "nn": NN, "tn": TN}
 cxx = pytest.mark.only("cuda", "simt")
 
@@ -100,14 +101,14 @@ def test_every_configuration_and_programs_with_several_tiles(config, device, mon
 # --- the tile shapes of csrc/linear.cu ---
 
 
-def multiply(layout, a, b, tile, out_dtype=None, into=None, **more):
+def multiply(layout, a, b, tile, out_dtype=None, into=None, splits=1, **more):
     """a (M, K) b (N, K)^T by the C++ kernel, from operands stored as `layout` says; out starts as NaN."""
     stored_a = a.t().contiguous() if layout == TN else a
     stored_b = b if layout in (NT, GATED) else b.t().contiguous()
     shape = (a.shape[0], b.shape[0])
     out = torch.full(shape, float("nan"), dtype=out_dtype or a.dtype, device=a.device) if into is None else into.clone()
     # 4 blocks: more tiles than blocks; bands of two tiles of a cluster.
-    plan = plan_of(tile, *shape, a.shape[1], blocks=4)
+    plan = plan_of(tile, shape[0], shape[1] * (1 + (layout == GATED)), a.shape[1], blocks=4, splits=splits)
     arguments = {"plan": plan, "blocks": 4, "band": 4 * tile.rows, "accumulate": into is not None, **more}
     cuda_linear.product(layout, stored_a, stored_b, out, **arguments)
     return out
@@ -141,20 +142,52 @@ def test_every_tile_shape_and_layout(tile, layout, dtype, device, backend):
 
 
 @cxx
-@pytest.mark.parametrize("tile", COMPILED, ids=str)
-def test_every_tile_shape_with_an_epilogue(tile, device, backend):
-    M, N, K = tile.rows + 9, tile.cols + 8, 72
+@pytest.mark.parametrize("tile, splits", [(tile, 1) for tile in COMPILED] + [(tile, 2) for tile in SPLIT], ids=str)
+def test_every_tile_shape_with_an_epilogue(tile, splits, device, backend):
+    M, N, K = tile.rows + 9, (tile.cols if splits == 1 else 2 * tile.cols) + 8, 72
     a, b = two(M, N, K, torch.bfloat16, device)
     b = b / 8
     bias, residual = draw(N, device=device, seed=2).bfloat16(), draw(M, N, device=device, seed=3).bfloat16()
     pre = torch.full((M, N), float("nan"), dtype=torch.bfloat16, device=device)
-    out = multiply(NT, a, b, tile, bias=bias, residual=residual, pre=pre, activation="gelu")
+    out = multiply(NT, a, b, tile, splits=splits, bias=bias, residual=residual, pre=pre, activation="gelu")
     for found, more in ((pre, {}), (out, {"activation": "gelu", "residual": residual})):
         results = []
         for wide in (torch.float64, torch.bfloat16):
             cast = {name: value.to(wide) if isinstance(value, torch.Tensor) else value for name, value in more.items()}
             results.append(linear_reference(a.to(wide), b.to(wide), bias.to(wide), **cast))
         assert_close_to_ref(found, *results)
+
+
+@cxx
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("tile", SPLIT, ids=str)
+def test_tiles_in_parts_along_k(tile, layout, device, backend):
+    """After whole tiles and alone, of 2 and 3 steps each, with other lengths of the ring for the whole ones."""
+    for M, N in [(tile.rows * 2 + 8, tile.cols + 24), (8, 16)]:
+        a, b = two(M, N, 64 * 7 + 8, torch.bfloat16, device)
+        out, again = (multiply(layout, a, b, tile, splits=3) for _ in range(2))
+        wide = a.double() @ b.double().t()
+        assert_close_to_ref(out, wide, wide.bfloat16())
+        assert torch.equal(out, again)
+        if layout == TN:
+            start, dbias = draw(M, N, device=device, seed=2), torch.full((2, M), float("nan"), device=device)
+            into = [multiply(layout, a, b, tile, torch.float32, into=start, splits=3, dbias=row) for row in dbias]
+            assert_close_to_ref(into[0], wide + start.double(), (a.float() @ b.float().t()) + start)
+            assert_close_to_ref(dbias[0], a.double().sum(1), a.float().sum(1), name="sums of rows")
+            assert torch.equal(*into) and torch.equal(*dbias)
+
+
+@cxx
+def test_whichever_part_comes_last_the_bits_are_the_same(device, backend):
+    """Other numbers of blocks share the same parts out in other ways, so that others come last."""
+    tile = TILES[-1]
+    M, N, K = tile.rows * 3, tile.cols * 2, 64 * 5
+    a, b = two(M, N, K, torch.float16, device)
+    plan = plan_of(tile, M, N, K, blocks=4, splits=3)
+    assert (plan.tiles, plan.whole) == (6, 4)
+    first, *others = (multiply(TN, a, b, tile, torch.float32, plan=plan, blocks=blocks) for blocks in (4, 1, 3, 5, 12))
+    assert_close_to_ref(first, a.double() @ b.double().t(), a.float() @ b.float().t())
+    assert all(torch.equal(first, other) for other in others)
 
 
 @pytest.mark.only("simt")
@@ -165,15 +198,18 @@ def test_the_order_of_threads_does_not_matter(tile, backend):
     a, b = two(M, N, K, torch.bfloat16, "cpu")
     default = module._simt.schedule()
     try:
-        results = []
+        results, parts = [], []
         for schedule in SCHEDULES:
             module._simt.set_schedule(schedule)
             results += [multiply(NT, a, b, tile, head_start=steps) for steps in (0, 2)]
+            parts.append(multiply(NT, a[:8], b, tile, splits=4 if tile.splits else 1))
     finally:
         module._simt.set_schedule(default)
     wide = a.double() @ b.double().t()
     assert_close_to_ref(results[0], wide, wide.bfloat16())
+    assert_close_to_ref(parts[0], wide[:8], wide[:8].bfloat16())
     assert all(torch.equal(results[0], result) for result in results)
+    assert all(torch.equal(parts[0], part) for part in parts)
 
 
 @cxx
@@ -215,6 +251,10 @@ def test_the_launch_checks_its_arguments(device, backend):
         "out must be dtype code 1, got 2": lambda: multiply(NT, a, b, tile, torch.float16),
         "out may be fp32 .* with layout 2 alone": lambda: multiply(NT, a, b, tile, torch.float32),
         "out must be fp32 .* to be accumulated into": lambda: multiply(TN, a, b, tile, into=out),
+        "splits must be 1 to 1, got 2": lambda: multiply(NT, a, b, SPLIT[0], splits=2),
+        "this tile is not split along K: splits must be 1, got 2": lambda: multiply(
+            NT, torch.cat([a] * 8, 1), torch.cat([b] * 8, 1), tile, splits=2
+        ),
         "bias does not go with layout 2": lambda: multiply(TN, a, b, tile, torch.float32, bias=a[0]),
         "residual does not go with layout 2": lambda: multiply(TN, a, b, tile, residual=a),
         "sums does not go with layout 0": lambda: multiply(NT, a, b, tile, dbias=a[0]),
@@ -247,7 +287,7 @@ def test_column_sums(M, N, device, backend):
 @cxx
 def test_explain_names_the_tile(device, backend):
     x, weight = (torch.empty(size, 64, dtype=torch.bfloat16, device=device) for size in (16, 4096))
-    assert "x W^T in tiles of 64 x 128 (32 in " in str(mk.explain("linear", x, weight, backend=backend))
+    assert "x W^T in tiles of 64 x 128 (32, " in str(mk.explain("linear", x, weight, backend=backend))
 
 
 # --- all backends again ---

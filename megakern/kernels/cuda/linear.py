@@ -35,14 +35,22 @@ def product(
             wide=out.dtype == torch.float32,
         )
         plan = choose(M, 2 * N if layout == GATED else N, K, blocks, layout, weight)
-    tile = plan.tile
-    sums = None if dbias is None else empty((4, M), torch.float32, out.device)
+    tile, split = plan.tile, plan.tiles - plan.whole
+    sums = parts = arrivals = None
+    if dbias is not None:
+        sums = empty((4 * plan.splits, M), torch.float32, out.device)
+    if split:
+        parts = empty((split, plan.splits, tile.rows, tile.cols), torch.float32, out.device)
+        arrivals = empty((split, 4), torch.int32, out.device).zero_()
+        if sums is not None:
+            sums.zero_()  # a tile in one part writes 4 of the rows
     tensors = a, b, b_up, bias, bias_up, residual, saved, saved_up, out, out_up, pre, pre_up, sums
     strides = (0 if x is None else x.stride(0) for x in (a, b, b_up, residual, saved, saved_up, out))
     call(
         "linear_product", out, *map(pointer, tensors), DTYPES[a.dtype], DTYPES[out.dtype],
         DTYPES[a.dtype if bias is None else bias.dtype], layout, KINDS[activation] if activation else -1, accumulate,
         M, N, K, *strides, tile.rows, tile.cols, tile.cluster, band, head_start, blocks,
+        plan.splits, plan.whole, pointer(parts), pointer(arrivals),
     )  # fmt: skip
     if dbias is not None:
         _add_parts(sums, dbias)
@@ -50,7 +58,8 @@ def product(
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """How many blocks share the tiles: a matter of speed alone, each tile is computed the same way by any of them."""
+    """How many blocks share the tiles. It decides which of them are split along K, so the last bits of a sum may differ
+    between GPUs with other counts, never between runs."""
     return BLOCKS_ON_A_CPU if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 

@@ -1,7 +1,7 @@
 """Which tiles a product of csrc/linear.cu takes: one cost model, a pure function.
 
 A block computes tiles until there are none left, so all blocks are busy but in the last round: with 169 tiles for 132
-blocks it is 37 tiles that cost as much as the 132 before them.
+blocks it is 37 tiles that cost as much as the 132 before them. Those 37 may be computed in parts along K.
 """
 
 from __future__ import annotations
@@ -19,6 +19,14 @@ MULTIPLY_ADDS = 2048  # of bf16 or fp16, a cycle and multiprocessor of sm_90
 LAYOUT_RATES = {NT: 1.0, NN: 0.85, TN: 0.85, GATED: 1.0}
 MEMORY_BYTES = 2450  # a cycle: 4.3 TB/s, measured as a copy, at 1.755 GHz
 
+# What a tile in parts costs beside its steps. Expected from the L2 cache's rate, 5.5 TB/s or 24 bytes a cycle and
+# multiprocessor while all write, and more for the few that read; not yet measured, so the gain must be more than its
+# error may be.
+WRITTEN_BYTES, READ_BYTES = 24, 40  # a cycle and multiprocessor
+SPLIT_START = 3500  # cycles: 2 us to set the counters of arrivals to zero
+SPLIT_MARGIN = 0.95  # a split must be expected to take at most this share of the time without
+MOST_SPLITS = 16
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -34,6 +42,8 @@ class Tile:
     """Cycles a tile in which the block multiplies nothing. Ping-pong hides most of it."""
     more: int = 0
     """Cycles beside those for an epilogue of weight 1 (`epilogue_weight`)."""
+    splits: bool = True
+    """May be computed in parts along K. In other shapes than these registers run out."""
 
     def __str__(self) -> str:
         return f"tiles of {self.rows} x {self.cols}" + (f" in clusters of {self.cluster}" if self.cluster > 1 else "")
@@ -50,14 +60,14 @@ class Tile:
 # Fitted to times on an H200, bf16, in results/h200/tuning_linear.md; tests/test_linear_plan.py holds the choice against
 # all of them.
 TILES = (
-    Tile(128, 256, 1, rate=0.866, epilogue=4860, more=7600),
+    Tile(128, 256, 1, rate=0.866, epilogue=4860, more=7600, splits=False),
     Tile(128, 128, 1, rate=0.81, epilogue=300, more=2100),
     Tile(64, 128, 1, rate=0.50, epilogue=300, more=1050),
 )
 # Compiled too, and not chosen: benchmarks/tune_linear.py times them beside the others.
 OTHER_TILES = (
-    Tile(128, 256, 2, rate=0.86, epilogue=4860, more=7600),
-    Tile(128, 128, 2, rate=0.75, epilogue=300, more=2100),
+    Tile(128, 256, 2, rate=0.86, epilogue=4860, more=7600, splits=False),
+    Tile(128, 128, 2, rate=0.75, epilogue=300, more=2100, splits=False),
 )
 
 
@@ -76,6 +86,9 @@ class Plan:
     tile: Tile
     tiles: int
     """Of the output; those of a cluster count as one."""
+    whole: int
+    """So many of them are computed by one block each; the others in `splits` parts along K."""
+    splits: int
     cycles: float
     """What the model expects."""
     why: str
@@ -88,16 +101,36 @@ class Plan:
 def choose(M: int, N: int, K: int, blocks: int, layout: int = NT, weight: float = 0.0) -> Plan:
     """The cheapest plan of a product (M, N) of sums over K on so many multiprocessors, what follows it of `weight`."""
     least = 2 * (M * K + N * K + M * N) / MEMORY_BYTES
-    plans = [plan_of(tile, M, N, K, blocks, layout, weight) for tile in TILES]
-    best = min(plans, key=lambda plan: plan.cycles)
+
+    def cost(plan: Plan) -> tuple[float, float]:
+        cycles = max(plan.cycles, least)
+        return (cycles if plan.splits == 1 else cycles / SPLIT_MARGIN), plan.cycles
+
+    most = min(MOST_SPLITS, -(-K // DEPTH))
+    plans = (
+        plan_of(t, M, N, K, blocks, layout, weight, s) for t in TILES for s in range(1, (most if t.splits else 1) + 1)
+    )
+    best = min(plans, key=cost)
     bound = "" if best.cycles > least else "; reading takes longer"
     return replace(best, cycles=max(best.cycles, least), why=best.why + bound)
 
 
-def plan_of(tile: Tile, M: int, N: int, K: int, blocks: int, layout: int = NT, weight: float = 0.0) -> Plan:
-    """The plan with these tiles."""
-    at_once, tiles = max(1, blocks // tile.cluster), tile.count(M, N)
-    rounds = -(-tiles // at_once)
-    each = tile.multiply(-(-K // DEPTH), layout) + tile.epilogue + weight * tile.more
-    full = f"{tiles} in {rounds} rounds of {at_once}, {tiles / (rounds * at_once):.0%} full"
-    return Plan(tile, tiles, rounds * each, full)
+def plan_of(
+    tile: Tile, M: int, N: int, K: int, blocks: int, layout: int = NT, weight: float = 0.0, splits: int = 1
+) -> Plan:
+    """The plan with these tiles, those of the last round that is not full in so many parts."""
+    at_once, tiles, steps = max(1, blocks // tile.cluster), tile.count(M, N), -(-K // DEPTH)
+    epilogue = tile.epilogue + weight * tile.more
+    each = tile.multiply(steps, layout) + epilogue
+    rounds, last = divmod(tiles, at_once)
+    why = f"{tiles}, {at_once} at a time" + (f": {rounds} rounds" if rounds else "")
+    if not last:
+        return Plan(tile, tiles, tiles, 1, rounds * each, why)
+    if splits == 1:
+        return Plan(tile, tiles, tiles, 1, (rounds + 1) * each, f"{why} and one of {last}" if rounds else why)
+    parts = -(-last * splits // at_once)
+    bytes_of_a_part = 4 * tile.rows * tile.cols
+    part = tile.multiply(-(-steps // splits), layout) + bytes_of_a_part / WRITTEN_BYTES
+    end = epilogue + splits * bytes_of_a_part / READ_BYTES + SPLIT_START
+    why += f", the last {last} in {splits} parts along K each: {parts / splits:.2f} rounds in place of 1"
+    return Plan(tile, tiles, tiles - last, splits, rounds * each + parts * part + end, why)
