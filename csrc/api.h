@@ -103,8 +103,8 @@ struct LinearProduct {
   int blocks;                         // multiprocessors to use
   // Tiles from number `whole` on are computed in `splits` parts along K, 1 to 32, and added in that order. Without splits
   // whole is the number of tiles (those of a cluster count as one). Scratch for t tiles in parts: parts (t, splits,
-  // tile_rows, tile_cols); arrivals (t, 4), zeros. Null if there are none. Tiles of 128 x 256 and those in clusters are
-  // not split.
+  // tile_rows, tile_cols); arrivals (t, 4), zeros. Null if there are none. Split are nt and tn, in tiles of 128 columns
+  // without clusters.
   int splits;
   int64_t whole;
   float* parts;

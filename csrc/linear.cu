@@ -119,8 +119,9 @@ template <class T>
 void with_kernel(const Checks& check, const LinearProduct& p, Place place) {
   with_tile(check, p, [&](auto tile) {
     using Tile = decltype(tile);
-    check.require(Tile::splits || p.splits == 1,
-                  "this tile is not split along K: splits must be 1, got " + std::to_string(p.splits));
+    const bool parts = p.layout == Layout::nt ? kSplits<Tile, Layout::nt> : p.layout == Layout::tn && kSplits<Tile, Layout::tn>;
+    check.require(parts || p.splits == 1, "this tile and layout are not split along K: splits must be 1, got " +
+                                              std::to_string(p.splits));
     const bool wide = p.out_dtype == Dtype::f32;
     if (p.layout == Layout::nt) launch_product<T, T, Layout::nt, Tile>(p, place);
     else if (p.layout == Layout::nn) launch_product<T, T, Layout::nn, Tile>(p, place);

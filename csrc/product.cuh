@@ -34,7 +34,6 @@ template <int Rows, int Cols, int Stages, int Cluster, bool PingPong>
 struct ProductTile {
   static constexpr int rows = Rows, cols = Cols, stages = Stages, cluster = Cluster;
   static constexpr bool ping_pong = PingPong;
-  static constexpr bool splits = PingPong && Cluster == 1;  // along K: others ran out of registers, by 4 to 10 a thread
   static constexpr int depth = 64;                                  // of K a stage: 128 bytes, the width of a swizzle
   static constexpr int fragments = Rows / 64 / (PingPong ? 1 : 2);  // of 64 rows, for each consumer
   static constexpr int readers = PingPong ? 1 : 2;                  // consumers of a stage
@@ -47,6 +46,10 @@ struct ProductTile {
   static_assert(shared <= 227 * 1024, "shared memory of a block on sm_90");
   static_assert(fragments * Cols <= 384, "accumulators of a consumer thread: half of this");
 };
+
+// What is split along K. In clusters, tiles of 128 x 256 and the longer epilogues, registers ran out: by 4 to 35 a thread.
+template <class Tile, Layout L>
+inline constexpr bool kSplits = Tile::ping_pong && Tile::cluster == 1 && (L == Layout::nt || L == Layout::tn);
 
 // What a block (or cluster) computes at a time: a tile, or a part of it along K.
 struct Task {
@@ -72,14 +75,14 @@ struct Schedule {
   MK_DEVICE int before(int part) const { return int(std::int64_t(steps) * part / splits); }
 
   MK_DEVICE int steps_of(int index) const {
-    if (!Tile::splits || index < whole) return steps;
+    if (!kSplits<Tile, L> || index < whole) return steps;
     const int part = (index - whole) % splits;
     return before(part + 1) - before(part);
   }
 
   MK_DEVICE Task task(int index, int rank) const {
     Task t = {0, 0, 0, steps, 0, -1};
-    if (Tile::splits && index >= whole) {
+    if (kSplits<Tile, L> && index >= whole) {
       t.tile = (index - whole) / splits, t.part = (index - whole) % splits;
       t.step = before(t.part), t.steps = before(t.part + 1) - t.step;
       index = whole + t.tile;
@@ -302,12 +305,12 @@ MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
       if (Tile::ping_pong) ring.advance(schedule.steps_of(index + programs));  // the other consumer's
 
       if (a_major_m && summing) sums.write(p.sums + std::int64_t(4 * max(task.part, 0) + warp) * p.M, row, p.M, lane);
-      if (!Tile::splits || task.part < 0) {
+      if (!kSplits<Tile, L> || task.part < 0) {
 #pragma unroll
         for (int m = 0; m < fragments; ++m) {
           epilogue.fragment(HeldSums<Tile::cols / 2>{d[m]}, row + 64 * m, col);
         }
-      } else if constexpr (Tile::splits) {  // a second copy of the epilogue: in one for both, registers run out
+      } else if constexpr (kSplits<Tile, L>) {  // a second copy of the epilogue: in one for both, registers run out
         if (const float* parts = complete<Tile>(d, p, task, warp, lane)) {
 #pragma unroll 1
           for (int m = 0; m < fragments; ++m) {

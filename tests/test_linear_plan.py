@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megakern.kernels.cuda.linear_plan import NN, NT, TILES, TN, choose, epilogue_weight, plan_of
+from megakern.kernels.cuda.linear_plan import GATED, NN, NT, TILES, TN, choose, epilogue_weight, plan_of
 
 H200 = 132
 WIDE, SQUARE, FLAT = TILES
@@ -59,6 +59,9 @@ def test_nothing_is_split_where_it_gains_nothing():
             plan = choose(*sizes, H200, NT, weight)
             assert plan.splits == 1 and plan.whole == plan.tiles
     assert choose(16, 28672, 4096, H200).splits == 1  # the weight's bytes take longer than the products
+    for layout in (NN, GATED):
+        plan = choose(768, 768, 8192, H200, layout)
+        assert plan.splits == 1 and "not in parts along K: registers run out in its epilogue" in str(plan)
 
 
 def test_all_layouts_and_sizes_have_a_plan():

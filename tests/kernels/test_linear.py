@@ -159,7 +159,7 @@ def test_every_tile_shape_with_an_epilogue(tile, splits, device, backend):
 
 
 @cxx
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("layout", [NT, TN], ids=["nt", "tn"])
 @pytest.mark.parametrize("tile", SPLIT, ids=str)
 def test_tiles_in_parts_along_k(tile, layout, device, backend):
     """After whole tiles and alone, of 2 and 3 steps each, with other lengths of the ring for the whole ones."""
@@ -243,7 +243,7 @@ def test_what_the_kernel_cannot_do_is_refused_with_the_reason(device, backend):
 def test_the_launch_checks_its_arguments(device, backend):
     a, b = (torch.zeros(16, 16, dtype=torch.bfloat16, device=device) for _ in range(2))
     out = torch.empty_like(a)
-    tile = TILES[0]
+    tile, long = TILES[0], [torch.cat([x] * 16, 1) for x in (a, b)]
     wrong = {
         "there is no tile of 100 x 8 in clusters of 1": lambda: multiply(NT, a, b, Tile(100, 8, 1, 1.0, 0)),
         "the rows of a must start on multiples of 16 bytes": lambda: cuda_linear.product(NT, a[:, 1:9], b[:, :8], out),
@@ -252,8 +252,14 @@ def test_the_launch_checks_its_arguments(device, backend):
         "out may be fp32 .* with layout 2 alone": lambda: multiply(NT, a, b, tile, torch.float32),
         "out must be fp32 .* to be accumulated into": lambda: multiply(TN, a, b, tile, into=out),
         "splits must be 1 to 1, got 2": lambda: multiply(NT, a, b, SPLIT[0], splits=2),
-        "this tile is not split along K: splits must be 1, got 2": lambda: multiply(
-            NT, torch.cat([a] * 8, 1), torch.cat([b] * 8, 1), tile, splits=2
+        "this tile and layout are not split along K: splits must be 1, got 2": lambda: multiply(
+            NT, *long, tile, splits=2
+        ),
+        "this tile and layout are not split along K: splits must be 1, got 3": lambda: multiply(
+            NN, *long, SPLIT[0], splits=3
+        ),
+        "this tile and layout are not split along K: splits must be 1, got 4": lambda: multiply(
+            GATED, *long, SPLIT[0], splits=4, b_up=long[1]
         ),
         "bias does not go with layout 2": lambda: multiply(TN, a, b, tile, torch.float32, bias=a[0]),
         "residual does not go with layout 2": lambda: multiply(TN, a, b, tile, residual=a),

@@ -15,7 +15,7 @@ from megakern.ops.linear import input_gradient
 from megakern.ops.mlp import activation_gradient, linear_activated, linear_after, linear_swiglu_reference
 from tests.closeness import assert_close_to_ref, assert_gradients_close
 from tests.kernels.inputs import draw, fenced
-from tests.kernels.test_linear import COMPILED, DTYPES, SPLIT, cxx, multiply, size_of, skip_unless
+from tests.kernels.test_linear import COMPILED, DTYPES, cxx, multiply, size_of, skip_unless
 
 OP = "linear_swiglu"
 # (leading dims of x, N, K): smallest, primes, beside a tile of 64, several tiles and steps, no rows; then by eights.
@@ -141,8 +141,8 @@ def test_opcheck_and_compile(device, unguarded, backend):
 
 
 @cxx
-@pytest.mark.parametrize("tile, splits", [(tile, 1) for tile in TILES] + [(tile, 2) for tile in SPLIT], ids=str)
-def test_every_tile_shape_gated(tile, splits, device, backend):
+@pytest.mark.parametrize("tile", TILES, ids=str)
+def test_every_tile_shape_gated(tile, device, backend):
     """More tiles than blocks, tiles that stick out; both pre-activations as silu sees them, to the bit."""
     for M, N, K in [(tile.rows * 2 + 9, tile.cols + 24, 136), (8, 8, 8)]:
         a, gate, up = (
@@ -151,7 +151,7 @@ def test_every_tile_shape_gated(tile, splits, device, backend):
         )
         biases = draw(2, N, device=device, seed=4)
         pres = [torch.full((2, M, N), float("nan"), dtype=torch.bfloat16, device=device) for _ in range(2)]
-        more = {"b_up": up, "bias": biases[0], "bias_up": biases[1], "splits": min(splits, -(-K // 64))}
+        more = {"b_up": up, "bias": biases[0], "bias_up": biases[1]}
         outs = [multiply(GATED, a, gate, tile, pre=pre[0], pre_up=pre[1], **more) for pre in pres]
         lean = multiply(GATED, a, gate, tile, **more)
         wide = [a.double() @ w.double().t() + b.double() for w, b in zip((gate, up), biases, strict=True)]
@@ -166,13 +166,12 @@ def test_every_tile_shape_gated(tile, splits, device, backend):
 
 @cxx
 @pytest.mark.parametrize("kind", ["gelu", "swiglu"])
-@pytest.mark.parametrize("tile, splits", [(tile, 1) for tile in COMPILED] + [(tile, 2) for tile in SPLIT], ids=str)
-def test_every_tile_shape_with_a_gradient(tile, splits, kind, device, backend):
+@pytest.mark.parametrize("tile", COMPILED, ids=str)
+def test_every_tile_shape_with_a_gradient(tile, kind, device, backend):
     M, N, K = tile.rows * 2 + 9, tile.cols + 24, 136
     dy, weight = (draw(*s, dtype=torch.bfloat16, device=device, seed=i) for i, s in enumerate([(M, K), (N, K)]))
     pre, up = saved(kind, M, N, torch.bfloat16, device)
     more = {"saved": pre, "activation": kind} if up is None else {"saved": pre, "saved_up": up}
-    more["splits"] = splits
     dups = torch.full((2, M, N), float("nan"), dtype=torch.bfloat16, device=device)
     found = [multiply(NN, dy, weight, tile, out_up=None if up is None else dup, **more) for dup in dups]
     arguments = [dy, weight.t(), pre, up]

@@ -26,6 +26,7 @@ WRITTEN_BYTES, READ_BYTES = 24, 40  # a cycle and multiprocessor
 SPLIT_START = 3500  # cycles: 2 us to set the counters of arrivals to zero
 SPLIT_MARGIN = 0.95  # a split must be expected to take at most this share of the time without
 MOST_SPLITS = 16
+SPLIT_LAYOUTS = NT, TN  # with the epilogues of the others registers run out
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,9 @@ def choose(M: int, N: int, K: int, blocks: int, layout: int = NT, weight: float 
 
     most = min(MOST_SPLITS, -(-K // DEPTH))
     plans = (
-        plan_of(t, M, N, K, blocks, layout, weight, s) for t in TILES for s in range(1, (most if t.splits else 1) + 1)
+        plan_of(tile, M, N, K, blocks, layout, weight, splits)
+        for tile in TILES
+        for splits in range(1, (most if tile.splits and layout in SPLIT_LAYOUTS else 1) + 1)
     )
     best = min(plans, key=cost)
     bound = "" if best.cycles > least else "; reading takes longer"
@@ -127,7 +130,9 @@ def plan_of(
     if not last:
         return Plan(tile, tiles, tiles, 1, rounds * each, why)
     if splits == 1:
-        return Plan(tile, tiles, tiles, 1, (rounds + 1) * each, f"{why} and one of {last}" if rounds else why)
+        why += f" and one of {last}" * bool(rounds)
+        why += "" if layout in SPLIT_LAYOUTS else ", not in parts along K: registers run out in its epilogue"
+        return Plan(tile, tiles, tiles, 1, (rounds + 1) * each, why)
     parts = -(-last * splits // at_once)
     bytes_of_a_part = 4 * tile.rows * tile.cols
     part = tile.multiply(-(-steps // splits), layout) + bytes_of_a_part / WRITTEN_BYTES
