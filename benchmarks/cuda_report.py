@@ -63,9 +63,10 @@ def build(only: tuple[str, ...]) -> dict[str, str]:
 def read(log: str) -> dict[str, dict[str, Need]]:
     """ "sm_90a" -> kernel's mangled name -> Need, from the output of ptxas -v."""
     found: dict[str, dict[str, Need]] = {}
-    starts = list(ENTRY.finditer(log))
-    for start, following in zip(starts, [*starts[1:], None], strict=True):
-        text = log[start.end() : following.start() if following else len(log)].split("ptxas warning")[0]
+    starts = list(ENTRY.finditer(log))  # none in a source without kernels
+    ends = [start.start() for start in starts[1:]] + [len(log)] * bool(starts)
+    for start, end in zip(starts, ends, strict=True):
+        text = log[start.end() : end].split("ptxas warning")[0]
         name, arch = start.groups()
         # Functions that were not inlined follow, with spills of their own.
         spill = sum(map(int, re.findall(r"(\d+) bytes spill stores, \d+ bytes spill loads\n", text)))

@@ -363,7 +363,7 @@ template <class T>
 static void launch_tile(const AttentionForward& p, Place place) {
   const auto is = [&](int D, int rows, int keys) { return p.sizes.D <= D && p.tile_rows == rows && p.tile_keys == keys; };
   if (is(64, 128, 128)) launch_attention<T, AttentionTile<64, 128, 128>, true>(p, place);
-  else if (is(64, 192, 96)) launch_attention<T, AttentionTile<64, 192, 96>, false>(p, place);
+  else if (is(64, 192, 80)) launch_attention<T, AttentionTile<64, 192, 80>, false>(p, place);
   else if (is(96, 128, 128)) launch_attention<T, AttentionTile<96, 128, 128>, true>(p, place);
   else if (is(128, 128, 128)) launch_attention<T, AttentionTile<128, 128, 128>, true>(p, place);
   else if (is(128, 128, 176)) launch_attention<T, AttentionTile<128, 128, 176>, false>(p, place);

@@ -52,6 +52,10 @@ def test_each_kernel_of_each_architecture_is_read():
     assert needs["sm_100"] == {}
 
 
+def test_a_source_without_kernels_has_none():
+    assert cuda_report.read("ptxas info    : 0 bytes gmem\n") == {}
+
+
 def test_the_budget_is_kept_or_the_rise_is_named():
     assert cuda_report.complaints({"file": LOG}, BUDGET, "13.0") == []
     worse = LOG.replace("Used 12 registers", "Used 13 registers").replace(
