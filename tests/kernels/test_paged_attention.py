@@ -181,3 +181,13 @@ def test_one_key_outweighs_all(at, pieces, backend, device):
     q, k, v = make(1, 1, 16, torch.float16, device, S=150)
     k[:, at] = q[:, 0] * 40
     check(attention(q, k, v, return_lse=True, backend=backend), q, k, v, [150] * 3)
+
+
+@pytest.mark.only("cuda", "simt")
+def test_more_pieces_than_a_warp_has_threads(backend, device, monkeypatch):
+    """Keys in every piece, and one that outweighs all others in the last: in the sum, then in the maximum too."""
+    monkeypatch.setattr(launchers, "key_splits", lambda *sizes: 36)
+    q, k, v = (x[:1] for x in make(1, 1, 16, torch.float16, device, S=36 * 128, Hkv=1))
+    check(attention(q, k, v, return_lse=True, backend=backend), q, k, v, [36 * 128])
+    k[:, -1] = q[:, 0] * 40
+    check(attention(q, k, v, return_lse=True, backend=backend), q, k, v, [36 * 128])
