@@ -16,6 +16,7 @@ from megakern.kernels.cuda import module
 from megakern.kernels.triton import configs
 from megakern.ops.dispatch import UNAVAILABLE
 from megakern.ops.linear import chosen_backend
+from megakern.ops.mlp import swiglu_backend
 
 ALL = "by nvcc 13.0 for sm_80, sm_90a, sm_100"
 
@@ -38,30 +39,35 @@ def gpu(monkeypatch):
     cuda._unsuited_gpu.cache_clear()
 
 
-def explained(N: int, K: int) -> tuple[mk.Explanation, str]:
+def explained(N: int, K: int, op: str = "linear") -> tuple[mk.Explanation, str]:
     """-> what explain says of a bf16 layer, and the backend that the layer itself takes."""
     with FakeTensorMode():
-        x, weight = (torch.empty(rows, K, dtype=torch.bfloat16, device="cuda") for rows in (4096, N))
-        return mk.explain("linear", x, weight), chosen_backend(x, weight, None, None)
+        x, weight, up = (torch.empty(rows, K, dtype=torch.bfloat16, device="cuda") for rows in (4096, N, N))
+        if op == "linear_swiglu":
+            return mk.explain(op, x, weight, up), swiglu_backend(x, weight, up)
+        return mk.explain(op, x, weight), chosen_backend(x, weight, None, None)
 
 
+@pytest.mark.parametrize("op", ["linear", "linear_swiglu"])
 @pytest.mark.parametrize("N", [4096, 4097])  # with sizes that sm_90a would refuse too, the GPU is the reason to name
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (10, 0), (12, 0)])
-def test_other_gpus_than_hopper_take_triton(gpu, capability, N):
+def test_other_gpus_than_hopper_take_triton(gpu, capability, N, op):
     gpu(capability, ALL)
-    said, taken = explained(N, 1024)
+    said, taken = explained(N, 1024, op)
     assert said.chosen == taken == "triton"
     name = "sm_{}{}".format(*capability)
     assert said.reasons["cuda"] == f"no: its C++ kernel is for sm_90a alone (TMA and wgmma), this GPU is {name}"
-    assert said.reasons["triton"].startswith("runs: first supported in order of speed; forward '")
+    role = "forward" if op == "linear" else "gate and up, a product each"
+    assert said.reasons["triton"].startswith(f"runs: first supported in order of speed; {role} '")
 
 
-def test_hopper_takes_the_cxx_product_where_rows_are_whole_16_bytes(gpu):
+@pytest.mark.parametrize("op", ["linear", "linear_swiglu"])
+def test_hopper_takes_the_cxx_product_where_rows_are_whole_16_bytes(gpu, op):
     gpu((9, 0), ALL)
-    said, taken = explained(4096, 1024)
+    said, taken = explained(4096, 1024, op)
     assert said.chosen == taken == "cuda"
     assert "TMA and wgmma, warp-specialised" in said.reasons["cuda"] and said.reasons["triton"] == "could run; slower"
-    said, taken = explained(4096, 1028)
+    said, taken = explained(4096, 1028, op)
     assert said.chosen == taken == "triton" and "K must be a multiple of 8, got 1028" in said.reasons["cuda"]
 
 

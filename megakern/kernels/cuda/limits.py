@@ -210,6 +210,7 @@ OPS: dict[str, Op] = {
         dtypes=(torch.bfloat16, torch.float16),
         most=dict.fromkeys("MNK", 2**30),
         refusal=_linear,
+        unfit=_not_hopper,
     ),
 }
 
