@@ -28,6 +28,7 @@ def fields(body: str, structs: dict[str, list[tuple[str, str]]]) -> list[tuple[s
                     found += [(f"{label}_{part}", python) for part, python in structs[kind]]
                 else:
                     python = {"float": "float", "double": "float", "bool": "bool"}.get(kind, "int")
+                    python = "int" if "*" in declared else python  # an address
                     found.append((label, python))
     return found
 

@@ -50,12 +50,15 @@ struct Wide {
   Pair pair;
   int64_t strides[2], M;
   bool whole;
+  float *sums, eps;
 };
 void wide(const Wide&, Place);
 """
-    names = ["pair_a", "pair_b", "pair_scale", "strides_0", "strides_1", "M", "whole", "device", "stream"]
+    names = ["pair_a", "pair_b", "pair_scale", "strides_0", "strides_1", "M", "whole"]
+    names += ["sums", "eps", "device", "stream"]
     assert [name for name, _ in stubs.functions(header)["wide"]] == names
-    assert [kind for _, kind in stubs.functions(header)["wide"]][2:7] == ["float", "int", "int", "int", "bool"]
+    kinds = ["float", "int", "int", "int", "bool", "int", "float"]  # addresses are numbers, whatever lies there
+    assert [kind for _, kind in stubs.functions(header)["wide"]][2:9] == kinds
 
 
 @pytest.mark.parametrize("name", BUILT)
