@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 
 from megakern.kernels.torch import native
+from tests.test_cpu_kernels import needs_kernels
 
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
-@pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
+@needs_kernels
 @pytest.mark.parametrize("kind, approximate", [("gelu", "none"), ("gelu_tanh", "tanh")])
 def test_gelu_of_every_bf16_value(kind, approximate):
     """At most half a unit in the last place, and the error of the cubics, from float64."""
