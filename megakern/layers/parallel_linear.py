@@ -45,14 +45,19 @@ from megakern.parallel.overlap import (
 from megakern.parallel.region import TensorRegion
 
 
+def _begin(ctx, region: TensorRegion, sequence: bool, activation: str | None, weights, biases) -> list[tuple]:
+    """What the backward pass of column-parallel layers has to know -> (weight, bias) of each."""
+    ctx.group, ctx.sequence, ctx.activation = region.group, sequence, activation
+    ctx.targets = [target_of(weight) for weight in weights]
+    ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in biases]
+    return list(zip(weights, biases, strict=True))
+
+
 class _ColumnParallel(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, region, sequence, activation, *parameters):
         weights, biases = parameters[0::2], parameters[1::2]
-        ctx.group, ctx.sequence, ctx.activation = region.group, sequence, activation
-        ctx.targets = [target_of(weight) for weight in weights]
-        ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in biases]
-        pairs = list(zip(weights, biases, strict=True))
+        pairs = _begin(ctx, region, sequence, activation, weights, biases)
         ctx.backends = [chosen_backend(x, weight, bias, activation) for weight, bias in pairs]
         keep = activation is not None
 
@@ -105,10 +110,7 @@ class _ColumnParallelOpen(_ColumnParallel):
     @staticmethod
     def forward(ctx, x, region, sequence, activation, *parameters):
         weights, biases = parameters[0::2], parameters[1::2]
-        ctx.group, ctx.sequence, ctx.activation = region.group, sequence, None
-        ctx.targets = [target_of(weight) for weight in weights]
-        ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in biases]
-        pairs = list(zip(weights, biases, strict=True))
+        pairs = _begin(ctx, region, sequence, None, weights, biases)
 
         def outputs_of(rows):
             outputs, backend = open_pieces(rows, pairs, activation, keep=True)
