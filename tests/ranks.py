@@ -65,6 +65,10 @@ class RankPool:
 
     def __init__(self) -> None:
         self._workers: list = []
+        # Stores of all tasks stay until the end: a group that outlives its task by a reference somewhere opens its
+        # store once more in its destructor, and ends the process when the file is gone.
+        self._stores = tempfile.TemporaryDirectory()
+        self._tasks = 0
 
     def _start(self, size: int) -> None:
         """Brings the pool to `size` processes; most tests need four or fewer."""
@@ -77,19 +81,21 @@ class RankPool:
     def run(self, function, size: int, *arguments, timeout: float = 120.0) -> list:
         assert size <= WORLD, f"a pool has at most {WORLD} ranks"
         self._start(size)
-        with tempfile.TemporaryDirectory() as folder:
-            for _, connection in self._workers[:size]:
-                connection.send((function.__module__, function.__name__, size, f"{folder}/store", arguments))
-            results = []
-            for rank, (process, connection) in enumerate(self._workers[:size]):
-                if not connection.poll(timeout):
-                    self.close()
-                    raise AssertionError(f"rank {rank} of {size} gave no answer in {timeout:.0f} s")
-                try:
-                    results.append(connection.recv())
-                except EOFError:
-                    self.close()
-                    raise AssertionError(f"rank {rank} of {size} died, exit code {process.exitcode}") from None
+        self._tasks += 1
+        store = f"{self._stores.name}/{self._tasks}"
+        for _, connection in self._workers[:size]:
+            connection.send((function.__module__, function.__name__, size, store, arguments))
+        results = []
+        for rank, (process, connection) in enumerate(self._workers[:size]):
+            if not connection.poll(timeout):
+                self.close()
+                raise AssertionError(f"rank {rank} of {size} gave no answer in {timeout:.0f} s")
+            try:
+                results.append(connection.recv())
+            except (EOFError, ConnectionResetError):
+                self.close()
+                process.join(10)
+                raise AssertionError(f"rank {rank} of {size} died, exit code {process.exitcode}") from None
         failures = [f"rank {rank}:\n{text}" for rank, (status, text) in enumerate(results) if status == "error"]
         if failures:
             self.close()  # a rank that failed may count its groups otherwise than the others from now on
