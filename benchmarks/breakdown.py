@@ -21,12 +21,12 @@ from benchmarks.timing import profiled
 # The first that matches the name of a kernel or op counts.
 KINDS = (
     ("communication", r"nccl|gloo|c10d|^shared memory|all_?reduce|all_?gather|reduce_?scatter|broadcast_(?!tensors)"),
-    ("optimizer", r"adam|_foreach|multi_tensor|vector_norm|grad_?norm|norm_squares|clip"),
-    ("loss", r"cross_entropy|nll_loss|log_softmax"),
-    ("attention", r"attention|attn|flash|fmha|sdpa|softmax"),
-    ("norms", r"norm"),
+    ("optimizer", r"adam|_foreach|multi_tensor|vector_norm|grad_?norm|norm_squares|clip|squares|\btotal_kernel"),
+    ("loss", r"cross_?entropy|nll_loss|log_softmax|\bscale_kernel"),
+    ("attention", r"attention|attn|flash|fmha|sdpa|softmax|backward_(rows|dq)_kernel"),
+    ("norms", r"norm|sum_parts"),
     ("embedding", r"embedding|index_select|index_put|gather"),
-    ("GEMM", r"gemm|addmm|::b?mm|matmul|linear|cutlass|nvjet|xmma|product|mkldnn|dnnl|cublas"),
+    ("GEMM", r"gemm|addmm|::b?mm|matmul|linear|cutlass|nvjet|xmma|product|mkldnn|dnnl|cublas|column_sums|part_sums"),
 )
 _PATTERNS = [(kind, re.compile(pattern, re.IGNORECASE)) for kind, pattern in KINDS]
 REST, IDLE = "elementwise and copies", "idle"

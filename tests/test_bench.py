@@ -5,6 +5,7 @@ wrong options are refused. Speeds themselves are not tested. No device needed.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 
@@ -97,6 +98,7 @@ def test_peak_memory_is_what_a_call_holds_at_once():
         ("megakern::attention_backward", "attention"), ("aten::_scaled_dot_product_attention", "attention"),
         ("megakern::norm_forward", "norms"), ("aten::native_layer_norm_backward", "norms"),
         ("aten::linalg_vector_norm", "optimizer"), ("aten::_fused_adamw_", "optimizer"),
+        ("megakern::sum_of_squares", "optimizer"),
         ("aten::_log_softmax_backward_data", "loss"), ("megakern::cross_entropy_forward", "loss"),
         ("aten::embedding_dense_backward", "embedding"), ("ncclDevKernel_AllReduce_Sum_bf16_RING", "communication"),
         ("aten::copy_", breakdown.REST), ("aten::gelu", breakdown.REST),
@@ -104,6 +106,33 @@ def test_peak_memory_is_what_a_call_holds_at_once():
 )  # fmt: skip
 def test_every_op_and_kernel_has_its_kind(name, kind):
     assert breakdown.kind_of(name) == kind
+
+
+# Part of a step by the start of the source's name.
+PARTS = {"activation": breakdown.REST, "adamw": "optimizer", "attention": "attention", "cross_entropy": "loss",
+         "dropout": breakdown.REST, "grad_norm": "optimizer", "linear": "GEMM", "norm": "norms", "product": "GEMM",
+         "rope": breakdown.REST}  # fmt: skip
+
+
+def kernels_of_ours() -> list[tuple[str, str]]:
+    """(source, what a profile calls the kernel): of Triton the function that is launched, of C++ with its arguments."""
+    found = []
+    for path in sorted((tables.ROOT / "megakern/kernels/triton").glob("*.py")):
+        found += [(path.name, name) for name in re.findall(r"\blaunch\(\s*(_\w+)", path.read_text())]
+    for path in sorted([*(tables.ROOT / "csrc").glob("*.cu"), *(tables.ROOT / "csrc").glob("*.cuh")]):
+        text = re.sub(r"__launch_bounds__\([^)]*\)", "", path.read_text())
+        names = re.findall(r"^MK_KERNEL\s+void\s+(\w+\([^)]*\))", text, re.MULTILINE)
+        assert len(names) == text.count("\nMK_KERNEL"), path
+        found += [(path.name, name) for name in names]
+    return found
+
+
+def test_every_kernel_of_ours_has_the_kind_of_its_op():
+    kernels = kernels_of_ours()
+    assert len(kernels) > 50
+    for source, name in kernels:
+        wanted = next(kind for stem, kind in PARTS.items() if source.startswith(stem))
+        assert breakdown.kind_of(name) == wanted, f"{source}: {name}"
 
 
 def test_a_profile_adds_up_to_the_wall_time():

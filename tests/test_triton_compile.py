@@ -50,7 +50,7 @@ def test_a_budget_is_kept_or_the_rise_is_named():
 
 
 def test_a_kernel_compiles_for_each_architecture_and_is_read():
-    launch = compile_report.launches("rms_norm 128 bf16")["rms_norm 128 bf16 forward_rows forward-rows"]
+    launch = compile_report.launches("rms_norm 128 bf16")["rms_norm 128 bf16 norm_forward_rows forward-rows"]
     for arch in compile_report.ARCHITECTURES:
         need = compile_report.compile_for(launch, arch)
         assert 16 <= need.registers <= 128 and need.spill == 0 and need.tensor_core == ""
@@ -135,7 +135,7 @@ def test_inductor_sees_the_kernels_of_a_norm(fake):
         return y.relu(), h
 
     kernels = traced(function, fake(5, 300), fake(300))
-    assert [name.lstrip("_") for name in kernels] == ["forward_rows", "backward_rows", "sum_parts"]
+    assert [name.lstrip("_") for name in kernels] == ["norm_forward_rows", "norm_backward_rows", "sum_parts"]
 
 
 def test_inductor_sees_the_other_kernels(fake):
@@ -150,8 +150,9 @@ def test_inductor_sees_the_other_kernels(fake):
         return loss, turned
 
     kernels = [name.lstrip("_") for name in traced(function, fake(6, 40), fake(1, 6, 2, 16), table, targets)]
-    forward = ["forward", "swiglu_forward", "dropout", "forward", "rope"]
-    assert kernels == [*forward, "rope", "gradient", "dropout", "swiglu_backward", "backward"]
+    forward = ["activation_forward", "swiglu_forward", "dropout", "cross_entropy_forward", "rope"]
+    backward = ["rope", "cross_entropy_gradient", "dropout", "swiglu_backward", "activation_backward"]
+    assert kernels == forward + backward
 
 
 def test_inductor_sees_the_kernels_of_a_linear_layer(fake):
@@ -160,7 +161,7 @@ def test_inductor_sees_the_kernels_of_a_linear_layer(fake):
         return (y,)
 
     kernels = [name.lstrip("_") for name in traced(function, fake(6, 40), fake(24, 40), fake(24))]
-    assert kernels == ["product", "backward", "product", "product", "column_sums", "sum_parts"]
+    assert kernels == ["product", "activation_backward", "product", "product", "column_sums", "sum_parts"]
 
 
 def test_inductor_sees_the_kernels_of_attention(fake):
@@ -170,7 +171,7 @@ def test_inductor_sees_the_kernels_of_attention(fake):
         return out, lse
 
     kernels = [name.lstrip("_") for name in traced(function, fake(2, 9, 4, 16), *(fake(2, 9, 2, 16) for _ in "kv"))]
-    assert kernels == ["forward", "query_gradient", "key_value_gradient"]
+    assert kernels == ["attention_forward", "attention_query_gradient", "attention_key_value_gradient"]
 
 
 def test_inductor_sees_the_kernels_of_packed_attention_and_what_they_write(fake):
@@ -185,5 +186,5 @@ def test_inductor_sees_the_kernels_of_packed_attention_and_what_they_write(fake)
     for node in graph_of(function, fake(9, 4, 16), *(fake(9, 2, 16) for _ in "kv"), ends):
         kernels.append(kernel_of(node).lstrip("_"))
         written.append(list(node.kwargs["tensors_to_clone"]))
-    assert kernels == ["forward", "query_gradient", "key_value_gradient"]
+    assert kernels == ["attention_forward", "attention_query_gradient", "attention_key_value_gradient"]
     assert written == [["out", "lse"], ["dq", "log", "delta"], ["dk", "dv"]]

@@ -62,7 +62,7 @@ def tile(M, C, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 
 @triton.jit
-def _forward(x, y, M, C, x_stride, KIND: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+def _activation_forward(x, y, M, C, x_stride, KIND: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     """Program i: tile i of y."""
     rows, cols, mask = tile(M, C, ROWS, COLS)
     value = tl.load(x + rows * x_stride + cols, mask, 0.0).to(tl.float32)
@@ -70,7 +70,9 @@ def _forward(x, y, M, C, x_stride, KIND: tl.constexpr, ROWS: tl.constexpr, COLS:
 
 
 @triton.jit
-def _backward(dy, x, dx, M, C, dy_stride, x_stride, KIND: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+def _activation_backward(
+    dy, x, dx, M, C, dy_stride, x_stride, KIND: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+):
     """Program i: tile i of dx."""
     rows, cols, mask = tile(M, C, ROWS, COLS)
     value = tl.load(x + rows * x_stride + cols, mask, 0.0).to(tl.float32)
@@ -114,14 +116,14 @@ def _launch(kernel, inputs, outputs, **constants):
 def activation_forward(x, kind):
     """-> y, contiguous, like x."""
     y = empty_like(x)
-    _launch(_forward, [x], [y], KIND=kind)
+    _launch(_activation_forward, [x], [y], KIND=kind)
     return y
 
 
 def activation_backward(dy, x, kind):
     """-> dx = dy act'(x), contiguous, like x."""
     dx = empty_like(x)
-    _launch(_backward, [dy, x], [dx], KIND=kind)
+    _launch(_activation_backward, [dy, x], [dx], KIND=kind)
     return dx
 
 

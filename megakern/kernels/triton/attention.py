@@ -60,7 +60,7 @@ def _meet(
 
 
 @triton.jit(do_not_specialize=tiles.CHANGING)
-def _forward(
+def _attention_forward(
     q, k, v, out, lse, q_offsets, k_offsets, slopes, q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row,
     v_head, out_batch, out_row, out_head, lse_batch, lse_head, slope_batch, T, S, N, H, G, blocks, left, right, scale,
     cap, seed, first_sample, first_head, threshold, kept,
@@ -137,7 +137,7 @@ def attention_forward(
     def run(config):
         blocks = call.blocks(q.shape[-3], config.tiles["BM"])
         launch(
-            _forward, (blocks * q.shape[-2] * call.samples,), q, k, v, out, lse, *call.tensors, *distances,
+            _attention_forward, (blocks * q.shape[-2] * call.samples,), q, k, v, out, lse, *call.tensors, *distances,
             *call.numbers(blocks), config=config, PLAIN=plain, **call.constants,
         )  # fmt: skip
 

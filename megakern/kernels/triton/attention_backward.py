@@ -67,7 +67,7 @@ def _meet_rows(
 
 
 @triton.jit(do_not_specialize=tiles.CHANGING)
-def _key_value_gradient(
+def _attention_key_value_gradient(
     q, k, v, dout, log, delta, dk, dv, q_offsets, k_offsets, slopes, q_batch, q_row, q_head, k_batch, k_row, k_head,
     v_batch, v_row, v_head, dout_batch, dout_row, dout_head, dk_batch, dk_row, dk_head, log_batch, log_head,
     slope_batch, T, S, N, H, G, blocks, left, right, scale, cap, seed, first_sample, first_head, threshold, kept,
@@ -153,7 +153,7 @@ def _meet_keys(
 
 
 @triton.jit(do_not_specialize=tiles.CHANGING)
-def _query_gradient(
+def _attention_query_gradient(
     q, k, v, dout, out, lse, dq, log, delta, q_offsets, k_offsets, slopes, q_batch, q_row, q_head, k_batch, k_row,
     k_head, v_batch, v_row, v_head, dout_batch, dout_row, dout_head, out_batch, out_row, out_head, dq_batch, dq_row,
     dq_head, log_batch, log_head, slope_batch, T, S, N, H, G, blocks, left, right, scale, cap, seed, first_sample,
@@ -228,7 +228,7 @@ def query_gradient(call, dout, v, out, lse, dq):
     def run(config):
         blocks = call.blocks(q.shape[-3], config.tiles["BM"])
         launch(
-            _query_gradient, (blocks * q.shape[-2] * call.samples,), q, k, v, dout, out, lse, dq, log, delta,
+            _attention_query_gradient, (blocks * q.shape[-2] * call.samples,), q, k, v, dout, out, lse, dq, log, delta,
             *call.tensors, *distances, *call.numbers(blocks), call.scale, config=config, **call.constants,
         )  # fmt: skip
 
@@ -244,7 +244,7 @@ def key_value_gradient(call, dout, v, log, delta, dk, dv):
     def run(config):
         blocks = call.blocks(k.shape[-3], config.tiles["BN"])
         launch(
-            _key_value_gradient, (blocks * k.shape[-2] * call.samples,), q, k, v, dout, log, delta, dk, dv,
+            _attention_key_value_gradient, (blocks * k.shape[-2] * call.samples,), q, k, v, dout, log, delta, dk, dv,
             *call.tensors, *distances, *call.numbers(blocks), call.scale, config=config, **call.constants,
         )  # fmt: skip
 

@@ -69,7 +69,7 @@ def _meet(
 
 
 @triton.jit(do_not_specialize=["T", "S", "H", "G", "blocks", "splits", "left", "right"])
-def _decode(
+def _attention_decode(
     q, k, v, out, lse, table, lengths, slopes, q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
     out_batch, out_row, out_head, lse_batch, lse_head, table_batch, slope_batch, out_split, lse_split, T, S, H, G,
     blocks, splits, left, right, scale, cap,
@@ -134,7 +134,7 @@ def _decode(
 
 
 @triton.jit(do_not_specialize=["T", "H", "splits"])
-def _combine(
+def _attention_combine(
     parts, part_lse, out, lse, part_split, lse_split, T, H, splits,
     SPLITS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
@@ -185,13 +185,13 @@ def decode(q, k, v, table, lengths, slopes, window, scale, softcap):
     _, _, _, _, G, _, left, right, scale, cap, *_ = call.numbers(0)
     constants = {name: call.constants[name] for name in ("LEFT", "CAPPED", "PRECISION", "D", "BD")}
     launch(
-        _decode, (splits * blocks * Hkv * B,), q, k, v, parts, part_lse, table, lengths, call.tensors[-1], *distances,
-        T, S, H, G, blocks, splits, left, right, scale, cap, config=config, PAGE=k.shape[1] if table is not None else 0,
-        **constants,
+        _attention_decode, (splits * blocks * Hkv * B,), q, k, v, parts, part_lse, table, lengths, call.tensors[-1],
+        *distances, T, S, H, G, blocks, splits, left, right, scale, cap, config=config,
+        PAGE=k.shape[1] if table is not None else 0, **constants,
     )  # fmt: skip
     if splits > 1:
         launch(
-            _combine, (B * T * H,), parts, part_lse, out, lse, B * T * H * D, B * H * T, T, H, splits,
+            _attention_combine, (B * T * H,), parts, part_lse, out, lse, B * T * H * D, B * H * T, T, H, splits,
             config=configs.COMBINE, D=D, BD=constants["BD"],
         )  # fmt: skip
     return out, lse

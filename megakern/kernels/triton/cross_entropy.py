@@ -37,7 +37,7 @@ def _loss(log_sum, peak, at_target, total, target, ignore_index, vocab_size, smo
 
 
 @triton.jit
-def _forward(
+def _cross_entropy_forward(
     logits, targets, loss, lse, peaks, sums, M, V, stride, start, real, vocab_size, ignore_index, smoothing, z_loss,
     SMOOTH: tl.constexpr, FINISH: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -78,7 +78,9 @@ def _forward(
 
 
 @triton.jit
-def _shift(sums, peaks, highest, targets, M, start, real, ignore_index, SMOOTH: tl.constexpr, ROWS: tl.constexpr):
+def _cross_entropy_shift(
+    sums, peaks, highest, targets, M, start, real, ignore_index, SMOOTH: tl.constexpr, ROWS: tl.constexpr
+):
     """Program i: makes the sums of ROWS rows relative to the maximum over all ranks, in place."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     mask = rows < M
@@ -92,7 +94,7 @@ def _shift(sums, peaks, highest, targets, M, start, real, ignore_index, SMOOTH: 
 
 
 @triton.jit
-def _finish(
+def _cross_entropy_finish(
     sums, highest, targets, loss, lse, M, vocab_size, ignore_index, smoothing, z_loss,
     SMOOTH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -112,7 +114,7 @@ def _finish(
 
 
 @triton.jit
-def _gradient(
+def _cross_entropy_gradient(
     out, scales, logits, targets, lse, C, out_stride, scale_stride, stride, start, real, vocab_size, ignore_index,
     smoothing, z_loss, COLS: tl.constexpr,
 ):  # fmt: skip
@@ -134,7 +136,7 @@ def _gradient(
 
 
 @triton.jit
-def _scale(x, factor, N, COLS: tl.constexpr):
+def _cross_entropy_scale(x, factor, N, COLS: tl.constexpr):
     """Program i: COLS elements of x times the factor; nothing where that is 1."""
     scale = tl.load(factor)
     if scale != 1.0:
@@ -158,7 +160,9 @@ def row_losses(logits, targets, ignore_index, label_smoothing, z_loss, vocab_siz
     def forward(*outputs, finish):
         def call(config):
             constants = {"SMOOTH": smooth, "FINISH": finish}
-            launch(_forward, (M,), logits, targets, *outputs, *sizes, *options, config=config, **constants)
+            launch(
+                _cross_entropy_forward, (M,), logits, targets, *outputs, *sizes, *options, config=config, **constants
+            )
 
         tune.run(choice, logits, call)
 
@@ -172,9 +176,9 @@ def row_losses(logits, targets, ignore_index, label_smoothing, z_loss, vocab_siz
     all_reduce_in_place(highest, shard.group, ReduceOp.MAX)
     rows = {"config": configs.ROW_SUMS, "SMOOTH": smooth}
     grid = (cdiv(M, configs.ROW_SUMS.tiles["ROWS"]),)
-    launch(_shift, grid, sums, peaks, highest, targets, M, shard.start, shard.real, ignore_index, **rows)
+    launch(_cross_entropy_shift, grid, sums, peaks, highest, targets, M, shard.start, shard.real, ignore_index, **rows)
     all_reduce_in_place(sums, shard.group)
-    launch(_finish, grid, sums, highest, targets, loss, lse, M, vocab_size, *options, **rows)
+    launch(_cross_entropy_finish, grid, sums, highest, targets, loss, lse, M, vocab_size, *options, **rows)
     return loss, lse
 
 
@@ -186,7 +190,7 @@ def write_gradient(out, scale, logits, targets, lse, ignore_index, label_smoothi
 
     def call(config):
         grid = (M * cdiv(C, config.tiles["COLS"]),)
-        launch(_gradient, grid, out, scale, logits, targets, lse, C, *strides, *options, config=config)
+        launch(_cross_entropy_gradient, grid, out, scale, logits, targets, lse, C, *strides, *options, config=config)
 
     choice = configs.cross_entropy_gradient(M, C, logits.dtype)
     tune.run(choice, out, call, repeats=out is not logits)
@@ -195,7 +199,7 @@ def write_gradient(out, scale, logits, targets, lse, ignore_index, label_smoothi
 def scale_(x, factor):
     """x *= factor (0-d fp32, on x's device), in place; x, contiguous, is not even read where factor is 1."""
     config = configs.CROSS_ENTROPY_GRADIENT[0]
-    launch(_scale, (cdiv(x.numel(), config.tiles["COLS"]),), x, factor, x.numel(), config=config)
+    launch(_cross_entropy_scale, (cdiv(x.numel(), config.tiles["COLS"]),), x, factor, x.numel(), config=config)
 
 
 def loss_and_gradient(out, scale, logits, targets, *options):

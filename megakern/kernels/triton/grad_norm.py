@@ -20,7 +20,7 @@ from megakern.kernels.triton.tables import TYPES, address_table, aligned, pieces
 
 
 @triton.jit
-def _squares(
+def _grad_norm_squares(
     table, pieces_of, sums, TYPE: tl.constexpr, ALIGNED: tl.constexpr, PIECE: tl.constexpr, TILE: tl.constexpr
 ):
     """Program i: sums[i] = the sum of squares of the i-th piece."""
@@ -43,7 +43,7 @@ def _squares(
 
 
 @triton.jit
-def _total(sums, out, N, LANES: tl.constexpr):
+def _grad_norm_total(sums, out, N, LANES: tl.constexpr):
     """One program: out = the sum of N numbers."""
     total = tl.zeros((LANES,), tl.float32)
     for first in range(0, N, LANES):
@@ -68,8 +68,8 @@ def sum_of_squares(tensors):
     for dtype, rows in groups.items():
         count = owners[dtype].shape[0]
         arguments = (address_table(rows), owners[dtype], sums[first : first + count])
-        launch(_squares, (count,), *arguments, config=config, TYPE=TYPES[dtype], ALIGNED=aligned(rows))
+        launch(_grad_norm_squares, (count,), *arguments, config=config, TYPE=TYPES[dtype], ALIGNED=aligned(rows))
         first += count
     out = empty((), torch.float32, device)
-    launch(_total, (1,), sums, out, first, config=configs.TOTAL)
+    launch(_grad_norm_total, (1,), sums, out, first, config=configs.TOTAL)
     return out

@@ -20,7 +20,7 @@ from megakern.kernels.triton.launch import launch
 
 
 @triton.jit
-def _forward_rows(
+def _norm_forward_rows(
     x, residual, weight, bias, y, h, mean, rstd, M, C, x_stride, residual_stride, eps,
     CENTRE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
@@ -47,7 +47,7 @@ def _forward_rows(
 
 
 @triton.jit
-def _forward_chunks(
+def _norm_forward_chunks(
     x, residual, weight, bias, y, h, mean, rstd, C, x_stride, residual_stride, eps,
     CENTRE: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
@@ -95,7 +95,7 @@ def _forward_chunks(
 
 
 @triton.jit
-def _backward_rows(
+def _norm_backward_rows(
     dy, dh, h, weight, mean, rstd, dx, dweight_parts, dbias_parts, M, C, dy_stride, dh_stride, h_stride,
     CENTRE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -146,7 +146,7 @@ def _backward_rows(
 
 
 @triton.jit
-def _backward_chunks(
+def _norm_backward_chunks(
     dy, dh, h, weight, mean, rstd, dx, C, dy_stride, dh_stride, h_stride,
     CENTRE: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
@@ -181,7 +181,7 @@ def _backward_chunks(
 
 
 @triton.jit
-def _weight_gradient_chunks(
+def _norm_weight_gradient_chunks(
     dy, h, mean, rstd, dweight_parts, dbias_parts, M, C, dy_stride, h_stride,
     CENTRE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -241,10 +241,10 @@ def norm_forward(x, weight, bias, residual, eps, centre):
 
     def call(config):
         if config.name == "forward-chunks":
-            launch(_forward_chunks, (M,), *tensors, C, *strides, eps, config=config, CENTRE=centre)
+            launch(_norm_forward_chunks, (M,), *tensors, C, *strides, eps, config=config, CENTRE=centre)
         else:
             grid = (cdiv(M, config.tiles["ROWS"]),)
-            launch(_forward_rows, grid, *tensors, M, C, *strides, eps, config=config, CENTRE=centre)
+            launch(_norm_forward_rows, grid, *tensors, M, C, *strides, eps, config=config, CENTRE=centre)
 
     choice = configs.norm("forward", C, x.dtype, centre, residual is not None)
     tune.run(choice, y, call, repeats=M >= FEW_ROWS)
@@ -265,13 +265,14 @@ def norm_backward(dy, dh, h, weight, mean, rstd, with_bias, centre):
     def call(config):
         nonlocal parts
         if config.name == "backward-chunks":
-            launch(_backward_chunks, (M,), dy, dh, h, weight, mean, rstd, dx, C, *strides, config=config, CENTRE=centre)
+            tensors = (dy, dh, h, weight, mean, rstd, dx)
+            launch(_norm_backward_chunks, (M,), *tensors, C, *strides, config=config, CENTRE=centre)
             parts = _weight_gradient_parts(dy, h, mean, rstd, with_bias, centre)
         else:
             P = min(cdiv(M, config.tiles["ROWS"]), configs.norm_programs(config.tiles["COLS"]))
             parts = _parts(P, C, with_bias, h.device)
             tensors = (dy, dh, h, weight, mean, rstd, dx, *parts)
-            launch(_backward_rows, (P,), *tensors, M, C, *strides, config=config, CENTRE=centre)
+            launch(_norm_backward_rows, (P,), *tensors, M, C, *strides, config=config, CENTRE=centre)
 
     choice = configs.norm("backward", C, h.dtype, centre, dh is not None)
     tune.run(choice, dx, call, repeats=M >= FEW_ROWS)
@@ -286,7 +287,7 @@ def _weight_gradient_parts(dy, h, mean, rstd, with_bias, centre):
     P = min(cdiv(M, config.tiles["ROWS"]), cdiv(configs.norm_programs(1024), columns))
     parts = _parts(P, C, with_bias, h.device)
     tensors, strides = (dy, h, mean, rstd, *parts), (dy.stride(0), h.stride(0))
-    launch(_weight_gradient_chunks, (columns, P), *tensors, M, C, *strides, config=config, CENTRE=centre)
+    launch(_norm_weight_gradient_chunks, (columns, P), *tensors, M, C, *strides, config=config, CENTRE=centre)
     return parts
 
 
