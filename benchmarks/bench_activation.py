@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 import megakern as mk
 from benchmarks.common import Case, draw, main, ours, run, sizes
-from benchmarks.peers.libraries import peer
+from benchmarks.peers.libraries import peer, why_not
 
 SHAPES = {
     "cpu": ["3072x1536", "1024x16384"],
@@ -30,6 +30,7 @@ def cases(options, gated: bool):
             contestants = {
                 **ours(options, "gelu", lambda x, backend: mk.gelu(x, approximate="tanh", backend=backend)),
                 "torch": lambda x: F.gelu(x, approximate="tanh"),
+                "Liger": why_not("Liger", options.device.type) or "has gelu only as a factor: geglu",
             }
             yield Case(shape, contestants, (x,), 2 * moved, "B", 3 * moved)
 

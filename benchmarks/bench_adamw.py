@@ -1,4 +1,4 @@
-"""AdamW beside torch.optim.AdamW (fused, and default), for each way of keeping masters and moments.
+"""AdamW beside torch.optim.AdamW (fused; default, compiled with --compile), for each kind of masters and moments.
 
 Bytes a parameter that a step cannot avoid, with fp32 gradients (4, read once):
 
@@ -68,6 +68,13 @@ def stepper(make, shapes, options, dtype=torch.float32):
     return step
 
 
+def default(parameters, compiled: bool):
+    optimizer = torch.optim.AdamW(parameters, **SETTINGS)
+    if compiled:
+        optimizer.step = torch.compile(optimizer.step)
+    return optimizer
+
+
 def take(step, backend):
     return step()
 
@@ -82,7 +89,8 @@ def case(label, shapes, kind, options):
     peers = {"torch fused": stepper(lambda p: torch.optim.AdamW(p, **SETTINGS, fused=True), shapes, options)}
     if kind == "fp32":
         label += f" ({count / 1e6:.1f} M)"
-        peers["torch foreach"] = stepper(lambda p: torch.optim.AdamW(p, **SETTINGS), shapes, options)
+        name = "torch.compile" if options.compile else "torch foreach"  # one of them: both do not fit beside the rest
+        peers[name] = stepper(lambda p: default(p, options.compile), shapes, options)
     steps = {}
     for name, made in ours(options, "AdamW", our_step).items():
         steps[name] = partial(take, our_step(**made.keywords), **made.keywords)

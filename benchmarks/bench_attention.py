@@ -5,7 +5,7 @@ window the keys that queries see; backward 2.5 times.
 
 On a GPU "torch sdpa" is PyTorch's FlashAttention 2, "cuDNN" and "efficient" its other implementations of that function.
 FlexAttention is compiled, with a block mask made beforehand: on a GPU only, as on CPUs it has no backward pass. Of a
-window PyTorch's function gets a mask of T^2 bytes, which only "efficient" takes.
+window PyTorch's function gets a mask of T^2 bytes, which only "efficient" takes. A row says who is not timed and why.
 """
 
 from __future__ import annotations
@@ -115,12 +115,14 @@ def flex(T: int, kind: Kind, device):
 def peers_of(options, T: int, kind: Kind) -> dict:
     windowed = kind.window is not None
     mask = kind.mask(T, options.device) if windowed else None
+    found = dict.fromkeys(("torch sdpa", "cuDNN", "efficient"), "runs on NVIDIA GPUs only")
+    found["FlexAttention"] = "has no backward pass on CPUs"
     if options.device.type != "cuda":
-        return {"torch sdpa": functools.partial(sdpa, causal=kind.causal, mask=mask)}
-    found = {"efficient": functools.partial(efficient, causal=kind.causal, mask=mask)}
-    if not windowed:
-        flash, cudnn = (by(x, kind.causal) for x in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION))
-        found = {"torch sdpa": flash, "cuDNN": cudnn, **found}
+        return found | {"torch sdpa": functools.partial(sdpa, causal=kind.causal, mask=mask)}
+    found["efficient"] = functools.partial(efficient, causal=kind.causal, mask=mask)
+    for name, implementation in (("torch sdpa", SDPBackend.FLASH_ATTENTION), ("cuDNN", SDPBackend.CUDNN_ATTENTION)):
+        found[name] = "takes no mask, as which a window comes" if windowed else by(implementation, kind.causal)
+    found["FlexAttention"] = "is slow uncompiled; --compile times it"
     if options.compile:
         torch._functorch.config.donated_buffer = False  # else a backward pass runs only once
         found["FlexAttention"] = flex(T, kind, options.device)

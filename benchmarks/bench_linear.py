@@ -1,6 +1,7 @@
 """linear beside PyTorch's, alone and with bias and GELU. FLOPs: 2 M N K; backward: 4 M N K.
 
-On a GPU "cuBLAS" is PyTorch's own linear. The shapes after the cubes are the layers of a Llama 8B at 8192 tokens.
+On a GPU "cuBLAS" is PyTorch's own linear; quack's tunes itself at its first call. The shapes after the cubes are the
+layers of a Llama 8B at 8192 tokens.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from torch.nn import functional as F
 
 import megakern as mk
 from benchmarks.common import Case, draw, main, ours, run, sizes
+from benchmarks.peers.libraries import peer, why_not
 
 SHAPES = {
     "cpu": ["3072x1536x384", "3072x384x1536", "2048x2048x2048"],
@@ -25,6 +27,7 @@ def plain(options):
         contestants = {
             **ours(options, "linear", lambda x, w, backend: mk.linear(x, w, backend=backend)),
             "cuBLAS" if options.device.type == "cuda" else "torch": F.linear,
+            **peer(options, "quack", "quack.linear", lambda quack, x, w: quack.linear_func(x, w)),
         }
         yield Case(shape, contestants, inputs, 2 * M * N * K, "FLOP", 4 * M * N * K)
 
@@ -37,6 +40,7 @@ def fused(options):
         contestants = {
             **ours(options, "linear", call),
             "torch": lambda x, w, b: F.gelu(F.linear(x, w, b), approximate="tanh"),
+            "quack": why_not("quack", options.device.type) or "has it as a part of its mlp, see bench_mlp",
         }
         yield Case(shape, contestants, inputs, 2 * M * N * K, "FLOP", 4 * M * N * K)
 

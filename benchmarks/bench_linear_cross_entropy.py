@@ -27,6 +27,13 @@ def with_gradients(loss):
 LIGER = ("Liger", "liger_kernel.transformers.functional")
 
 
+QUACK = ("quack", "quack.linear_cross_entropy")
+
+
+def quack(module, x, weight, targets):
+    return with_gradients(lambda x, w: module.chunked_linear_cross_entropy(x, w, targets))(x, weight)
+
+
 def liger(module, x, weight, targets):
     return with_gradients(lambda x, w: module.liger_fused_linear_cross_entropy(x, w, targets))(x, weight)
 
@@ -42,6 +49,7 @@ def cases(options):
             **ours(options, "linear_cross_entropy", call),
             "torch": with_gradients(lambda x, w, t=targets: F.cross_entropy(F.linear(x, w).float(), t)),
             **peer(options, *LIGER, lambda m, x, w, t=targets: liger(m, x, w, t)),
+            **peer(options, *QUACK, lambda m, x, w, t=targets: quack(m, x, w, t)),
         }
         yield Case(shape, contestants, (x, weight), 6.0 * M * V * K, "FLOP", None)
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import megakern as mk
 from benchmarks.common import Case, draw, main, ours, run, sizes
+from benchmarks.peers.libraries import peer, why_not
 from megakern.ops.linear import weight_gradient
 from megakern.ops.mlp import activation_gradient, linear_activated, linear_after
 
@@ -41,6 +42,14 @@ def plain_gated(x, gate, up, w2):
     return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), w2)
 
 
+def quack(options, gated: bool):
+    if gated:
+        reason = "takes gate and up as the even and odd rows of one weight"
+        return {"quack": why_not("quack", options.device.type) or reason}
+    call = lambda m, x, w1, b1, w2: m.mlp_func(x, w1, w2, "gelu_tanh_approx", bias1=b1)  # noqa: E731
+    return peer(options, "quack", "quack.mlp", call)
+
+
 def two_layers(options, gated: bool):
     def call(x, *weights, backend):
         *first, w2 = weights
@@ -54,6 +63,7 @@ def two_layers(options, gated: bool):
         second = weight(options, N, K) if gated else draw(options, N)
         inputs = (draw(options, M, K), weight(options, N, K), second, weight(options, K, N))
         contestants = {**ours(options, "linear_swiglu", call), "torch": plain_gated if gated else plain}
+        contestants |= quack(options, gated)
         work = (6 if gated else 4) * M * N * K
         yield Case(shape, contestants, inputs, work, "FLOP", 2 * work)
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import megakern as mk
 from benchmarks.common import Case, draw, main, ours, run, sizes
-from benchmarks.peers.libraries import peer
+from benchmarks.peers.libraries import peer, why_not
 
 SHAPES = {
     "cpu": ["3072x384", "2048x768", "1024x4096"],
@@ -22,6 +22,10 @@ LIGER = ("Liger", "liger_kernel.transformers.functional")
 QUACK = ("quack", "quack.rmsnorm")
 
 
+def fused_add(liger, x, weight, residual):
+    return liger.liger_fused_add_rms_norm(x, residual, weight, 1e-6, in_place=False)
+
+
 def layer_norms(options):
     for shape in options.shape:
         M, C = sizes(shape)
@@ -31,6 +35,7 @@ def layer_norms(options):
             **ours(options, "layer_norm", lambda x, w, b, backend: mk.layer_norm(x, w, b, backend=backend)),
             "torch": lambda x, w, b: F.layer_norm(x, w.shape, w, b),
             **peer(options, *LIGER, lambda liger, x, w, b: liger.liger_layer_norm(x, w, b, 1e-5)),
+            "quack": why_not("quack", options.device.type) or "its layer norm has no bias and no backward pass",
         }
         yield Case(shape, contestants, (x, weight, bias), 2 * moved, "B", 3 * moved)
 
@@ -62,6 +67,7 @@ def rms_norms_with_residual(options):
         contestants = {
             **ours(options, "rms_norm", lambda x, w, r, backend: mk.rms_norm(x, w, residual=r, backend=backend)),
             "torch": plain_residual,
+            **peer(options, *LIGER, fused_add),
             **peer(options, *QUACK, lambda quack, x, w, r: quack.rmsnorm(x, w, residual=r, eps=1e-6)),
         }
         yield Case(shape, contestants, (x, weight, residual), 4 * moved, "B", 4 * moved)

@@ -27,6 +27,15 @@ def plain(q, k, cos, sin):
 LIGER = ("Liger", "liger_kernel.transformers.functional")
 
 
+FLASH = ("flash-attn", "flash_attn.layers.rotary")
+
+
+def flash(module, *heads_and_tables):
+    """Its tables have the dtype of q; q and k are a launch each."""
+    *heads, cos, sin = heads_and_tables
+    return tuple(module.apply_rotary_emb(x, cos.to(x.dtype), sin.to(x.dtype)) for x in heads)
+
+
 def liger(module, q, k, cos, sin):
     """Liger takes (B, H, T, D) and tables over all of D; it rotates in place, so it gets a copy."""
     tables = (torch.cat([x, x], dim=-1)[None].to(q.dtype) for x in (cos, sin))
@@ -45,6 +54,7 @@ def cases(options):
         contestants = {
             **ours(options, "rope", call),
             "torch": lambda q, k, cos=cos, sin=sin: plain(q, k, cos, sin),
+            **peer(options, *FLASH, lambda m, q, k, cos=cos, sin=sin: flash(m, q, k, cos, sin)),
             **peer(options, *LIGER, lambda m, q, k, cos=cos, sin=sin: liger(m, q, k, cos, sin)),
         }
         yield Case(shape, contestants, (q, k), moved, "B", moved)

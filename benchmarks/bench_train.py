@@ -63,7 +63,7 @@ WORKLOADS = {
         Workload(
             "a small GPT", gpt2("gpt2-124m", **SMALL), 12,
             ("plain fp32", *BEST, "transformers fp32", "transformers bf16 autocast", "megakern fp32",
-             "megakern fp32 bf16 products", "megakern bf16"),
+             "megakern fp32 bf16 products", "megakern bf16", "Megatron-Core bf16 masters"),
             goals=(
                 ("bf16 beside nanoGPT's default", "megakern bf16", ("plain fp32",), 4.0),
                 ("bf16 beside nanoGPT's best", "megakern bf16", BEST, 1.5),
@@ -82,7 +82,8 @@ WORKLOADS = {
         Workload("GPT-2 1.5B", gpt2("gpt2-1.5b"), 8, ON_GPU, at_once=2),
         Workload(  # all of its widths; four of 32 layers, so that the optimizer's states of two contestants fit
             "Llama 3 8B, 4 layers", LLAMA, 2,
-            ("transformers bf16 autocast", "megakern bf16", "transformers bf16 compiled", "megakern bf16 split"),
+            ("transformers bf16 autocast", "megakern bf16", "transformers bf16 compiled", "megakern bf16 split",
+             "Megatron-Core bf16 masters"),
             at_once=2,
         ),
     ),

@@ -65,7 +65,7 @@ class Options:
     patience: float = 0.3
     """On a CPU: seconds of turns of the slowest contestant, where that is more than `rounds`."""
     compile: bool = False
-    """Also time torch.compile of the peer named "torch"."""
+    """Also time torch.compile of the peer named "torch" or "cuBLAS"."""
     device: torch.device = field(default_factory=lambda: torch.device(machine.device_type()))
     deadline: float = float("inf")
     """On time.monotonic(): cases that begin later are left out, and named."""
@@ -191,10 +191,11 @@ def run(op: str, options: Options, cases: Iterable[Case]) -> None:
 def _run_case(op: str, options: Options, case: Case) -> None:
     functions = {name: function for name, function in case.contestants.items() if not isinstance(function, str)}
     missing = {name: reason for name, reason in case.contestants.items() if isinstance(reason, str)}
-    if options.compile and "torch" in functions:
+    plain = next((functions[name] for name in ("torch", "cuBLAS") if name in functions), None)
+    if options.compile and plain is not None:
         torch._functorch.config.donated_buffer = False  # else a backward pass runs only once
         torch._dynamo.reset()
-        functions["torch.compile"] = torch.compile(functions["torch"], dynamic=False)
+        functions["torch.compile"] = torch.compile(plain, dynamic=False)
     for which in options.passes:
         work = case.work if which == "forward" else case.backward_work
         if work is None:

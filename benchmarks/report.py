@@ -61,11 +61,12 @@ def op_table(rows: list[Row]) -> str:
         key = (row["op"], row["shape"], row["dtype"], row["backward"])
         groups.setdefault(key, {})[row["contestant"]] = row
     lines, wrong, missing = [], [], {}
+    here = {row["contestant"] for row in rows if "us" in row}
     for (op, shape, dtype, backward), found in groups.items():
         label = [op, shape, dtype, "backward" if backward else "forward"]
         for name, row in found.items():
             if "missing" in row:
-                missing[name] = row["missing"]
+                missing.setdefault((name, row["missing"]), []).append(shape)
             elif "error" in row:
                 wrong.append(f"not timed: {', '.join(label)}, {name}: {row['error'][:160]}")
             elif name.startswith("megakern"):
@@ -76,7 +77,9 @@ def op_table(rows: list[Row]) -> str:
     lines = [line[: len(head)] + line[-1:] for line in lines]
     parts = [grid([*head, "times as fast as"], lines)] if lines else []
     parts += ["\n".join(wrong)] if wrong else []
-    parts += [f"not here: {name} ({reason})" for name, reason in missing.items()]
+    for (name, reason), where in missing.items():
+        of = f" for {', '.join(dict.fromkeys(where))}" if name in here else ""
+        parts.append(f"not here{of}: {name} ({reason})")
     return "\n\n".join(parts)
 
 

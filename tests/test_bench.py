@@ -57,12 +57,14 @@ def test_ops_have_a_ratio_to_each_peer_and_name_who_is_not_here():
         {**label, **time, "contestant": "torch", "us": 30.0, "fastest_us": 29.0, "slowest_us": 35.0},
         {**label, **time, "contestant": "torch.compile", "us": 10.0, "fastest_us": 9.0, "slowest_us": 11.0},
         {**label, "contestant": "Liger", "missing": "not installed: pip install liger-kernel"},
+        {**label, "contestant": "torch", "shape": "5x8", "missing": "takes no 5 rows"},
     ]
     table = report.op_table(rows)
     line = next(line for line in table.splitlines() if line.startswith("| norm"))
     for cell in ("20 (19 to 25)", "2 GB/s", "50%", "96 B", "torch 1.50, torch.compile 0.50"):
         assert cell in line, (cell, line)
     assert "not here: Liger (not installed: pip install liger-kernel)" in table
+    assert "not here for 5x8: torch (takes no 5 rows)" in table
     assert "0.50 (0.50 to 0.50)" in report.op_summary({"norm": {"rows": rows}})  # beside the fastest peer
 
 
