@@ -16,7 +16,7 @@ from torch._functorch.aot_autograd import aot_export_joint_simple
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 
-from benchmarks import compile_report
+from benchmarks import compile_cases, compile_report
 from benchmarks.compile_report import Need
 from megakern.kernels import triton as backend
 from megakern.kernels.triton import configs
@@ -56,12 +56,14 @@ def test_a_kernel_compiles_for_each_architecture_and_is_read():
         assert 16 <= need.registers <= 128 and need.spill == 0 and need.tensor_core == ""
 
 
-def test_every_op_is_in_the_committed_budget_without_spills_that_nobody_allowed():
+def test_every_op_and_dtype_is_in_the_committed_budget():
     budget = json.loads(compile_report.BUDGET.read_text())
     for arch in compile_report.ARCHITECTURES:
         names = budget["kernels"][f"sm_{arch}"]
         for op in configs.OPS:
-            assert any(name.startswith(op) for name in names), f"no kernel of {op} in the budget of sm_{arch}"
+            kinds = {dtype for name in names if name.startswith(f"{op} ") for dtype in compile_cases.SHORT.values()
+                     if dtype in name.split()}  # fmt: skip
+            assert kinds == {"bf16", "fp16", "fp32"}, f"{op} is in the budget of sm_{arch} for {kinds}"
 
 
 # --- what the backend refuses, and why ---

@@ -174,3 +174,31 @@ def test_one_launch_a_step(device, backend, monkeypatch):
 def test_explain_names_the_configuration(device, backend):
     text = str(mk.explain("AdamW", parameters(torch.float32, device), backend=backend))
     assert ("pieces-8192" if backend == "triton" else "all tensors in one launch") in text
+
+
+@pytest.mark.parametrize("kind", ["fp32", "master", "split"])
+def test_opcheck_and_compile(kind, device, backend, unguarded):
+    """An op that changes its arguments, in a compiled function as in eager mode."""
+    adamw = torch.ops.megakern.adamw
+
+    def update(params, grads, *state):
+        adamw(params, grads, *state, False, 3, 1e-2, 0.9, 0.95, 1e-8, 0.1, backend)
+        return params[0] * 2
+
+    def arguments():
+        values, grads, exp_avgs = ([draw(*s, device=device, seed=i + at) for at, s in enumerate([(5, 3), (1025,)])]
+                                   for i in (0, 10, 20))  # fmt: skip
+        exp_avg_sqs = [x.square() for x in exp_avgs]
+        masters = {"fp32": [], "master": [x.clone() for x in values]}.get(kind)
+        if masters is None:
+            masters = [torch.full_like(x, 7, dtype=torch.int16) for x in values]
+        params = values if kind == "fp32" else [x.bfloat16() for x in values]
+        return params, grads, exp_avgs, exp_avg_sqs, masters, torch.tensor(0.5, device=device)
+
+    torch.library.opcheck(adamw.default, (*arguments(), True, 3, 1e-2, 0.9, 0.95, 1e-8, 0.1, backend))
+    eager, given = arguments(), arguments()
+    expected = update(*eager)
+    assert torch.equal(torch.compile(update, fullgraph=True, backend="aot_eager")(*given), expected)
+    assert not torch.equal(expected, arguments()[0][0] * 2)
+    for mine, theirs in zip(eager[:5], given[:5], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))

@@ -55,3 +55,12 @@ def test_pieces_are_few_and_fill_a_gpu():
 
     assert piece_of(10) == piece_of(4096 * 4096) == 4096
     assert 4000 < 10**9 / piece_of(10**9) <= 4096
+
+
+def test_opcheck_and_compile(device, backend, unguarded):
+    tensors = [draw(*shape, device=device, seed=i) for i, shape in enumerate([(7, 13), (1025,)])]
+    sum_of_squares = torch.ops.megakern.sum_of_squares
+    torch.library.opcheck(sum_of_squares.default, (tensors, backend))
+    compiled = torch.compile(lambda *x: sum_of_squares(x, backend).sqrt(), fullgraph=True, backend="aot_eager")
+    expected = sum(tensor.double().square().sum() for tensor in tensors).sqrt()
+    torch.testing.assert_close(compiled(*tensors).double(), expected, rtol=1e-6, atol=0)

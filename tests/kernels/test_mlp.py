@@ -137,6 +137,30 @@ def test_opcheck_and_compile(device, unguarded, backend):
     assert_gradients_close(compiled, linear_swiglu_reference, v)
 
 
+@pytest.mark.parametrize("kind", ["gelu_tanh", "swiglu"])
+def test_two_layers_in_one_graph(kind, device, unguarded, backend):
+    """linear_activated and linear_after, whose backward passes share the derivative: opcheck, and compiled as eager."""
+    K, N, C = size_of(backend, (7, 5, 3), (16, 24, 8))
+    v = make((3,), N, K, torch.float16, device)
+    x, *weights = (value.requires_grad_() for value in v.values())
+    after = draw(C, N, dtype=torch.float16, device=device, seed=5, scale=N**-0.5).requires_grad_()
+    gate, up, gate_bias, up_bias = weights
+    if kind == "gelu_tanh":
+        torch.library.opcheck(torch.ops.megakern.linear_activated.default, (x, gate, gate_bias, kind, backend))
+
+    def layers(x, gate, up, gate_bias, up_bias, after):
+        pairs = [(gate, gate_bias), (up, up_bias)][: 1 + (kind == "swiglu")]
+        with mk.use_backend(backend):
+            return linear_after(linear_activated(x, pairs, kind), after)
+
+    results = []
+    for function in (layers, torch.compile(layers, fullgraph=True, backend="aot_eager")):
+        y = function(x, gate, up, gate_bias, up_bias, after)
+        wanted = [x, gate, gate_bias, after] + [up, up_bias] * (kind == "swiglu")
+        results.append((y.detach(), *torch.autograd.grad(y.square().sum(), wanted)))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
 # --- the tile shapes of csrc/linear.cu ---
 
 
