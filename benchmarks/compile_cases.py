@@ -223,6 +223,9 @@ def _add_decode() -> None:
     CASES["paged_attention 128 bf16 with everything"] = partial(
         _decode, 128, torch.bfloat16, 16, window=(128, 0), softcap=30.0, alibi=True
     )
+    CASES["attention decode 128 fp16"] = partial(_decode, 128, torch.float16)
+    for dtype in (torch.float16, torch.float32):
+        CASES[f"paged_attention 128 {SHORT[dtype]}"] = partial(_decode, 128, dtype, 16)
 
 
 for dtype, short in SHORT.items():

@@ -16,7 +16,7 @@ from torch._functorch.aot_autograd import aot_export_joint_simple
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 
-from benchmarks import compile_cases, compile_report
+from benchmarks import compile_report
 from benchmarks.compile_report import Need
 from megakern.kernels import triton as backend
 from megakern.kernels.triton import configs
@@ -60,10 +60,9 @@ def test_every_op_and_dtype_is_in_the_committed_budget():
     budget = json.loads(compile_report.BUDGET.read_text())
     for arch in compile_report.ARCHITECTURES:
         names = budget["kernels"][f"sm_{arch}"]
-        for op in configs.OPS:
-            kinds = {dtype for name in names if name.startswith(f"{op} ") for dtype in compile_cases.SHORT.values()
-                     if dtype in name.split()}  # fmt: skip
-            assert kinds == {"bf16", "fp16", "fp32"}, f"{op} is in the budget of sm_{arch} for {kinds}"
+        for op in set(configs.OPS) - {"linear_swiglu"}:  # whose kernels are those of linear and swiglu
+            kinds = {word for name in names if name.startswith(f"{op} ") for word in name.split()}
+            assert {"bf16", "fp16", "fp32"} <= kinds, f"{op} is not in the budget of sm_{arch} for every dtype"
 
 
 # --- what the backend refuses, and why ---
