@@ -226,7 +226,7 @@ def test_the_table_of_attention_launches_each_kernel_with_each_configuration():
             for config in tune_attention.candidates(role, 64):
                 launches.clear()
                 tune_attention.run(role, config, call)
-                kernel = "_" + role.replace(" ", "_").replace("-", "_")
+                kernel = "_attention_" + role.replace(" ", "_").replace("-", "_")
                 assert [(launch.kernel.__name__, launch.config) for launch in launches] == [(kernel, config)]
 
 
