@@ -42,6 +42,8 @@ class Workload:
     """Contestants that fit into memory side by side."""
     share: float = 1.0
     """Of the time, beside the other workloads."""
+    memory: float = 0.0
+    """Bytes that a GPU must have."""
     goals: tuple[tuple, ...] = field(default=())
     """(what, ours, peers, how many times as fast it shall be)"""
 
@@ -86,6 +88,8 @@ WORKLOADS = {
              "Megatron-Core bf16 masters"),
             at_once=2,
         ),
+        # All of Megatron-LM's 8.3 B on one card: 12 bytes a parameter, 100 GB, and what blocks keep of 4096 tokens.
+        Workload("Megatron 8.3B", gpt2("megatron-8.3b"), 4, ("megakern bf16 split lean",), share=0.4, memory=110e9),
     ),
 }  # fmt: skip
 MOST_TURNS = 15
@@ -105,6 +109,10 @@ class Training:
     def __init__(self, name: str, workload: Workload) -> None:
         torch.set_num_threads(machine.cores())
         self.workload, self.device = workload, torch.device(machine.device_type())
+        if self.device.type == "cuda":
+            there = torch.cuda.get_device_properties(self.device).total_memory
+            if there < workload.memory:
+                raise NotHereError(f"needs {workload.memory / 1e9:.0f} GB, this GPU has {there / 1e9:.0f}")
         self.step = steps.make_step(name, workload.config, self.device)
         self.dtype = torch.bfloat16 if "bf16" in name else torch.float32
         self.done = 0

@@ -3,8 +3,9 @@
 A contestant's name is who made it, and how: "plain fp32", "plain bf16 autocast", "plain bf16 compiled" (autocast
 too), "transformers ..." likewise (and with " patched" at its end after `mk.patch`), "Megatron-Core bf16 masters"
 (bf16 weights, fp32 masters: its own way), "megakern fp32", "megakern fp32 bf16 products" (`train.matmul_precision =
-"medium"`), "megakern bf16", "megakern bf16 split" (bf16 weights, and the bits that masters have more). "plain" is
-peers/plain_gpt.py: fp32 and eager is what nanoGPT does by default on a CPU, "bf16 compiled" its best.
+"medium"`), "megakern bf16", "megakern bf16 split" (bf16 weights, and the bits that masters have more), "megakern bf16
+split lean" (moments in bf16 too, each block computed again in backward). "plain" is peers/plain_gpt.py: fp32 and eager
+is what nanoGPT does by default on a CPU, "bf16 compiled" its best.
 """
 
 from __future__ import annotations
@@ -103,13 +104,15 @@ def torch_step(model: torch.nn.Module, loss_of: Callable, how: str, device: torc
 
 
 def run_config(config: mk.GPTConfig, how: str) -> RunConfig:
-    """Settings of a `megakern train` that does what `how` says: a precision, "fp32 bf16 products" or "bf16 split"."""
-    rounded = how.endswith(" bf16 products")
-    precision, _, master = how.removesuffix(" bf16 products").partition(" ")
-    table = {
-        "train": {"precision": precision, "matmul_precision": "medium" if rounded else "highest"},
-        "optimizer": {"master": master or "none", "weight_decay": ADAMW["weight_decay"], "lr": ADAMW["lr"]},
-    }
+    """Settings of a `megakern train` that does what `how` says: a precision, "fp32 bf16 products", "bf16 split", or
+    "bf16 split lean"."""
+    rounded, lean = how.endswith(" bf16 products"), how.endswith(" lean")
+    precision, _, master = how.removesuffix(" bf16 products").removesuffix(" lean").partition(" ")
+    train = {"precision": precision, "matmul_precision": "medium" if rounded else "highest"}
+    optimizer = {"master": master or "none", "weight_decay": ADAMW["weight_decay"], "lr": ADAMW["lr"]}
+    if lean:
+        train["recompute"], optimizer["state_dtype"] = "full", "bfloat16"
+    table = {"train": train, "optimizer": optimizer}
     return dataclasses.replace(make_config(table, [], "the benchmark's settings"), model=config)
 
 

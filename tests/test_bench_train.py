@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,7 +31,14 @@ def losses(name: str, config: mk.GPTConfig, count: int = 3) -> list[float]:
         (
             GPT2,
             "plain fp32",
-            ["transformers fp32", "transformers fp32 patched", "megakern fp32", "megakern bf16", "megakern bf16 split"],
+            [
+                "transformers fp32",
+                "transformers fp32 patched",
+                "megakern fp32",
+                "megakern bf16",
+                "megakern bf16 split",
+                "megakern bf16 split lean",
+            ],
         ),
         (
             LLAMA,
@@ -57,6 +65,18 @@ def test_who_is_not_here_says_why(monkeypatch):
         steps.make_step("transformers fp32", GPT2, CPU)
     assert steps.our_weights(LLAMA, CPU) is None  # and ours starts from its own initial values
     assert len(losses("megakern bf16 split", LLAMA, 1)) == 1
+
+
+def test_a_lean_step_is_lean_and_a_small_gpu_is_told(monkeypatch):
+    settings = steps.run_config(GPT2, "bf16 split lean")
+    assert (settings.train.recompute, settings.optimizer.state_dtype) == ("full", "bfloat16")
+    (large,) = (each for each in bench_train.WORKLOADS["cuda"] if each.memory)
+    assert 12 * bench_train.mk_parameters(large.config) < 0.95 * large.memory  # weights, low halves, gradients, moments
+    monkeypatch.setattr(bench_train.machine, "device_type", lambda: "cuda")
+    monkeypatch.setattr(bench_train.machine, "cores", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=85e9))
+    with pytest.raises(NotHereError, match="needs 110 GB, this GPU has 85"):
+        bench_train.Training(large.contestants[0], large)
 
 
 class Here:
