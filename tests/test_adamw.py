@@ -14,6 +14,8 @@ import megakern as mk
 from megakern.kernels.torch import adamw as kernel
 from megakern.ops.adamw import adamw_reference
 
+pytestmark = pytest.mark.usefixtures("with_and_without_cpu_kernels")
+
 # Smallest, one row, primes, several blocks (their size is lowered below), empty.
 SHAPES = [(1,), (1, 64), (7, 13), (40, 9), (0, 4)]
 OPTIONS = {"lr": 3e-2, "betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.1}

@@ -15,6 +15,8 @@ import megakern as mk
 from megakern.kernels.torch import adamw as kernel
 from megakern.kernels.torch.adamw import join_master, split_master
 
+pytestmark = pytest.mark.usefixtures("with_and_without_cpu_kernels")
+
 # Several blocks for the larger shapes. A multiple of the longest vector, as the real one: the fused kernel rounds the
 # last few elements of a call, which fill no vector, in another way.
 BLOCK = 64

@@ -12,6 +12,8 @@ import megakern as mk
 from megakern.ops import grad_norm
 from megakern.ops.grad_norm import clip_coefficient, gradient_norm, gradient_norm_reference
 
+pytestmark = pytest.mark.usefixtures("with_and_without_cpu_kernels")
+
 SHAPES = [(1,), (7, 13), (40, 8), (0, 4), (5,)]
 
 

@@ -13,9 +13,10 @@ namespace megakern {
 
 using Address = std::uintptr_t;  // 0: no tensor
 
-constexpr int kInterface = 3;  // raised with native.py's when what is bound changes: an older module is not used
+constexpr int kInterface = 4;  // raised with native.py's when what is bound changes: an older module is not used
 
 enum DType : int { kFloat32 = 0, kBFloat16 = 1 };
+enum Master : int { kOwn = 0, kWhole = 1, kLowHalf = 2 };  // of a param: itself, fp32, its lower 16 bits
 enum Activation : int { kNone = 0, kGelu = 1, kGeluTanh = 2, kReluSquared = 3, kSilu = 4 };
 
 // Names of the instruction sets that this processor has and that a kernel uses: "avx512", "avx512_bf16", "amx_bf16".
@@ -84,6 +85,28 @@ void norm_forward(Address x, Address residual, Address weight, Address bias, Add
 // dx = gradient of the norm (+ dh); dweight, dbias (C,) fp32. dbias may be 0.
 void norm_backward(Address dy, Address dh, Address h, Address weight, Address mean, Address rstd, Address dx,
                    Address dweight, Address dbias, int dtype, int64_t M, int64_t C, bool centre, int threads);
+
+// One step of AdamW for params that share dtypes; params and moments are updated in place, grads become 0 if asked for.
+struct AdamwProblem {
+  int param_dtype, grad_dtype, moment_dtype;
+  int master;
+  float scale;  // of the gradients
+  float decay, beta1, one_beta1, beta2, one_beta2, step_size, correction, eps;  // megakern/kernels/adamw.py
+  bool zero_grads;
+  int threads;
+};
+struct AdamwTensors {
+  Address param, grad, exp_avg, exp_avg_sq, master;  // contiguous; master 0 where the param is its own
+  int64_t elements;
+};
+void adamw(const AdamwProblem&, const std::vector<AdamwTensors>& tensors);
+
+struct Elements {  // of a contiguous tensor
+  Address data;
+  int64_t count;
+  int dtype;
+};
+double sum_of_squares(const std::vector<Elements>& tensors, int threads);
 
 // out, lse of attention; product: how the matrix products are made. dq, dk, dv of attention, from out and lse.
 struct AttentionProblem;

@@ -26,6 +26,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("cross_entropy_gradient", &megakern::cross_entropy_gradient, unlocked(), "Gradient of the logits.");
   m.def("norm_forward", &megakern::norm_forward, unlocked(), "LayerNorm or RMSNorm of x + residual.");
   m.def("norm_backward", &megakern::norm_backward, unlocked(), "dx, dweight, dbias.");
+  m.def("adamw", &megakern::adamw, unlocked(), "One step of AdamW, over many tensors in place.");
+  m.def("sum_of_squares", &megakern::sum_of_squares, unlocked(), "Of all elements of many tensors, in fp64.");
   m.def("attention_forward", &megakern::attention_forward, unlocked(), "out and lse.");
   m.def("attention_backward", &megakern::attention_backward, unlocked(), "dq, dk, dv.");
 
@@ -45,6 +47,21 @@ PYBIND11_MODULE(_cpu, m) {
                        int threads) {
         return WeightGradientProblem{M, N, K, dy_stride, x_stride, dtype, add, threads};
       }));
+  py::class_<AdamwProblem>(m, "AdamwProblem", py::module_local())
+      .def(py::init([](int param_dtype, int grad_dtype, int moment_dtype, int master, float scale, float decay,
+                       float beta1, float one_beta1, float beta2, float one_beta2, float step_size, float correction,
+                       float eps, bool zero_grads, int threads) {
+        return AdamwProblem{param_dtype, grad_dtype, moment_dtype, master,    scale,      decay, beta1,  one_beta1,
+                            beta2,       one_beta2,  step_size,    correction, eps,       zero_grads, threads};
+      }));
+  py::class_<AdamwTensors>(m, "AdamwTensors", py::module_local())
+      .def(py::init([](Address param, Address grad, Address exp_avg, Address exp_avg_sq, Address master,
+                       int64_t elements) {
+        return AdamwTensors{param, grad, exp_avg, exp_avg_sq, master, elements};
+      }));
+  py::class_<Elements>(m, "Elements", py::module_local()).def(py::init([](Address data, int64_t count, int dtype) {
+    return Elements{data, count, dtype};
+  }));
   py::class_<AttentionInput>(m, "AttentionInput", py::module_local())
       .def(py::init([](Address data, int64_t by_sample, int64_t by_row, int64_t by_head) {
         return AttentionInput{data, by_sample, by_row, by_head};

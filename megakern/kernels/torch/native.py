@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch  # first, so that the extension shares its OpenMP library
 from torch._subclasses.fake_tensor import is_fake
 
-INTERFACE = 3  # kInterface in csrc/cpu/api.h
+INTERFACE = 4  # kInterface in csrc/cpu/api.h
 
 try:
     from megakern import _cpu
@@ -26,6 +26,7 @@ else:
         _cpu, _import_error = None, "it was built from other sources than those of this package"
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+MASTERS = {None: 0, torch.float32: 1, torch.int16: 2}  # enum Master of csrc/cpu/api.h
 ACTIVATIONS = {"": 0, "gelu": 1, "gelu_tanh": 2, "relu_squared": 3, "silu": 4}
 
 LARGEST_HEAD = 512  # head dim; kLargestHead in csrc/cpu/attention.cpp
@@ -288,6 +289,30 @@ def norm_backward(dy, dh, h, weight, mean, rstd, dx, dweight, dbias, centre: boo
         centre,
         torch.get_num_threads(),
     )
+
+
+def takes_many(*lists, masters=()) -> bool:
+    """May the kernels over many tensors read and write these: CPU tensors, fp32 or bf16 (masters: fp32 or int16)?"""
+    if _switched_off or unavailable() is not None:
+        return False
+    wrong = any(t.dtype not in DTYPES or t.device.type != "cpu" or t.is_neg() for tensors in lists for t in tensors)
+    return not wrong and all(t.dtype in MASTERS for t in masters)
+
+
+def adamw(groups, grad_scale: float, zero_grads: bool, rates) -> None:
+    """One step in place. groups: those of `contiguous_rows`; rates: those of `factors`."""
+    for (param, grad, moment, _, *master), rows in groups.items():
+        absent = [] if master else [0]
+        codes = (*(DTYPES[dtype] for dtype in (param, grad, moment)), MASTERS[master[0] if master else None])
+        tensors = [_cpu.AdamwTensors(*map(_address, row), *absent, row[0].numel()) for row in rows]
+        _cpu.adamw(_cpu.AdamwProblem(*codes, grad_scale, *rates, zero_grads, torch.get_num_threads()), tensors)
+
+
+def sum_of_squares(tensors) -> float:
+    """Of all elements of all tensors, summed in fp64."""
+    keep = [t.contiguous() for t in tensors if t.numel() > 0]
+    entries = [_cpu.Elements(_address(t), t.numel(), DTYPES[t.dtype]) for t in keep]
+    return _cpu.sum_of_squares(entries, torch.get_num_threads())
 
 
 def takes_attention(q, k, v, product: torch.dtype, softcap: float) -> bool:
