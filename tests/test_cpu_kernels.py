@@ -532,7 +532,7 @@ def test_the_attention_binding_refuses(change, message):
     a |= {"stride": 24, "out": 1 << 23, "lse": 1 << 24, "product": 0} | change
     sizes = [a[name] for name in ("B", "T", "S", "H", "Hkv", "D")]
     problem = _cpu.AttentionProblem(*sizes, -1, 0, 1.0, a["dropout_p"], 0, 1, 0, 0, 1)
-    q, k, v = (_cpu.AttentionInput(a[name], 96, a["stride"], 8) for name in "qkv")
+    q, k, v = (_cpu.AttentionTensor(a[name], 96, a["stride"], 8) for name in "qkv")
     with pytest.raises(ValueError, match=message):
         _cpu.attention_forward(problem, _cpu.AttentionForward(q, k, v, a["out"], a["lse"]), 0, a["product"])
 

@@ -1,10 +1,10 @@
-// AdamW, and the sum of squares of all gradients, over many tensors in one call; megakern/ops/adamw.py has the formulas.
+// AdamW, and the sum of squares of gradients, over many tensors in one call; megakern/ops/adamw.py has the formulas.
 //
 // adamw writes, in place, params, both moments, masters, and on request zeros over the gradients: each element is read
 // once and written once. Threads take pieces of tensors. Params are fp32, or bf16 with a master: fp32, or the 16 bits
 // that the param lacks. Arithmetic is fp32; moments in bf16 are rounded to nearest even, a param to nearest with ties
-// away from zero, which is what the 16 bits undo. Sums of squares are made in fp64, piece by piece, and the pieces' sums
-// are added in order.
+// away from zero, which is what the 16 bits undo. Sums of squares are made in fp64, piece by piece, and those of the
+// pieces are added in order.
 #include <algorithm>
 #include <type_traits>
 #include <vector>

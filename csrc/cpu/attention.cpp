@@ -26,7 +26,7 @@ void check_problem(const char* op, const AttentionProblem& a, int dtype, int pro
   require_addressable(op, a.B * std::max(a.T, a.S), a.H * a.D);
 }
 
-void check_input(const char* op, const char* name, const AttentionInput& x, int dtype, int64_t B, int64_t rows,
+void check_input(const char* op, const char* name, const AttentionTensor& x, int dtype, int64_t B, int64_t rows,
                  int64_t heads) {
   require_address(op, name, x.data, element_size(dtype));
   require(x.by_sample >= 0 && x.by_row >= 0 && x.by_head >= 0,
@@ -34,6 +34,15 @@ void check_input(const char* op, const char* name, const AttentionInput& x, int 
   require_addressable(op, B, std::max<int64_t>(1, x.by_sample));
   require_addressable(op, rows, std::max<int64_t>(1, x.by_row));
   require_addressable(op, heads, std::max<int64_t>(1, x.by_head));
+}
+
+// One that is written: no row lies within another.
+void check_output(const char* op, const char* name, const AttentionTensor& x, int dtype, int64_t B, int64_t rows,
+                  int64_t heads, int64_t D) {
+  check_input(op, name, x, dtype, B, rows, heads);
+  const auto apart = [&](int64_t count, int64_t stride) { return count == 1 || stride >= D; };
+  require(apart(B, x.by_sample) && apart(rows, x.by_row) && apart(heads, x.by_head),
+          std::string(op) + ": strides of " + name + " must be at least D = " + std::to_string(D));
 }
 
 }  // namespace
@@ -65,9 +74,9 @@ void attention_backward(const AttentionProblem& a, const AttentionBackward& x, i
   check_input(op, "v", x.v, dtype, a.B, a.S, a.Hkv);
   check_input(op, "out", x.out, dtype, a.B, a.T, a.H);
   require_address(op, "lse", x.lse, 4);
-  require_address(op, "dq", x.dq, element_size(dtype));
-  require_address(op, "dk", x.dk, element_size(dtype));
-  require_address(op, "dv", x.dv, element_size(dtype));
+  check_output(op, "dq", x.dq, dtype, a.B, a.T, a.H, a.D);
+  check_output(op, "dk", x.dk, dtype, a.B, a.S, a.Hkv, a.D);
+  check_output(op, "dv", x.dv, dtype, a.B, a.S, a.Hkv, a.D);
 #if defined(__x86_64__)
   if (product == kInTilesOfBFloat16) return attention_backward_amx(a, x, dtype);
   if (product == kInBFloat16) return attention_backward_bf16(a, x, dtype);

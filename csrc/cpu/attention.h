@@ -8,7 +8,7 @@
 
 namespace megakern {
 
-struct AttentionInput {  // (B, rows, heads, D); the last stride is 1
+struct AttentionTensor {  // (B, rows, heads, D); the last stride is 1; what is written does not overlap
   Address data;
   int64_t by_sample, by_row, by_head;
 };
@@ -26,13 +26,14 @@ struct AttentionProblem {
 };
 
 struct AttentionForward {
-  AttentionInput q, k, v;
+  AttentionTensor q, k, v;
   Address out, lse;  // out (B, T, H, D), lse (B, H, T) fp32, contiguous
 };
 
 struct AttentionBackward {
-  AttentionInput dout, q, k, v, out;
-  Address lse, dq, dk, dv;  // contiguous
+  AttentionTensor dout, q, k, v, out;
+  Address lse;  // contiguous
+  AttentionTensor dq, dk, dv;
 };
 
 // How the matrix products are made; bf16 ones need bf16 tensors.

@@ -76,9 +76,9 @@ class BackwardWorker {
     const int64_t group = a_.H / a_.Hkv;
     for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head)
       for (int64_t first = 0; first < a_.T; first += kQueries) rows(sample, head, first);
-    const int64_t offset = (sample * a_.S * a_.Hkv + kv_head) * a_.D, by_row = a_.Hkv * a_.D;
-    store_rows(dk_.floats(), D_, a_.S, a_.D, nullptr, a_.scale, reinterpret_cast<T*>(x_.dk) + offset, by_row);
-    store_rows(dv_.floats(), D_, a_.S, a_.D, nullptr, 1.0f, reinterpret_cast<T*>(x_.dv) + offset, by_row);
+    T *dk = head_of<T>(x_.dk, sample, kv_head), *dv = head_of<T>(x_.dv, sample, kv_head);
+    store_rows(dk_.floats(), D_, a_.S, a_.D, nullptr, a_.scale, dk, x_.dk.by_row);
+    store_rows(dv_.floats(), D_, a_.S, a_.D, nullptr, 1.0f, dv, x_.dv.by_row);
   }
 
  private:
@@ -109,8 +109,8 @@ class BackwardWorker {
       transpose(dq_, kQueries, D_, kQueries, rows_of_dq_, D_);
       dq = rows_of_dq_.floats();
     }
-    T* out = reinterpret_cast<T*>(x_.dq) + ((sample * a_.T + first) * a_.H + head) * a_.D;
-    store_rows(dq, D_, block.count, a_.D, nullptr, a_.scale, out, a_.H * a_.D);
+    T* out = head_of<T>(x_.dq, sample, head) + first * x_.dq.by_row;
+    store_rows(dq, D_, block.count, a_.D, nullptr, a_.scale, out, x_.dq.by_row);
   }
 
   void pack_queries(const QueryBlock& block, int64_t sample, int64_t head) {

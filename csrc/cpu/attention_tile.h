@@ -355,8 +355,8 @@ class QueryBlock {
 };
 
 template <typename T>
-MEGAKERN_INLINE const T* head_of(const AttentionInput& x, int64_t sample, int64_t head) {
-  return reinterpret_cast<const T*>(x.data) + sample * x.by_sample + head * x.by_head;
+MEGAKERN_INLINE T* head_of(const AttentionTensor& x, int64_t sample, int64_t head) {
+  return reinterpret_cast<T*>(x.data) + sample * x.by_sample + head * x.by_head;
 }
 
 // to (count, depth), rows `by_row` apart, = x (count, D) times factor[row] (null: `all`).

@@ -62,9 +62,9 @@ PYBIND11_MODULE(_cpu, m) {
   py::class_<Elements>(m, "Elements", py::module_local()).def(py::init([](Address data, int64_t count, int dtype) {
     return Elements{data, count, dtype};
   }));
-  py::class_<AttentionInput>(m, "AttentionInput", py::module_local())
+  py::class_<AttentionTensor>(m, "AttentionTensor", py::module_local())
       .def(py::init([](Address data, int64_t by_sample, int64_t by_row, int64_t by_head) {
-        return AttentionInput{data, by_sample, by_row, by_head};
+        return AttentionTensor{data, by_sample, by_row, by_head};
       }));
   py::class_<AttentionProblem>(m, "AttentionProblem", py::module_local())
       .def(py::init([](int64_t B, int64_t T, int64_t S, int64_t H, int64_t Hkv, int64_t D, int64_t left, int64_t right,
@@ -96,14 +96,15 @@ PYBIND11_MODULE(_cpu, m) {
       }));
   py::class_<BlockRope>(m, "BlockRope", py::module_local())
       .def(py::init([](Address cos, Address sin, int64_t positions) { return BlockRope{cos, sin, positions}; }));
-  using Input = AttentionInput;
   py::class_<AttentionForward>(m, "AttentionForward", py::module_local())
-      .def(py::init([](Input q, Input k, Input v, Address out, Address lse) {
+      .def(py::init([](AttentionTensor q, AttentionTensor k, AttentionTensor v, Address out, Address lse) {
         return AttentionForward{q, k, v, out, lse};
       }));
   py::class_<AttentionBackward>(m, "AttentionBackward", py::module_local())
-      .def(py::init([](Input dout, Input q, Input k, Input v, Input out, Address lse, Address dq, Address dk,
-                       Address dv) { return AttentionBackward{dout, q, k, v, out, lse, dq, dk, dv}; }));
+      .def(py::init([](AttentionTensor dout, AttentionTensor q, AttentionTensor k, AttentionTensor v,
+                       AttentionTensor out, Address lse, AttentionTensor dq, AttentionTensor dk, AttentionTensor dv) {
+        return AttentionBackward{dout, q, k, v, out, lse, dq, dk, dv};
+      }));
 #if defined(__linux__)
   py::class_<SharedChannel>(m, "SharedChannel", py::module_local())
       .def(py::init<int, int, int, int, int64_t, int64_t>(), "Of an open file, which it closes.")

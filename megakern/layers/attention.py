@@ -16,6 +16,8 @@ Letters: B batch, T new tokens, S keys, C channels, H query heads, G key-value h
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -25,7 +27,7 @@ from megakern.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megakern.layers.norm import RMSNorm
 from megakern.layers.parameter import local
 from megakern.layers.recompute import run_again
-from megakern.ops.attention import attention
+from megakern.ops.attention import attention, attention_qkv
 from megakern.ops.norm import rms_norm
 from megakern.ops.rope import rope as apply_rope
 from megakern.parallel.context import ParallelContext
@@ -121,6 +123,9 @@ class ParallelAttention(nn.Module):
         B, T, _ = qkv.shape
         n = self.heads // self.kv_heads
         rows = qkv.view(B, T, self.kv_heads, n + 2, self.head_dim)
+        how = self._how(key)
+        if n == 1 and self.q_norm is None and rope is None and cache is None and cu_seqlens is None:
+            return attention_qkv(rows, **how).view(B, T, -1)
         q, k, v = rows.split((n, 1, 1), dim=3)  # one concatenation in the backward
         k, v = k.squeeze(3), v.squeeze(3)
         if self.q_norm is not None:
@@ -133,20 +138,16 @@ class ParallelAttention(nn.Module):
             k, v = k.contiguous(), v.contiguous()  # a view would keep all of qkv for backward, beside the new q
         if cache is not None:
             return cache.attend(q, k, v, self.window).view(B, T, -1)
-        first_sample = 0 if key is None else key.first_sample
         if cu_seqlens is not None:
             q, k, v = (x.reshape(B * T, *x.shape[2:]) for x in (q, k, v))
-            first_sample *= (len(cu_seqlens) - 1) // B
-        o = attention(
-            q,
-            k,
-            v,
-            causal=True,
-            window=self.window,
-            dropout_p=0.0 if key is None else self.dropout,
-            seed=None if key is None else key.seed_of("attention"),
-            dropout_offset=(first_sample, 0 if key is None else self.first_head),
-            cu_seqlens=None if cu_seqlens is None else (cu_seqlens, cu_seqlens),
-            deterministic=True,  # a resumed run goes on bit for bit
-        )
-        return o.view(B, T, -1)
+            first_sample, first_head = how["dropout_offset"]
+            how["dropout_offset"] = (first_sample * ((len(cu_seqlens) - 1) // B), first_head)
+            how["cu_seqlens"] = (cu_seqlens, cu_seqlens)
+        return attention(q, k, v, **how).view(B, T, -1)
+
+    def _how(self, key: DropoutKey | None) -> dict[str, Any]:
+        """Options of the attention op."""
+        drops = {} if key is None else {"dropout_p": self.dropout, "seed": key.seed_of("attention")}
+        offset = (0, 0) if key is None else (key.first_sample, self.first_head)
+        # deterministic: a resumed run goes on bit for bit
+        return {"causal": True, "window": self.window, "dropout_offset": offset, "deterministic": True, **drops}

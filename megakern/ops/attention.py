@@ -191,6 +191,79 @@ _attention = register(
 )
 
 
+# The same for [q, k, v] of each head side by side: the gradient is one tensor, and nothing is put together behind it.
+
+_QKV_HOW = (
+    "SymInt[] window, float scale, float softcap, float dropout_p, SymInt[] dropout_key, bool deterministic, "
+    "str backend"
+)
+
+
+def _qkv_forward(qkv, *how_and_backend):
+    return _forward(*qkv.unbind(3), None, None, None, *how_and_backend)
+
+
+def _qkv_backward(dout, qkv, out, lse, *how_and_backend):
+    *how, backend = how_and_backend
+    if backend == "torch":  # which has a kernel that writes to strides
+        return launcher(backend, "attention", "attention_qkv_backward")(dout, qkv, out, lse, *how)
+    return torch.stack(_backward(dout, *qkv.unbind(3), out, lse, None, None, None, *how_and_backend), 3)
+
+
+_attention_qkv_backward = register(
+    "attention_qkv_backward",
+    f"(Tensor dout, Tensor qkv, Tensor out, Tensor lse, {_QKV_HOW}) -> Tensor",
+    forward=_qkv_backward,
+    fake=lambda dout, qkv, *rest: torch.empty_like(qkv, memory_format=torch.contiguous_format),
+)
+
+
+def _qkv_setup_context(ctx, inputs, output):
+    qkv, *ctx.how = inputs
+    out, lse = output
+    ctx.save_for_backward(qkv, out, lse)
+    ctx.mark_non_differentiable(lse)
+
+
+def _qkv_autograd_backward(ctx, dout, _dlse):
+    return _attention_qkv_backward(dout, *ctx.saved_tensors, *ctx.how), *[None] * 7
+
+
+_attention_qkv = register(
+    "attention_qkv",
+    f"(Tensor qkv, {_QKV_HOW}) -> (Tensor, Tensor)",
+    forward=_qkv_forward,
+    fake=lambda qkv, *rest: _fake(*qkv.unbind(3)),
+    setup_context=_qkv_setup_context,
+    backward=_qkv_autograd_backward,
+)
+
+
+def attention_qkv(
+    qkv, *, causal=True, window=None, dropout_p=0.0, seed=None, dropout_offset=(0, 0), deterministic=False, backend=None
+):
+    """`attention` of qkv (B, T, H, 3, D), each head's [q, k, v] -> (B, T, H, D), with a gradient in one piece.
+
+    Options and errors are those of `attention`.
+    """
+    if qkv.ndim != 5 or qkv.shape[3] != 3:
+        raise ValueError(f"attention: qkv must have shape (B, T, H, 3, D), got {tuple(qkv.shape)}")
+    q, k, v = qkv.unbind(3)
+    _check(q, k, v, window, 0.0, None, dropout_p, seed, dropout_offset, None)
+    options = {"causal": causal, "window": window, "dropout_p": dropout_p, "deterministic": deterministic}
+    chosen = resolve(_problem(q, k, v, **options), backend)
+    key = [seed or 0, *dropout_offset]
+    out, _ = _attention_qkv(
+        qkv, list(_sides(causal, window)), q.shape[-1] ** -0.5, 0.0, float(dropout_p), key, deterministic, chosen
+    )
+    return out
+
+
+def _sides(causal, window) -> tuple[int, int]:
+    left, right = (UNLIMITED if side is None else side for side in (window or (None, None)))
+    return left, 0 if causal else right
+
+
 def attention(
     q,
     k,
@@ -239,7 +312,6 @@ def attention(
         deterministic=deterministic,
     )
     chosen = resolve(problem, backend)
-    left, right = (UNLIMITED if side is None else side for side in (window or (None, None)))
     q_offsets, k_offsets = (None, None) if cu_seqlens is None else cu_seqlens
     out, lse = _attention(
         q,
@@ -248,7 +320,7 @@ def attention(
         q_offsets,
         k_offsets,
         alibi_slopes,
-        [left, 0 if causal else right],
+        list(_sides(causal, window)),
         q.shape[-1] ** -0.5 if scale is None else float(scale),
         float(softcap),
         float(dropout_p),

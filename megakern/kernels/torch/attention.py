@@ -65,6 +65,14 @@ def attention_backward(
     return tuple(torch.cat(parts) for parts in zip(*gradients, strict=True))
 
 
+def attention_qkv_backward(dout, qkv, out, lse, window, scale, softcap, dropout_p, dropout_key, deterministic):
+    """-> contiguous dqkv like qkv (B, T, H, 3, D), [q, k, v] of each head; out and lse are those of the three."""
+    rules = tiles.Rules.of(window, scale, softcap, dropout_p, dropout_key, None)
+    dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    _backward(dout, *qkv.unbind(3), out, lse, rules, 0, into=dqkv.unbind(3))
+    return dqkv
+
+
 def _sequences(q_offsets, k_offsets):
     """(index, rows of q, rows of k) of each packed sequence that has any."""
     q_ends, k_ends = q_offsets.tolist(), k_offsets.tolist()
@@ -93,12 +101,22 @@ def _forward(q, k, v, rules, sample):
     return out.transpose(1, 2).to(q.dtype).contiguous(), lse.contiguous()
 
 
-def _backward(dout, q, k, v, out, lse, rules, sample):
+def _backward(dout, q, k, v, out, lse, rules, sample, into=None):
+    """-> dq, dk, dv: contiguous ones, or `into`, filled, whose last strides are 1."""
     dtype = product_dtype(q.dtype)
     if rules.slopes is None and native.takes_attention(q, k, v, dtype, rules.softcap):
-        dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-        native.attention_backward(dout, q, k, v, out, lse, dq, dk, dv, dtype, *_native_options(rules, sample))
-        return dq, dk, dv
+        gradients = into or [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
+        native.attention_backward(dout, q, k, v, out, lse, *gradients, dtype, *_native_options(rules, sample))
+        return tuple(gradients)
+    gradients = _composite_backward(dout, q, k, v, out, lse, rules, sample, dtype)
+    if into is None:
+        return gradients
+    for place, gradient in zip(into, gradients, strict=True):
+        place.copy_(gradient)
+    return into
+
+
+def _composite_backward(dout, q, k, v, out, lse, rules, sample, dtype):
     fused = _fused(q, k, rules)
     if fused is None or dtype == torch.bfloat16 or q.shape[1] == 1:  # one row may see some of the keys only
         return tiles.backward(dout, q, k, v, rules, sample, dtype)

@@ -343,7 +343,7 @@ def _attention_input(x, keep: list):
     if x.stride(-1) != 1 and x.shape[-1] > 1:
         x = x.contiguous()
         keep.append(x)
-    return _cpu.AttentionInput(x.data_ptr(), *x.stride()[:3])
+    return _cpu.AttentionTensor(x.data_ptr(), *x.stride()[:3])
 
 
 def attention_forward(q, k, v, out, lse, product: torch.dtype, *how) -> None:
@@ -355,11 +355,12 @@ def attention_forward(q, k, v, out, lse, product: torch.dtype, *how) -> None:
 
 
 def attention_backward(dout, q, k, v, out, lse, dq, dk, dv, product: torch.dtype, *how) -> None:
-    """Write dq, dk, dv, contiguous. `how` as in attention_forward."""
+    """Write dq, dk, dv, of any strides whose last is 1. `how` as in attention_forward."""
     keep = [lse.contiguous()]
     tensors = _cpu.AttentionBackward(
         *(_attention_input(x, keep) for x in (dout, q, k, v, out)),
-        *(_address(x) for x in (keep[0], dq, dk, dv)),
+        _address(keep[0]),
+        *(_cpu.AttentionTensor(x.data_ptr(), *x.stride()[:3]) for x in (dq, dk, dv)),
     )
     _cpu.attention_backward(_attention_problem(q, k, *how), tensors, DTYPES[q.dtype], _products(product))
 
