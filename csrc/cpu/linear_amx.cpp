@@ -4,10 +4,10 @@
 //                    rounded to bf16 while they are packed
 //   weight_gradient  out (+)= dy^T x in fp32 or bf16, and the sums over the rows of dy
 //
-// Writes with =, weight_gradient with += on request. Operands are packed into panels of tiles, 32 rows or columns wide; a
-// thread takes a block of the result and packs its left operand, in weight_gradient the right one too. The sum of an
-// element is made in the order of the summed dimension, in one chain, whatever the blocks are: results do not depend on
-// the number of threads.
+// Writes with =, weight_gradient with += on request. Operands are packed into panels of tiles, 32 rows or columns wide,
+// but for rows of x whose lines of 64 bytes tiles can read as they lie; a thread takes a block of the result and packs
+// its left operand, in weight_gradient the right one too. The sum of an element is made in the order of the summed
+// dimension, in one chain, whatever the blocks are: results do not depend on the number of threads.
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
@@ -37,9 +37,10 @@ constexpr int64_t kStep = 2 * kTile;  // units of a panel for 32 of the summed d
 constexpr int64_t kRows = 256, kBlockUnits = 1 << 17;
 constexpr int64_t kResident = 3 << 17;  // units of a packed weight that stays in L2 beside them
 
-// A block of a weight gradient, and the rows of dy and x between two visits to its sums: all of it stays in 2 MB of L2.
-// A gradient of 1536 x 384 over 3072 rows, ms on a loaded core: 512, 256: 3.5; 512, 384: 3.7; 256, 512: 4.2.
-constexpr int64_t kGradientRows = 512, kGradientColumns = 512, kGradientDepth = 256;
+// The rows of dy and x between two visits to the sums of a block of a weight gradient; the bytes of both, packed, with
+// those of the sums, which stay in 2 MB of L2; and the least rows of a block, where there are more.
+constexpr int64_t kGradientDepth = 256, kGradientBytes = 1800 << 10, kFewestGradientRows = 128;
+constexpr int64_t kPackedAsProducts = 100;  // to pack an element takes about as long as so many products
 
 int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 int64_t steps_of(int64_t depth) { return (depth + kTileDepth - 1) / kTileDepth; }
@@ -60,10 +61,21 @@ class Buffer {
   T* data_;
 };
 
-// c (32, 32) = or += a (32, 32 steps) b (32 steps, 32), both packed. `beside(step)` runs between the steps: the tiles
+// 32 rows of a left operand, as tiles read them.
+struct Left {
+  const Unit* units;
+  int64_t stride;       // bytes from one row to the next
+  int64_t lower, step;  // units from the first row to row 16, and to the next 32 of the summed dimension
+};
+Left packed(const Unit* panel) { return {panel, 4 * kTileUnits, kTile, kStep}; }
+Left as_it_lies(const bf16* x, int64_t stride) {
+  return {reinterpret_cast<const Unit*>(x), 2 * stride, kTileRows * stride / 2, kTileUnits};
+}
+
+// c (32, 32) = or += a (32, 32 steps) b (32 steps, 32), b packed. `beside(step)` runs between the steps: the tiles
 // leave the vector units idle, and no instruction window reaches over the products of a square.
 template <bool add, class Beside>
-MEGAKERN_INLINE void multiply(const Unit* a, const Unit* b, int64_t steps, float* c, const Beside& beside) {
+MEGAKERN_INLINE void multiply(const Left& left, const Unit* b, int64_t steps, float* c, const Beside& beside) {
   constexpr int64_t c_stride = kSide * sizeof(float);
   float* lower = c + kTileRows * kSide;
   if constexpr (add) {
@@ -72,13 +84,14 @@ MEGAKERN_INLINE void multiply(const Unit* a, const Unit* b, int64_t steps, float
   } else {
     tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
   }
-  for (int64_t s = 0; s < steps; ++s, a += kStep, b += kStep) {
-    tile_load<4>(a, 64);
+  const Unit* a = left.units;
+  for (int64_t s = 0; s < steps; ++s, a += left.step, b += kStep) {
+    tile_load<4>(a, left.stride);
     tile_load<6>(b, 64);
     tile_multiply_add<0, 4, 6>();
     tile_load<7>(b + kTile, 64);
     tile_multiply_add<1, 4, 7>();
-    tile_load<5>(a + kTile, 64);
+    tile_load<5>(a + left.lower, left.stride);
     tile_multiply_add<2, 5, 6>();
     tile_multiply_add<3, 5, 7>();
     beside(s);
@@ -92,6 +105,26 @@ struct Square {  // of sums: where it is, and where it belongs in the result
   int64_t row = 0, rows = 0, column = 0, columns = 0;
 };
 
+// Rows that are read next: fetched into L2, a few lines at a time, while tiles multiply.
+class Ahead {
+ public:
+  Ahead() = default;
+  Ahead(const bf16* x, int64_t stride, int64_t rows, int64_t columns, int64_t lines)
+      : row_(x), stride_(stride), rows_(rows), columns_(columns), lines_(lines) {}
+
+  MEGAKERN_INLINE void fetch() {
+    for (int64_t i = 0; i < lines_ && rows_ > 0; ++i) {
+      _mm_prefetch(reinterpret_cast<const char*>(row_ + column_), _MM_HINT_T1);
+      column_ += kTileDepth;
+      if (column_ >= columns_) column_ = 0, row_ += stride_, --rows_;
+    }
+  }
+
+ private:
+  const bf16* row_ = nullptr;
+  int64_t stride_ = 0, rows_ = 0, columns_ = 0, lines_ = 0, column_ = 0;
+};
+
 // Makes squares of the result; each is finished, row by row, while the next one is made.
 template <class Finish>
 class Pipeline {
@@ -99,16 +132,20 @@ class Pipeline {
   explicit Pipeline(const Finish& finish) : finish_(finish) {}
 
   // c = or += a b; with `last`, the square is to be finished then.
-  MEGAKERN_INLINE void run(const Unit* a, const Unit* b, int64_t steps, float* c, bool first, bool last, Square next) {
+  MEGAKERN_INLINE void run(const Left& a, const Unit* b, int64_t steps, float* c, bool first, bool last, Square next) {
     const int64_t each = (waiting_.rows + steps - 1) / steps;
     const auto beside = [&](int64_t s) {
       const int64_t begin = s * each;
       if (begin < waiting_.rows) finish_(waiting_, begin, std::min(begin + each, waiting_.rows));
+      ahead_.fetch();
     };
     if (first) multiply<false>(a, b, steps, c, beside);
     else multiply<true>(a, b, steps, c, beside);
     waiting_ = last ? next : Square();
   }
+
+  // What to fetch from now on, some in each step.
+  void fetch(const Ahead& ahead) { ahead_ = ahead; }
 
   void drain() {
     finish_(waiting_, 0, waiting_.rows);
@@ -118,6 +155,7 @@ class Pipeline {
  private:
   const Finish& finish_;
   Square waiting_;
+  Ahead ahead_;
 };
 
 // --- packing ---
@@ -271,6 +309,8 @@ void linear(const LinearProblem& a, const bf16* x, const W* w, const Finish<kind
   const int64_t fitting = std::max(kSide, kBlockUnits / (steps * kTileUnits) / kSide * kSide);
   const int64_t rows_of_block = std::min({kRows, fitting, round_up((a.M + a.threads - 1) / a.threads, kSide)});
   const bool by_row = strips * apart <= kResident;  // else each panel of the weight is read once a block
+  // Copying rows took 15 % of a product with K = 384, and 25 % with K = 1536.
+  const bool lines = a.K % kTileDepth == 0 && a.x_stride % kTileDepth == 0 && reinterpret_cast<Address>(x) % 64 == 0;
   const Buffer<Unit> right(strips * apart);
 #pragma omp parallel num_threads(a.threads)
   {
@@ -288,11 +328,20 @@ void linear(const LinearProblem& a, const bf16* x, const W* w, const Finish<kind
 #pragma omp for schedule(dynamic)
     for (int64_t first = 0; first < a.M; first += rows_of_block) {
       const int64_t rows = std::min(rows_of_block, a.M - first), panels = (rows + kSide - 1) / kSide;
-      pack_left(x + first * a.x_stride, a.x_stride, rows, a.K, steps, left.get());
+      const int64_t direct = lines ? rows / kSide : 0;  // panels that are not packed
+      const bf16* const block = x + first * a.x_stride;
+      if (direct < panels)
+        pack_left(block + direct * kSide * a.x_stride, a.x_stride, rows - direct * kSide, a.K, steps,
+                  left.get() + direct * apart);
       for (int64_t s = 0; s < panels * strips; ++s) {
         const int64_t p = by_row ? s / strips : s % panels, i = by_row ? s % strips : s / panels;
+        const bf16* const own = block + p * kSide * a.x_stride;
+        if (by_row && i == 0)
+          pipeline.fetch({own + kSide * a.x_stride, a.x_stride, p + 1 < direct ? kSide : 0, a.K,
+                          (kSide + strips - 1) / strips});
         float* c = squares.get() + s % 2 * kSquare;
-        pipeline.run(left.get() + p * apart, right.get() + i * apart, steps, c, true, true,
+        const Left rows_of_x = p < direct ? as_it_lies(own, a.x_stride) : packed(left.get() + p * apart);
+        pipeline.run(rows_of_x, right.get() + i * apart, steps, c, true, true,
                      {c, first + p * kSide, std::min(kSide, rows - p * kSide), i * kSide,
                       std::min(kSide, a.N - i * kSide)});
       }
@@ -321,13 +370,35 @@ struct Store {  // rows of a square of sums
   }
 };
 
+struct Blocks {  // of a weight gradient (N, K)
+  int64_t rows = 0, columns = 0;  // of each but the last
+};
+
+// What takes the least: dy is packed once a block of columns, x once a block of rows, and threads that have
+// no block wait. No result depends on it.
+Blocks blocks_of(const WeightGradientProblem& a) {
+  Blocks best;
+  double least = 0;
+  const auto size = [](int64_t all, int64_t count) { return round_up((all + count - 1) / count, kSide); };
+  for (int64_t r = 1; r <= std::max<int64_t>(a.N / kFewestGradientRows, a.threads); ++r)
+    for (int64_t c = 1, tried = 0; tried <= a.threads && c <= (a.K + kSide - 1) / kSide; ++c) {
+      const Blocks b{size(a.N, r), size(a.K, c)};
+      if (4 * b.rows * b.columns + 2 * kGradientDepth * (b.rows + b.columns) > kGradientBytes) continue;
+      const int64_t count = ((a.N + b.rows - 1) / b.rows) * ((a.K + b.columns - 1) / b.columns);
+      const int64_t rounds = (count + a.threads - 1) / a.threads;
+      const double packed = double(r) * a.K + double(c) * a.N, products = double(a.N) * a.K / kPackedAsProducts;
+      const double cost = (packed + products) * rounds * a.threads / count;
+      if (least == 0 || cost < least) least = cost, best = b;
+      ++tried;
+    }
+  return best;
+}
+
 template <typename T>
 void weight_gradient(const WeightGradientProblem& a, const bf16* dy, const bf16* x, T* out, float* sums) {
-  const int64_t turns = (a.N + kGradientRows * a.threads - 1) / (kGradientRows * a.threads);  // of each thread
-  const int64_t rows_of_block = round_up((a.N + turns * a.threads - 1) / (turns * a.threads), kSide);
+  const auto [rows_of_block, columns_of_block] = blocks_of(a);
   const int64_t row_blocks = (a.N + rows_of_block - 1) / rows_of_block;
-  const int64_t column_blocks = (a.K + kGradientColumns - 1) / kGradientColumns;
-  const int64_t columns_of_block = std::min(kGradientColumns, round_up(a.K, kSide));
+  const int64_t column_blocks = (a.K + columns_of_block - 1) / columns_of_block;
 #pragma omp parallel num_threads(a.threads)
   {
     const TileConfig config;
@@ -338,7 +409,7 @@ void weight_gradient(const WeightGradientProblem& a, const bf16* dy, const bf16*
 #pragma omp for schedule(dynamic)
     for (int64_t block = 0; block < row_blocks * column_blocks; ++block) {
       const int64_t first = block % row_blocks * rows_of_block, rows = std::min(rows_of_block, a.N - first);
-      const int64_t column = block / row_blocks * kGradientColumns, columns = std::min(kGradientColumns, a.K - column);
+      const int64_t column = block / row_blocks * columns_of_block, columns = std::min(columns_of_block, a.K - column);
       const int64_t panels = (rows + kSide - 1) / kSide, strips = (columns + kSide - 1) / kSide;
       const bool with_sums = sums != nullptr && column == 0;
       std::fill_n(totals.get(), rows_of_block, 0.0f);
@@ -350,7 +421,8 @@ void weight_gradient(const WeightGradientProblem& a, const bf16* dy, const bf16*
         for (int64_t i = 0; i < strips; ++i)
           for (int64_t p = 0; p < panels; ++p) {
             float* square = c.get() + (i * panels + p) * kSquare;
-            pipeline.run(left.get() + p * apart, right.get() + i * apart, here, square, m == 0, m + depth == a.M,
+            pipeline.run(packed(left.get() + p * apart), right.get() + i * apart, here, square, m == 0,
+                         m + depth == a.M,
                          {square, first + p * kSide, std::min(kSide, rows - p * kSide), column + i * kSide,
                           std::min(kSide, columns - i * kSide)});
           }
