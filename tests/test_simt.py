@@ -113,5 +113,7 @@ def test_missing_barrier_is_a_wrong_result(library):
 
 def test_schedule_must_be_known(library):
     for wrong in ("sideways", "pct:", "random:x"):
-        with pytest.raises(RuntimeError, match=f"must be forward, reverse, random:SEED or pct:SEED, got '{wrong}'"):
+        with pytest.raises(
+            RuntimeError, match=f"must be forward, reverse, random:SEED, pct:SEED or none, got '{wrong}'"
+        ):
             library.schedule(wrong)

@@ -246,6 +246,7 @@ void run(const Launch& launch) {
   if (launch.grid.x == 0 || launch.grid.y == 0 || launch.grid.z == 0) return;
   static std::mutex turn;
   const std::lock_guard<std::mutex> lock(turn);
+  if (machine.order == Order::none) return;
   machine.name = launch_name(launch.text);
   check(launch);
   machine.launch = &launch;
@@ -276,19 +277,20 @@ void run(const Launch& launch) {
 
 void set_schedule(const std::string& schedule) {
   static const std::map<std::string, Order> orders = {
-      {"forward", Order::forward}, {"reverse", Order::reverse}, {"random", Order::random}, {"pct", Order::pct}};
+      {"forward", Order::forward}, {"reverse", Order::reverse}, {"random", Order::random}, {"pct", Order::pct},
+      {"none", Order::none}};
   const std::size_t colon = std::min(schedule.find(':'), schedule.size());
   const auto order = orders.find(schedule.substr(0, colon));
   const std::string seed = colon < schedule.size() ? schedule.substr(colon + 1) : "0";
   if (order == orders.end() || seed.empty() || seed.find_first_not_of("0123456789") != std::string::npos) {
-    throw std::invalid_argument("schedule must be forward, reverse, random:SEED or pct:SEED, got '" + schedule + "'");
+    throw std::invalid_argument("schedule must be forward, reverse, random:SEED, pct:SEED or none, got '" + schedule + "'");
   }
   machine.order = order->second;
   machine.seed = std::stoull(seed);
 }
 
 std::string schedule() {
-  static const char* const names[] = {"forward", "reverse", "random:", "pct:"};
+  static const char* const names[] = {"forward", "reverse", "random:", "pct:", "none"};
   const bool seeded = machine.order == Order::random || machine.order == Order::pct;
   return names[int(machine.order)] + (seeded ? std::to_string(machine.seed) : "");
 }

@@ -244,6 +244,7 @@ static Fiber* choose() {
       const unsigned ready = machine.warps[place]->ready;
       return fiber_of(place, machine.seed & 1 ? highest(ready) : lowest(ready));
     }
+    case Order::none: break;  // a launch has returned before
   }
   return nullptr;
 }

@@ -37,7 +37,7 @@ struct Slot {
   GuardedMemory shared;
 };
 
-enum class Order { forward, reverse, random, pct };
+enum class Order { forward, reverse, random, pct, none };
 
 struct Machine {
   const Launch* launch = nullptr;

@@ -14,7 +14,8 @@ void pretend_pointer(std::uintptr_t address, int device);
 namespace megakern::simt {
 
 // "forward", "reverse", "random:SEED" or "pct:SEED" (random priorities of warps, changed now and then). A correct kernel
-// gives the same result under each. Blocks follow: 0, 1, 2 ...; the last first; or in random order.
+// gives the same result under each. Blocks follow: 0, 1, 2 ...; the last first; or in random order. "none" runs no thread: a
+// call then costs what it costs a CPU beside a GPU, but for the driver.
 void set_schedule(const std::string& schedule);
 std::string schedule();
 
