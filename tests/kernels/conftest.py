@@ -105,8 +105,9 @@ def guards(monkeypatch):
     """
     buffers = []
 
-    def allocate(shape, *, dtype, device):
-        size = torch.Size(shape).numel()
+    def allocate(*sizes, dtype, device):
+        shape = torch.empty(*sizes, device="meta").shape
+        size = shape.numel()
         mark = float("nan") if dtype.is_floating_point else SENTINEL
         buffer = torch.full((size + 2 * GUARD,), mark, dtype=dtype, device=device)
         if type(buffer) is not torch.Tensor:  # a compiler traces the launcher: nothing runs, so nothing to guard

@@ -45,10 +45,14 @@ def few_programs(backend, monkeypatch):
         from megakern.kernels.triton import configs
 
         monkeypatch.setattr(configs, "norm_programs", lambda cols: 3)
+        yield
         return
+    cuda_configs.Rows.of.cache_clear()
     monkeypatch.setattr(cuda_configs, "MULTIPROCESSORS", 1)
     rule = dataclasses.replace(cuda_configs.BACKWARD, resident=1, clusters=(3, 2, 1, 1))
     monkeypatch.setattr(cuda_configs, "BACKWARD", rule)
+    yield
+    cuda_configs.Rows.of.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

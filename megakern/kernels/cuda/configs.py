@@ -72,7 +72,7 @@ FORWARD_RESIDUAL = Rule((Way(64, 2), Way(4096, 4)), threads=256, longest=1024, r
 BACKWARD = Rule((Way(2048, 4),), threads=256, longest=512, resident=512, stages=2)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rows:
     """Threads of a row in each block of its cluster, rows of a block at a time, blocks of a cluster."""
 
@@ -85,6 +85,7 @@ class Rows:
     stages: int
     why: str
 
+    @functools.lru_cache(4096)  # noqa: B019 - there are few, and they stay
     def of(self, M: int) -> tuple[int, ...]:
         """The last arguments of the launch for M rows, with fewer rows a block where some multiprocessors would have
         none. Backward also: clusters, stages."""

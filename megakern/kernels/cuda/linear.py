@@ -12,7 +12,7 @@ import torch
 from megakern.kernels.cuda.activation import KINDS
 from megakern.kernels.cuda.linear_plan import GATED, NN, NT, TN, choose, epilogue_weight
 from megakern.kernels.cuda.module import DTYPES, call, pointer
-from megakern.kernels.memory import empty, rows_of
+from megakern.kernels.memory import empty, empty_like, nothing, rows_of
 
 HEAD_START = 0  # steps by which one consumer of the first tile is ahead of the other: 1 to 3 changed at most 1 %
 BAND = 2048  # rows of the output whose tiles are walked column by column, for the L2 cache: 1024 and 4096 within 1 %
@@ -77,9 +77,8 @@ def operand(x):
 def linear_forward(x, weight, bias, residual, activation, keep):
     """-> y (..., N), pre-activation (..., N) if `keep`, else empty. `activation` is "" for none."""
     N = weight.shape[0]
-    shape = (*x.shape[:-1], N)
-    y = empty(shape, x.dtype, x.device)
-    pre = empty(shape if keep else (0,), x.dtype, x.device)
+    y = empty((*x.shape[:-1], N), x.dtype, x.device)
+    pre = empty_like(y) if keep else nothing(y)
     if y.numel():
         product(
             NT,
@@ -111,7 +110,7 @@ def linear_weight_gradient(dy, x, weight_dtype, bias_dtype):
     """
     rows, N, K = operand(dy), dy.shape[-1], x.shape[-1]
     with_weight = weight_dtype is not None
-    dweight = empty((N, K) if with_weight else (0,), weight_dtype or dy.dtype, dy.device)
+    dweight = empty((N, K), weight_dtype, dy.device) if with_weight else nothing(dy)
     dbias = _bias_gradient(N, bias_dtype, dy)
     if not rows.shape[0]:
         dweight.zero_(), dbias.zero_()
@@ -134,7 +133,7 @@ def linear_accumulate_weight_gradient(into, dy, x, bias_dtype):
 
 
 def _bias_gradient(N, dtype, dy):
-    return empty((0,) if dtype is None else (N,), dtype or dy.dtype, dy.device)
+    return nothing(dy) if dtype is None else empty((N,), dtype, dy.device)
 
 
 def _column_sums(rows, out):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from megakern.kernels.cuda import linear
 from megakern.kernels.cuda.linear import operand
 from megakern.kernels.cuda.linear_plan import GATED, NN
-from megakern.kernels.memory import empty
+from megakern.kernels.memory import empty, empty_like, nothing
 
 
 def linear_swiglu_forward(x, gate_weight, up_weight, gate_bias, up_bias, keep):
@@ -15,9 +15,8 @@ def linear_swiglu_forward(x, gate_weight, up_weight, gate_bias, up_bias, keep):
     threads.
     """
     N = gate_weight.shape[0]
-    shape = (*x.shape[:-1], N)
-    y = empty(shape, x.dtype, x.device)
-    gate, up = (empty(shape if keep else (0,), x.dtype, x.device) for _ in range(2))
+    y = empty((*x.shape[:-1], N), x.dtype, x.device)
+    gate, up = (empty_like(y) if keep else nothing(y) for _ in range(2))
     if y.numel():
         gate_bias, up_bias = (None if bias is None else operand(bias)[0] for bias in _pair(gate_bias, up_bias))
         kept = {"pre": gate, "pre_up": up} if keep else {}
@@ -42,7 +41,7 @@ def _pair(first, second):
 def linear_activation_gradient(dy, weight, pre, up, activation):
     """-> dpre (..., K) = (dy W) act'(pre), dup empty; with `up` the gradients of silu(pre) up, both (..., K)."""
     dpre = empty(pre.shape, dy.dtype, dy.device)
-    dup = empty((0,) if up is None else pre.shape, dy.dtype, dy.device)
+    dup = nothing(dpre) if up is None else empty_like(dpre)
     if dpre.numel():
         K = weight.shape[1]
         gated = {} if up is None else {"saved_up": operand(up), "out_up": dup}

@@ -6,16 +6,16 @@ import torch
 
 from megakern.kernels.cuda import configs
 from megakern.kernels.cuda.module import DTYPES, call, pointer, strided
-from megakern.kernels.memory import empty, empty_like
+from megakern.kernels.memory import empty, empty_like, nothing
 
 
 def norm_forward(x, weight, bias, residual, eps, centre):
     """-> y (..., C), h (..., C) or empty, mean (...) or empty, rstd (...); statistics fp32."""
-    C = x.shape[-1]
+    *rows, C = x.shape
     y = empty_like(x)
-    h = empty(x.shape if residual is not None else (0,), x.dtype, x.device)
-    rstd = empty(x.shape[:-1], torch.float32, x.device)
-    mean = empty(rstd.shape if centre else (0,), torch.float32, x.device)
+    h = nothing(x) if residual is None else empty_like(x)
+    rstd = empty(rows, torch.float32, x.device)
+    mean = empty_like(rstd) if centre else nothing(rstd)
     M = rstd.numel()
     if M == 0:
         return y, h, mean, rstd
@@ -37,7 +37,7 @@ def norm_backward(dy, dh, h, weight, mean, rstd, with_bias, centre):
     C, M = h.shape[-1], rstd.numel()
     dx = empty_like(h)
     dweight = empty_like(weight)
-    dbias = empty((C if with_bias else 0,), weight.dtype, weight.device)
+    dbias = empty_like(weight) if with_bias else nothing(weight)
     (dy, dy_stride), (h, h_stride) = strided(dy), strided(h)
     dh, dh_stride = (None, 0) if dh is None else strided(dh)
     weight = weight.contiguous()

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from megakern.kernels.memory import empty, rows_of
+from megakern.kernels.memory import empty, empty_like, nothing, rows_of
 from megakern.kernels.triton import configs, tune
 from megakern.kernels.triton.activation import activate, slope
 from megakern.kernels.triton.configs import cdiv
@@ -119,9 +119,8 @@ def _processors(device: torch.device) -> int:
 def linear_forward(x, weight, bias, residual, activation, keep):
     """-> y (..., N), pre-activation (..., N) if `keep`, else empty. `activation` is "" for none."""
     N = weight.shape[0]
-    shape = (*x.shape[:-1], N)
-    y = empty(shape, x.dtype, x.device)
-    pre = empty(shape if keep else (0,), x.dtype, x.device)
+    y = empty((*x.shape[:-1], N), x.dtype, x.device)
+    pre = empty_like(y) if keep else nothing(y)
     product(
         rows_of(x),
         rows_of(weight).t(),
@@ -146,10 +145,10 @@ def linear_weight_gradient(dy, x, weight_dtype, bias_dtype):
     """-> dweight (N, K) of weight_dtype, dbias (N,) of bias_dtype; empty where the dtype is None. Sums are fp32."""
     rows, N, K = rows_of(dy), dy.shape[-1], x.shape[-1]
     with_weight = weight_dtype is not None
-    dweight = empty((N, K) if with_weight else (0,), weight_dtype or dy.dtype, dy.device)
+    dweight = empty((N, K), weight_dtype, dy.device) if with_weight else nothing(dy)
     if with_weight:
         product(rows.t(), rows_of(x), dweight)
-    return dweight, empty((0,), dy.dtype, dy.device) if bias_dtype is None else _column_sum(rows).to(bias_dtype)
+    return dweight, nothing(dy) if bias_dtype is None else _column_sum(rows).to(bias_dtype)
 
 
 def linear_accumulate_weight_gradient(into, dy, x, bias_dtype):

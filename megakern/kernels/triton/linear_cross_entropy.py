@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from megakern.kernels.memory import empty, empty_like, rows_of
+from megakern.kernels.memory import empty, empty_like, nothing, rows_of
 from megakern.kernels.torch.cross_entropy import check_targets, shard_of
 from megakern.kernels.triton import INTERPRETED, configs
 from megakern.kernels.triton.cross_entropy import row_losses, write_gradient
@@ -44,7 +44,7 @@ class _Gradients:
 
     def __init__(self, problem, x, weight, with_dx, with_dweight):
         self.problem, self.wanted = problem, (with_dx, with_dweight)
-        self.dx = empty_like(x) if with_dx else empty((0,), x.dtype, x.device)
+        self.dx = empty_like(x) if with_dx else nothing(x)
         self.dweight = empty(weight.shape if with_dweight else (0,), torch.float32, weight.device).zero_()
 
     def add(self, chunk, dlogits):

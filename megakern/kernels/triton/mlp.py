@@ -7,7 +7,7 @@ training both pre-activations are written in any case. Whether narrower tiles wo
 
 from __future__ import annotations
 
-from megakern.kernels.memory import empty, rows_of
+from megakern.kernels.memory import empty, nothing, rows_of
 from megakern.kernels.triton.activation import swiglu_backward, swiglu_forward
 from megakern.kernels.triton.linear import linear_forward, linear_input_gradient, product
 
@@ -17,7 +17,7 @@ def linear_swiglu_forward(x, gate_weight, up_weight, gate_bias, up_bias, keep):
     gate, _ = linear_forward(x, gate_weight, gate_bias, None, "", False)
     up, _ = linear_forward(x, up_weight, up_bias, None, "", False)
     y = swiglu_forward(gate, up)
-    return (y, gate, up) if keep else (y, *(empty((0,), x.dtype, x.device) for _ in range(2)))
+    return (y, gate, up) if keep else (y, nothing(y), nothing(y))
 
 
 def linear_activation_gradient(dy, weight, pre, up, activation):
@@ -27,4 +27,4 @@ def linear_activation_gradient(dy, weight, pre, up, activation):
     dpre = empty(pre.shape, dy.dtype, dy.device)
     out = dpre.view(-1, weight.shape[1])
     product(rows_of(dy), rows_of(weight), out, residual=rows_of(pre), activation=activation, gradient=True)
-    return dpre, empty((0,), dy.dtype, dy.device)
+    return dpre, nothing(dy)

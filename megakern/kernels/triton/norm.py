@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from megakern.kernels.memory import empty, empty_like, rows_of
+from megakern.kernels.memory import empty, empty_like, nothing, rows_of
 from megakern.kernels.triton import configs, tune
 from megakern.kernels.triton.configs import cdiv
 from megakern.kernels.triton.launch import launch
@@ -230,9 +230,9 @@ def norm_forward(x, weight, bias, residual, eps, centre):
     """-> y (..., C), h (..., C) or empty, mean (...) or empty, rstd (...); statistics fp32."""
     C = x.shape[-1]
     y = empty_like(x)
-    h = empty(x.shape if residual is not None else (0,), x.dtype, x.device)
+    h = nothing(x) if residual is None else empty_like(x)
     rstd = empty(x.shape[:-1], torch.float32, x.device)
-    mean = empty(rstd.shape if centre else (0,), torch.float32, x.device)
+    mean = empty_like(rstd) if centre else nothing(rstd)
     x = rows_of(x)
     added = None if residual is None else rows_of(residual)
     tensors = (x, added, weight.contiguous(), None if bias is None else bias.contiguous(), y, h, mean, rstd)
@@ -302,7 +302,8 @@ def sum_parts(parts, dtype, more=None):
     One launch, so that neither waits for the other. Without `more` the second result is empty.
     """
     P, C = parts.shape
-    out, more_out = empty((C,), dtype, parts.device), empty((0 if more is None else C,), dtype, parts.device)
+    out = empty((C,), dtype, parts.device)
+    more_out = nothing(out) if more is None else empty_like(out)
     config = configs.SUM_PARTS
     grid = (cdiv(C, config.tiles["COLS"]), 1 if more is None else 2)
     launch(_sum_parts, grid, parts, out, more, more_out, P, C, config=config)

@@ -1,0 +1,40 @@
+"""What a call of a C++ launcher costs the CPU: bounded by what PyTorch takes for one tensor, on the same core."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks import launch_cost
+from megakern.kernels.cuda import module
+
+pytestmark = pytest.mark.skipif(module._simt is None, reason=module.SIMT_ERROR)
+
+# In calls of torch.empty, 1.2 us on one core of a Xeon. There norms take 4.3 to 4.8 forward, 5.3 backward, gelu 1.6,
+# `mk.rms_norm` 12.5. Before outputs, choices and the way to the launcher were cheaper: 6.5 to 7.5, 6.7, 1.6, 16.5.
+MOST = {
+    "layer norm": 6,
+    "rms norm": 5.8,
+    "rms norm + residual": 6,
+    "layer norm backward": 6.2,
+    "gelu": 2.2,
+    "mk.rms_norm, the launcher included": 15,
+}
+
+
+def test_launchers_stay_cheap():
+    calls = launch_cost.calls()
+    calls = {name: calls[name] for name in (launch_cost.YARDSTICK, *MOST)}
+    times = launch_cost.measure(calls, turns=25, repeats=100)  # short turns: one of them has the core to itself
+    least = {name: min(turns) for name, turns in times.items()}
+    found = {name: least[name] / least[launch_cost.YARDSTICK] for name in MOST}
+    assert all(found[name] <= most for name, most in MOST.items()), (found, least)
+
+
+def test_every_launcher_of_the_benchmark_runs_with_its_kernel_too():
+    """Under a schedule that runs threads: the calls are sound, and not cheap because they are refused."""
+    for name, call in launch_cost.calls().items():
+        assert call() is not None, name
+    before = module._simt.schedule()
+    with launch_cost.without_kernels():
+        assert module._simt.schedule() == "none"
+    assert module._simt.schedule() == before
