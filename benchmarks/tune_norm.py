@@ -37,7 +37,7 @@ CHANGES = {
     "backward": [
         *({"threads": t, "ways": (2048, steps)} for t in (128, 256, 512) for steps in (1, 2, 4)),
         *({"threads": t, "ways": (2048, steps), "stages": n} for t in (256, 512) for steps in (2, 4) for n in (3, 4)),
-        {"ways": (1024, 4)}, {"ways": (512, 4)}, {"ways": (512, 4), "stages": 3},
+        {"stages": 2}, {"ways": (1024, 4)}, {"ways": (512, 4)}, {"ways": (512, 4), "stages": 3},
         *({"clusters": c} for c in ((132, 66, 32, 16), (132, 64, 31, 15), (264, 132, 64, 32))),
     ],
 }  # fmt: skip

@@ -40,7 +40,8 @@ class Rule:
     resident: int
     """Threads of all blocks of a multiprocessor, at most."""
     stages: int = 0
-    """Rows of a thread in shared memory: one being worked on, the others arriving. 0: in registers."""
+    """Rows of a thread in shared memory, at most: one being worked on, the others arriving; two where more would leave
+    room for fewer blocks. 0: in registers."""
     # A cluster lies within one of the GPU's groups of multiprocessors, so that 4 and 8 leave some out. On an H200
     # not all of 32 clusters of 4 ran at once: 2048 x 65536 backward took 1.75 x the time of 30.
     clusters: tuple[int, int, int, int] = (132, 66, 30, 14)
@@ -66,10 +67,16 @@ FORWARD = Rule((Way(64, 2), Way(2048, 4), Way(8192, 8)), threads=256, longest=10
 # Registers hold both: no room for 8 vectors of each.
 FORWARD_RESIDUAL = Rule((Way(64, 2), Way(4096, 4)), threads=256, longest=1024, resident=1024)
 # 128 registers a thread: 64 fp32 sums of four vectors of 16-bit columns stay in them. Two blocks of 256 threads a
-# multiprocessor are faster than one of 512 on an H200 (16384 x 4096: 74 % of the copy rate to 68 %). On their way into
-# shared memory: 512 threads x 4 vectors x 16 bytes x (dy and h) = 64 KB a stage, 96 with the residual's gradient; two
-# stages, since a third does not fit beside the latter.
-BACKWARD = Rule((Way(2048, 4),), threads=256, longest=512, resident=512, stages=2)
+# multiprocessor are faster than one of 512 on an H200 (16384 x 4096: 74 % of the copy rate to 68 %).
+#
+# Rows are not held in registers as forward: 64 sums and the 32 words of two rows are 96 of 128, and the next rows would
+# be 32 more. They wait in shared memory: 512 threads x 4 vectors x 16 bytes x (dy and h) are 64 KB a stage of a
+# multiprocessor, 96 with the residual's gradient. At the copy rate, 4.3 TB/s over 132, a row of each of two blocks is
+# read and written in 3 us (8192 columns: 2 x 48 KB). With two stages its loads start 3 us before they are needed, and
+# take as long: 64 KB among 96 at that rate, and 0.7 us of latency. With three they have 6 us. 192 KB fit; beside the
+# residual's gradient two stages do. L1 keeps 28 KB, 16 of them the bf16 weight of 8192 columns; an fp32 one comes from
+# L2 then. Not yet measured.
+BACKWARD = Rule((Way(2048, 4),), threads=256, longest=512, resident=512, stages=3)
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,8 +147,8 @@ def norm_backward(C: int, size: int, residual: bool, kind: Kind) -> Rows:
 @functools.lru_cache(4096)
 def _rows(rule: Rule, C: int, size: int, staged: int, kind: Kind) -> Rows:
     """staged: tensors whose rows pass through shared memory."""
-    persistent = rule.stages > 0
-    chunks = functools.partial(Rows, 0, 1, 1, MULTIPROCESSORS * persistent, rule.stages)
+    persistent, stages = rule.stages > 0, min(2, rule.stages)
+    chunks = functools.partial(Rows, 0, 1, 1, MULTIPROCESSORS * persistent, stages)
     if C * size % VECTOR:
         return chunks("its rows are no multiples of 16 bytes")
     vectors, cluster, most = C * size // VECTOR, 1, rule.ways[-1].most
@@ -161,15 +168,17 @@ def _rows(rule: Rule, C: int, size: int, staged: int, kind: Kind) -> Rows:
     rows = max(1, rule.threads // threads) if cluster == 1 else 1
     unit = max(1, 32 // threads)
 
-    def bytes_of(rows: int) -> int:
+    def bytes_of(rows: int, stages: int) -> int:
         sums = 2 * 12 * rows * cdiv(threads, 32) * cluster + 16
-        return rule.stages * staged * cdiv(mine, threads) * threads * rows * VECTOR + sums
+        return stages * staged * cdiv(mine, threads) * threads * rows * VECTOR + sums
 
-    while bytes_of(rows) > kind.shared and rows > unit:
+    while bytes_of(rows, stages) > kind.shared and rows > unit:
         rows = max(unit, rows // 2 // unit * unit)
-    if bytes_of(rows) > kind.shared:
-        return chunks(f"{rule.stages} rows do not fit into the shared memory of {cluster} multiprocessors")
-    resident = max(1, min(rule.resident // (threads * rows), kind.shared // (bytes_of(rows) + 1024)))
+    if bytes_of(rows, stages) > kind.shared:
+        return chunks(f"{stages} rows do not fit into the shared memory of {cluster} multiprocessors")
+    resident = max(1, min(rule.resident // (threads * rows), kind.shared // (bytes_of(rows, stages) + 1024)))
+    while stages < rule.stages and kind.shared // (bytes_of(rows, stages + 1) + 1024) >= resident:
+        stages += 1
     clusters = rule.clusters[cluster.bit_length() - 1] * resident if persistent else 0
     why = f"{cdiv(mine, threads)} vectors of 16 bytes a thread"
     return Rows(
@@ -177,7 +186,7 @@ def _rows(rule: Rule, C: int, size: int, staged: int, kind: Kind) -> Rows:
         rows,
         cluster,
         clusters,
-        rule.stages,
+        stages,
         f"{why}, {resident} blocks a multiprocessor" if persistent else why,
     )
 
