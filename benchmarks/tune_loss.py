@@ -57,10 +57,11 @@ def both_calls(logits, out, targets):
         kept = max(0, min(steps - held, room))
         if threads * together > (512 if held else 1024) or (held + kept) * 2 < steps:
             continue
-        plan = cross_entropy.Plan(threads, held, kept, min(count * together, M), 0.0)
-        calls[f"{threads} threads, {held} + {kept} chunks of {steps}, {together} blocks"] = with_plan(
-            "plan", lambda *_, plan=plan: plan, cross_entropy.loss_and_gradient, *arguments
-        )
+        for ahead in sorted({0, min(1, room - kept), min(kept, room - kept)}) if kept else (0,):
+            plan = cross_entropy.Plan(threads, held, kept, ahead, min(count * together, M), 0.0)
+            calls[f"{threads} threads, {held} + {kept} chunks of {steps}, {ahead} ahead, {together} blocks"] = (
+                with_plan("plan", lambda *_, plan=plan: plan, cross_entropy.loss_and_gradient, *arguments)
+            )
     return calls
 
 

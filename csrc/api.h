@@ -182,8 +182,8 @@ struct CrossEntropyGradient {
 void cross_entropy_gradient(const CrossEntropyGradient&, Place);
 
 // loss and out at once, for a vocabulary on one rank. The plan, made by megakern/kernels/cuda/cross_entropy.py: threads of a
-// block, chunks of 16 bytes that each holds in registers (0 or 10) and keeps in shared memory, and blocks, which share the
-// rows.
+// block, chunks of 16 bytes of a row that each holds in registers (0 or 10) and keeps in shared memory, those of the next
+// row that it fetches ahead, at most as many as it keeps, and blocks, which share the rows.
 struct CrossEntropyLossAndGradient {
   CrossEntropy rows;
   const float* scale;
@@ -191,7 +191,7 @@ struct CrossEntropyLossAndGradient {
   float* loss;
   void* out;
   int64_t out_stride;
-  int threads, held, kept, blocks;
+  int threads, held, kept, ahead, blocks;
 };
 void cross_entropy_loss_and_gradient(const CrossEntropyLossAndGradient&, Place);
 

@@ -2,8 +2,10 @@
 //
 // loss_and_gradient    a block walks whole rows, and keeps a row on chip between the loss and the gradient: `held` chunks of
 //                      16 bytes a thread in registers, `kept` in shared memory; what does not fit is read again. While it
-//                      writes a row's gradient it fetches the next row into the space that falls free, so that the memory
-//                      always has work. A thread sees no chunk but its own: the only barriers are those of the sums.
+//                      writes a row's gradient it fetches the next row into the space that falls free. Between a row's
+//                      last chunk and its first gradient are the sums of the block: for those microseconds the memory has
+//                      the first `ahead` chunks a thread of the row after, in slots beyond `kept`. A thread sees no chunk
+//                      but its own: the only barriers are those of the sums.
 // scale                x = factor x, where the factor, read on the device, is not 1: for a gradient made before its scale.
 //
 // Limits: as cross_entropy.cu; a vocabulary on one rank.
@@ -17,18 +19,19 @@ constexpr int kGroups = 8;  // parts of a row that arrive one after another
 
 // --- kernels ---
 
-// Waits until the groups of a row up to `group` are here.
-MK_DEVICE void wait_for(int group) {
-  static_assert(kGroups == 8);
-  switch (group) {
-    case 0: return cp_async_wait<7>();
-    case 1: return cp_async_wait<6>();
-    case 2: return cp_async_wait<5>();
-    case 3: return cp_async_wait<4>();
-    case 4: return cp_async_wait<3>();
-    case 5: return cp_async_wait<2>();
-    case 6: return cp_async_wait<1>();
-    default: return cp_async_wait<0>();
+// Waits until all groups of copies but the last `pending` are here.
+MK_DEVICE void wait_but(int pending) {
+  switch (pending) {
+    case 0: return cp_async_wait<0>();
+    case 1: return cp_async_wait<1>();
+    case 2: return cp_async_wait<2>();
+    case 3: return cp_async_wait<3>();
+    case 4: return cp_async_wait<4>();
+    case 5: return cp_async_wait<5>();
+    case 6: return cp_async_wait<6>();
+    case 7: return cp_async_wait<7>();
+    case 8: return cp_async_wait<8>();
+    default: return cp_async_wait<9>();
   }
 }
 
@@ -37,8 +40,10 @@ MK_KERNEL __launch_bounds__(kThreads, HELD > 0 ? 1 : 2) void loss_and_gradient_k
   SharedMemory shared;
   Scratch scratch(shared);
   const int step = int(blockDim.x), me = int(threadIdx.x), per_group = ceil_div(p.kept, kGroups);
+  const int groups_ahead = per_group ? p.ahead / per_group : 0;
   const int first_slot = HELD * step + me, rest = (HELD + p.kept) * step;  // chunks from `rest` on do not fit
-  Words* const slots = shared.take<Words>(p.kept * step) + me;
+  const int ring = (p.kept + p.ahead) * step;
+  Words* const slots = shared.take<Words>(ring) + me;
   Words held[HELD > 0 ? HELD : 1];
   T edge = from_float<T>(0.0f);
   const bool smooth = p.rows.label_smoothing > 0.0f;
@@ -52,26 +57,50 @@ MK_KERNEL __launch_bounds__(kThreads, HELD > 0 ? 1 : 2) void loss_and_gradient_k
   const auto fetch_edge = [&](const Coming<T>& row) {
     if (me < row.span.edge) edge = row.span.data[row.span.at_edge(me)];
   };
-  // f(k, slot) for this thread's slots, and their chunks; before(group) and after() around each group of them.
-  const auto each_slot = [&](auto before, auto f, auto after) {
-    Words* slot = slots;
+  // f(k, place) for this thread's places of a row, a ring from `slot` on, and their chunks; before(group) and after() around
+  // each group of them -> the first slot of the next row.
+  const auto each_slot = [&](int slot, auto before, auto f, auto after) {
     int k = first_slot;
     for (int group = 0; group < kGroups; ++group) {
       before(group);
       const int left = p.kept - group * per_group;
-      for (int j = left < per_group ? left : per_group; j > 0; --j, slot += step, k += step) f(k, slot);
+      for (int j = left < per_group ? left : per_group; j > 0; --j, k += step) {
+        f(k, slots + slot);
+        slot = slot + step == ring ? 0 : slot + step;
+      }
       after();
     }
+    return slot;
+  };
+  // The slots of a row, once `empty` has used them, take what `coming`, the next row, still lacks, and then the start of
+  // row number `after`.
+  const auto refill = [&](int slot, auto empty, Coming<T> coming, int64_t after, int64_t after_target) {
+    int at = first_slot + p.ahead * step;
+    return each_slot(slot, [](int) {},
+                     [&](int k, Words* place) {
+                       empty(k, place);
+                       if (at >= rest) {
+                         coming = Coming<T>(p.rows, after, after_target);
+                         at -= p.kept * step;
+                       }
+                       fetch_slot(coming, at, place);
+                       at += step;
+                     },
+                     [] { cp_async_commit(); });
   };
 
+  const int64_t stride = gridDim.x;
   Coming<T> row(p.rows, blockIdx.x, target_of(p.rows, blockIdx.x));
+  int64_t next_target = target_of(p.rows, blockIdx.x + stride);
 #pragma unroll
   for (int j = 0; j < HELD; ++j) fetch_held(row, j);
   fetch_edge(row);
-  each_slot([](int) {}, [&](int k, Words* slot) { fetch_slot(row, k, slot); }, [] { cp_async_commit(); });
+  const auto nothing = [](int, Words*) {};  // two rows before the first, so that groups are counted as later
+  int slot = refill(0, nothing, Coming<T>(p.rows, 0, p.rows.ignore_index), blockIdx.x, row.target);
+  slot = refill(slot, nothing, row, blockIdx.x + stride, next_target);
 
-  for (int64_t index = blockIdx.x; index < p.rows.M; index += gridDim.x) {
-    const int64_t next_target = target_of(p.rows, index + gridDim.x);
+  for (int64_t index = blockIdx.x; index < p.rows.M; index += stride) {
+    const int64_t after_target = target_of(p.rows, index + 2 * stride);
     const int own = own_column(row.target, p.rows);
     const float scale = p.scale ? p.scale[index * p.scale_stride] : 1.0f;
     float at_target = logit_of_target(p.rows, row);  // before anything is written over it
@@ -82,9 +111,10 @@ MK_KERNEL __launch_bounds__(kThreads, HELD > 0 ? 1 : 2) void loss_and_gradient_k
     for (int j = 0; j < HELD; ++j) {
       if (j * step + me < row.span.chunks) absorb(j, held[j]);
     }
-    each_slot([](int group) { wait_for(group); },
-              [&](int k, Words* slot) {
-                if (k < row.span.chunks) absorb(k, load<4>(slot->values));
+    // A group arrives with the row before's groups up to as many before it as `ahead` fills.
+    each_slot(slot, [&](int group) { wait_but(kGroups - 1 - group + groups_ahead); },
+              [&](int k, Words* place) {
+                if (k < row.span.chunks) absorb(k, load<4>(place->values));
               },
               [] {});
     each_chunk(row.span, rest, row.span.chunks, absorb);
@@ -97,7 +127,7 @@ MK_KERNEL __launch_bounds__(kThreads, HELD > 0 ? 1 : 2) void loss_and_gradient_k
     // The gradient, and on its heels the next row. What does not fit comes first: it was read last.
     const GradientOfRow gradient(scale, seen.peak, 1.0f / seen.sum, result.lse, p.rows);
     const OutRow<T> out(static_cast<T*>(p.out) + index * p.out_stride, row.span);
-    const Coming<T> next(p.rows, index + gridDim.x, next_target);
+    const Coming<T> next(p.rows, index + stride, next_target);
     const auto emit = [&](int k, const Words& chunk) {
       out.store(row.span.first(k), gradient.template chunk<T>(chunk, row.span.first(k), own));
     };
@@ -112,14 +142,13 @@ MK_KERNEL __launch_bounds__(kThreads, HELD > 0 ? 1 : 2) void loss_and_gradient_k
       if (j * step + me < row.span.chunks) emit(j * step + me, held[j]);
       fetch_held(next, j);
     }
-    each_slot([](int) {},
-              [&](int k, Words* slot) {
-                if (k < row.span.chunks) emit(k, load<4>(slot->values));
-                fetch_slot(next, k, slot);
-              },
-              [] { cp_async_commit(); });
+    const auto emit_slot = [&](int k, Words* place) {
+      if (k < row.span.chunks) emit(k, load<4>(place->values));
+    };
+    slot = refill(slot, emit_slot, next, index + 2 * stride, after_target);
     out.pad(row.target == p.rows.ignore_index ? 0 : int(p.rows.real), int(p.rows.C));
-    row = next;
+    row = Coming<T>(p.rows, index + stride, next_target);
+    next_target = after_target;
   }
   cp_async_wait<0>();
 }
@@ -157,8 +186,9 @@ void cross_entropy_loss_and_gradient(const CrossEntropyLossAndGradient& p, Place
   check.require(p.threads % kWarp == 0, "threads must be whole warps");
   check.require(p.held == 0 || p.held == kHeld, "held must be 0 or " + std::to_string(kHeld));
   check.size("kept", p.kept, 0, 1024);
+  check.size("ahead", p.ahead, 0, p.kept);
   check.size("blocks", p.blocks, 1, kMostBlocks);
-  const std::size_t bytes = Scratch::bytes + std::size_t(p.kept) * p.threads * 16;
+  const std::size_t bytes = Scratch::bytes + std::size_t(p.kept + p.ahead) * p.threads * 16;
   const unsigned blocks = unsigned(p.blocks < p.rows.M ? p.blocks : p.rows.M);
   with_dtype(p.rows.dtype, [&](auto t) {
     using T = decltype(t);

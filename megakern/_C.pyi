@@ -240,6 +240,7 @@ def cross_entropy_loss_and_gradient(
     threads: int,
     held: int,
     kept: int,
+    ahead: int,
     blocks: int,
     device: int,
     stream: int,

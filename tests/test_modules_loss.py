@@ -69,9 +69,10 @@ def test_plans_and_outputs_of_cross_entropy():
     refuse("threads must be whole warps", "cross_entropy_rows", *rows(), floats(M), floats(M), 100)
     refuse("the address of lse is null", "cross_entropy_rows", *rows(), floats(M), 0, 128)
     both = (*rows(), 0, 0, floats(M), floats(M, C), C)
-    refuse("held must be 0 or 10", "cross_entropy_loss_and_gradient", *both, 128, 3, 1, 1)
-    refuse("kept must be 0 to 1024, got -1", "cross_entropy_loss_and_gradient", *both, 128, 0, -1, 1)
-    refuse("blocks must be 1 to .*, got 0", "cross_entropy_loss_and_gradient", *both, 128, 0, 1, 0)
+    refuse("held must be 0 or 10", "cross_entropy_loss_and_gradient", *both, 128, 3, 1, 0, 1)
+    refuse("kept must be 0 to 1024, got -1", "cross_entropy_loss_and_gradient", *both, 128, 0, -1, 0, 1)
+    refuse("blocks must be 1 to .*, got 0", "cross_entropy_loss_and_gradient", *both, 128, 0, 1, 0, 0)
+    refuse("ahead must be 0 to 1, got 2", "cross_entropy_loss_and_gradient", *both, 128, 0, 1, 2, 1)
     arguments = rows()
     beside = arguments[0] + 4  # one element beside the logits
     refuse(

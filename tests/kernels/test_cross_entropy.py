@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 
 import pytest
@@ -160,6 +161,11 @@ def test_where_a_row_is_kept_changes_no_bit(V, dtype, device, backend, monkeypat
             source = logits if out[0, 0].isnan() else out
             assert torch.equal(kernel.loss_and_gradient(out, scale, source, targets, *options), loss)
             results.append(out)
+    chosen = kernel.plan(M, real, logits.element_size(), *CHIPS[0])
+    for ahead in {0, min(1, chosen.ahead), chosen.ahead // 2}:  # of blocks that have several rows
+        monkeypatch.setattr(kernel, "plan", lambda *_, n=ahead: dataclasses.replace(chosen, ahead=n, blocks=2))
+        results.append(logits.clone())
+        assert torch.equal(kernel.loss_and_gradient(results[-1], scale, results[-1], targets, *options), loss)
     assert all(torch.equal(results[0], other) for other in results[1:])
     largest = expected.float().abs().max().item()
     torch.testing.assert_close(
@@ -169,11 +175,18 @@ def test_where_a_row_is_kept_changes_no_bit(V, dtype, device, backend, monkeypat
 
 @pytest.mark.only("cuda", "simt")
 def test_the_plan_uses_the_chip_and_explain_shows_it(device, backend):
-    from megakern.kernels.cuda.cross_entropy import plan
+    from megakern.kernels.cuda import cross_entropy
 
+    plan = cross_entropy.plan
     h200 = (132, 227 << 10)
     assert plan(8192, 131072, 2, *h200).read_again == 0 and plan(8192, 151936, 2, *h200).read_again == 0
     assert plan(8192, 32000, 2, *h200).blocks == 3 * 132 and plan(8, 32000, 2, *h200).blocks == 8
+    assert plan(8192, 131072, 2, *h200).ahead == 6 and plan(8192, 32000, 2, *h200).ahead == 2
+    for V in range(8, 300_000, 4099):
+        chosen = plan(8192, V, 2, *h200)
+        together = chosen.blocks // 132
+        used = cross_entropy.SUMS_BYTES + 16 * chosen.threads * (chosen.kept + chosen.ahead) + 1024
+        assert chosen.ahead <= chosen.kept and together * used <= 228 << 10, (V, chosen)
     assert 0 < plan(8192, 262144, 2, *h200).read_again < 0.5
     logits, targets = make((7,), 13, device)
     text = str(mk.explain("cross_entropy", logits, targets, in_place=True, backend=backend))

@@ -17,6 +17,7 @@ HELD = 10
 """Chunks of 16 bytes that a thread holds in registers, where shared memory alone cannot keep a row; as in the .cu."""
 
 SUMS_BYTES = 1024  # of shared memory, for the sums of a block: room to spare
+RESERVED = 1024  # of shared memory, for the driver, in each block; a block alone can have all but that
 THREADS = {512: 128, 4096: 256}
 """For rows of up to so many chunks; above 512. Loss and gradient of 16384 x 32000 on an H200: 256 threads 579 us, 128
 605, 512 632. The loss alone takes as many, so that both ways give the same bits; 128 would be 2 to 4 % faster."""
@@ -35,6 +36,8 @@ class Plan:
     """Chunks of 16 bytes a thread in registers."""
     kept: int
     """Chunks a thread in shared memory."""
+    ahead: int
+    """Chunks a thread of the next row, in shared memory beyond them."""
     blocks: int
     """Blocks that share the rows."""
     read_again: float
@@ -44,7 +47,8 @@ class Plan:
         again = f", {self.read_again:.0%} of a row read again" if self.read_again else ""
         return (
             f"loss and gradient in one pass: {self.blocks} blocks of {self.threads} threads; of a row, a thread keeps "
-            f"{self.kept} x 16 bytes in shared memory and {self.held} x 16 in registers{again}"
+            f"{self.kept} x 16 bytes in shared memory, beside {self.ahead} of the next row, and {self.held} x 16 in "
+            f"registers{again}"
         )
 
 
@@ -60,7 +64,9 @@ def plan(M: int, columns: int, element_size: int, multiprocessors: int, shared: 
     bytes_of_block = SUMS_BYTES + 16 * threads * kept
     together = 1 if held else max(1, min(1024 // threads, shared // bytes_of_block))  # 64 registers a thread: 1024
     again = max(0.0, 1 - (held + kept) * threads / chunks)
-    return Plan(threads, held, kept, max(1, min(M, multiprocessors * together)), again)
+    room = ((shared + RESERVED) // together - RESERVED - SUMS_BYTES) // (16 * threads)
+    ahead = max(0, min(kept, room - kept))
+    return Plan(threads, held, kept, ahead, max(1, min(M, multiprocessors * together)), again)
 
 
 @functools.cache
@@ -123,7 +129,7 @@ def loss_and_gradient(out, scale, logits, targets, *options):
     rows = _rows(logits, targets, *options)
     chosen = plan_for(M, shard.real, logits.element_size(), logits.device)
     outputs = pointer(scale), 0 if scale is None else scale.stride(0), loss.data_ptr(), out.data_ptr(), out.stride(0)
-    numbers = chosen.threads, chosen.held, chosen.kept, chosen.blocks
+    numbers = chosen.threads, chosen.held, chosen.kept, chosen.ahead, chosen.blocks
     call("cross_entropy_loss_and_gradient", logits, *rows, *outputs, *numbers)
     return loss
 
