@@ -260,7 +260,7 @@ def test_the_product_binding_refuses(change, message):
     a = {"M": 4, "K": 4, "x_stride": 4, "weight_dtype": 0, "activation": 0}
     a |= {"x": 1 << 20, "weight": 1 << 21, "y": 1 << 22}
     a |= change
-    problem = _cpu.LinearProblem(a["M"], 4, a["K"], a["x_stride"], a["weight_dtype"], False, a["activation"], 1)
+    problem = _cpu.LinearProblem(a["M"], 4, a["K"], a["x_stride"], a["weight_dtype"], False, a["activation"], False, 1)
     with pytest.raises(ValueError, match=message):
         _cpu.linear(problem, a["x"], a["weight"], 0, 0, 0, a["y"])
 

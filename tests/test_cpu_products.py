@@ -1,13 +1,15 @@
-"""The AMX products where rows of x are read as they lie, and where a weight gradient is made of many blocks."""
+"""The AMX products where rows of x are read as they lie, where the derivative of an activation follows, and where a
+weight gradient is made of many blocks."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from megakern.kernels.torch import native
+from megakern.kernels.torch import mlp, native
+from megakern.ops.activation import KINDS
 from tests.closeness import assert_close_to_ref
-from tests.test_cpu_kernels import draw, needs_kernels, require, threads
+from tests.test_cpu_kernels import draw, needs_kernels, require, same_bits_with_three_threads, threads
 
 
 def lying(x, stride, first):
@@ -53,3 +55,44 @@ def test_weight_gradients_do_not_depend_on_their_blocks(shape):
         assert torch.equal(out, results[0][0]) and torch.equal(sums, results[0][1])
     assert_close_to_ref(results[0][0], dy.double().t() @ x.double(), dy.float().t() @ x.float(), name="dweight")
     assert_close_to_ref(results[0][1], dy.double().sum(0), dy.float().sum(0), name="sums")
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(64, 5, 7), (97, 70, 64), (300, 40, 290)])
+def test_the_derivative_follows_the_product(monkeypatch, kind, shape):
+    """dpre = (dy W) act'(pre) from the launcher, in one kernel where the shape has one; nothing written beside."""
+    require("amx_bf16")
+    M, N, F = shape
+    dy, weight = draw(M, N, dtype=torch.bfloat16, scale=1.0), draw(N, F, seed=1, scale=N**-0.5)
+    pre = draw(M, F, seed=2, dtype=torch.bfloat16)
+    calls, product = [], native.product
+    monkeypatch.setattr(native, "product", lambda *a, **k: calls.append(k.get("derivative")) or product(*a, **k))
+
+    def ours():
+        return (mlp.linear_activation_gradient(dy, weight, pre, None, kind)[0],)
+
+    (dpre,) = same_bits_with_three_threads(ours)
+    assert calls == [True] * 3
+    memory = torch.full((M * F + 2,), 7.0, dtype=torch.bfloat16)
+    how = {"transposed": True, "derivative": True}
+    native.product(dy, weight, None, None, kind, memory[1:-1].view(M, F), pre, **how)
+    assert memory[0] == memory[-1] == 7.0 and torch.equal(memory[1:-1].view(M, F), dpre)
+    with native.composites_only():
+        wide = [t.double() for t in (dy, weight.bfloat16(), pre)]
+        reference, _ = mlp.linear_activation_gradient(*wide, None, kind)
+        (composite,) = ours()
+    assert_close_to_ref(dpre, reference, composite)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "activation, bias, residual, pre",
+    [(0, 0, 0, 1 << 23), (1, 0, 0, 0), (1, 1 << 24, 0, 1 << 23), (1, 0, 1 << 24, 1 << 23), (1, 0, 0, 1 << 22)],
+)
+def test_the_binding_refuses_other_derivatives(activation, bias, residual, pre):
+    from megakern import _cpu
+
+    problem = _cpu.LinearProblem(4, 4, 4, 4, 0, True, activation, True, 1)
+    with pytest.raises(ValueError, match="the derivative is that of an activation, with pre beside y, without bias"):
+        _cpu.linear(problem, 1 << 20, 1 << 21, bias, residual, pre, 1 << 22)

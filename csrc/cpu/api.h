@@ -13,7 +13,7 @@ namespace megakern {
 
 using Address = std::uintptr_t;  // 0: no tensor
 
-constexpr int kInterface = 4;  // raised with native.py's when what is bound changes: an older module is not used
+constexpr int kInterface = 5;  // raised with native.py's when what is bound changes: an older module is not used
 
 enum DType : int { kFloat32 = 0, kBFloat16 = 1 };
 enum Master : int { kOwn = 0, kWhole = 1, kLowHalf = 2 };  // of a param: itself, fp32, its lower 16 bits
@@ -36,6 +36,7 @@ struct LinearProblem {
   int weight_dtype;   // fp32 is rounded to bf16
   bool transposed;    // weight is (K, N), and not (N, K)
   int activation;
+  bool derivative;  // y = act'(pre) (x weight^T): pre is read, and there is no bias and no residual
   int threads;
 };
 struct WeightGradientProblem {

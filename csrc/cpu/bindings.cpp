@@ -34,8 +34,8 @@ PYBIND11_MODULE(_cpu, m) {
   using namespace megakern;
   py::class_<LinearProblem>(m, "LinearProblem", py::module_local())
       .def(py::init([](int64_t M, int64_t N, int64_t K, int64_t x_stride, int weight_dtype, bool transposed,
-                       int activation, int threads) {
-        return LinearProblem{M, N, K, x_stride, weight_dtype, transposed, activation, threads};
+                       int activation, bool derivative, int threads) {
+        return LinearProblem{M, N, K, x_stride, weight_dtype, transposed, activation, derivative, threads};
       }));
   py::class_<LinearRowsProblem>(m, "LinearRowsProblem", py::module_local())
       .def(py::init([](int64_t M, int64_t N, int64_t K, int64_t x_stride, int dtype, int weight_dtype, int bias_dtype,

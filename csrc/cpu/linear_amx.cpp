@@ -2,6 +2,7 @@
 //
 //   linear           y = act(x w^T + bias) + residual, or with w in place of w^T, as in a gradient of x; fp32 weights are
 //                    rounded to bf16 while they are packed
+//                    y = act'(pre) (x w), a gradient of what an activation read
 //   weight_gradient  out (+)= dy^T x in fp32 or bf16, and the sums over the rows of dy
 //
 // Writes with =, weight_gradient with += on request. Operands are packed into panels of tiles, 32 rows or columns wide,
@@ -276,8 +277,8 @@ void pack_left_transposed(const bf16* x, int64_t stride, int64_t rows, int64_t c
 
 // --- y = act(x w^T + bias) + residual ---
 
-template <int kind>
-struct Finish {  // of rows of a square of sums
+template <int kind, bool slope>
+struct Finish {  // of rows of a square of sums; slope: they are multiplied by act'(pre)
   const float* bias;
   const bf16* residual;
   bf16 *pre, *y;
@@ -293,9 +294,10 @@ struct Finish {  // of rows of a square of sums
       const int64_t i = (q.row + r) * N + q.column;
       Vec x[2];
       for (int n = 0; n < 2; ++n) x[n] = _mm512_add_ps(_mm512_load_ps(q.c + r * kSide + n * kLanes), biases[n]);
-      if (pre) _mm512_mask_storeu_epi16(pre + i, both, (Units)_mm512_cvtne2ps_pbh(x[1], x[0]));
+      if (pre && !slope) _mm512_mask_storeu_epi16(pre + i, both, (Units)_mm512_cvtne2ps_pbh(x[1], x[0]));
       for (int n = 0; n < 2; ++n) {
-        x[n] = activate<kind, kFast>(x[n]);
+        if constexpr (slope) x[n] = _mm512_mul_ps(x[n], derivative<kind, kFast>(load(pre + i + n * kLanes, masks[n])));
+        else x[n] = activate<kind, kFast>(x[n]);
         if (residual) x[n] = _mm512_add_ps(x[n], load(residual + i + n * kLanes, masks[n]));
       }
       _mm512_mask_storeu_epi16(y + i, both, (Units)_mm512_cvtne2ps_pbh(x[1], x[0]));
@@ -303,8 +305,8 @@ struct Finish {  // of rows of a square of sums
   }
 };
 
-template <typename W, int kind>
-void linear(const LinearProblem& a, const bf16* x, const W* w, const Finish<kind>& finish) {
+template <typename W, class Finish>
+void linear(const LinearProblem& a, const bf16* x, const W* w, const Finish& finish) {
   const int64_t strips = (a.N + kSide - 1) / kSide, steps = steps_of(a.K), apart = steps * kStep;
   const int64_t fitting = std::max(kSide, kBlockUnits / (steps * kTileUnits) / kSide * kSide);
   const int64_t rows_of_block = std::min({kRows, fitting, round_up((a.M + a.threads - 1) / a.threads, kSide)});
@@ -324,7 +326,7 @@ void linear(const LinearProblem& a, const bf16* x, const W* w, const Finish<kind
     const TileConfig config;
     const Buffer<Unit> left(rows_of_block / kSide * apart);
     const Buffer<float> squares(2 * kSquare);
-    Pipeline<Finish<kind>> pipeline(finish);
+    Pipeline<Finish> pipeline(finish);
 #pragma omp for schedule(dynamic)
     for (int64_t first = 0; first < a.M; first += rows_of_block) {
       const int64_t rows = std::min(rows_of_block, a.M - first), panels = (rows + kSide - 1) / kSide;
@@ -463,21 +465,27 @@ void linear(const LinearProblem& a, Address x, Address weight, Address bias, Add
   if (residual) require_address(op, "residual", residual, 2);
   if (pre) require_address(op, "pre", pre, 2);
   require(x != y && x != pre, "linear: x must not be an output");
+  require(!a.derivative || (a.activation != kNone && pre != 0 && bias == 0 && residual == 0 && pre != y),
+          "linear: the derivative is that of an activation, with pre beside y, without bias and residual");
   require(a.K <= kDeepest, "linear: K must be at most " + std::to_string(kDeepest) + ", got " + std::to_string(a.K));
 #if defined(__x86_64__)
-  const auto run = [&](auto kind) {
-    const Finish<kind> finish{reinterpret_cast<const float*>(bias), reinterpret_cast<const bf16*>(residual),
-                              reinterpret_cast<bf16*>(pre), reinterpret_cast<bf16*>(y), a.N};
+  const auto with = [&](auto kind, auto slope) {
+    const Finish<kind, slope> finish{reinterpret_cast<const float*>(bias), reinterpret_cast<const bf16*>(residual),
+                                     reinterpret_cast<bf16*>(pre), reinterpret_cast<bf16*>(y), a.N};
     const bf16* rows = reinterpret_cast<const bf16*>(x);
     if (a.weight_dtype == kBFloat16) return linear(a, rows, reinterpret_cast<const bf16*>(weight), finish);
     return linear(a, rows, reinterpret_cast<const float*>(weight), finish);
+  };
+  const auto run = [&](auto kind) {
+    if (a.derivative) return with(kind, std::true_type());
+    return with(kind, std::false_type());
   };
   switch (a.activation) {
     case kGelu: return run(std::integral_constant<int, kGelu>());
     case kGeluTanh: return run(std::integral_constant<int, kGeluTanh>());
     case kReluSquared: return run(std::integral_constant<int, kReluSquared>());
     case kSilu: return run(std::integral_constant<int, kSilu>());
-    default: return run(std::integral_constant<int, kNone>());
+    default: return with(std::integral_constant<int, kNone>(), std::false_type());
   }
 #else
   require(false, "linear: compiled for x86-64 only");

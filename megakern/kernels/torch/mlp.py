@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megakern.kernels.torch import native
 from megakern.kernels.torch.activation import activation_backward, swiglu_backward, swiglu_forward
 from megakern.kernels.torch.linear import linear_forward, linear_input_gradient
 
@@ -16,6 +17,11 @@ def linear_swiglu_forward(x, gate_weight, up_weight, gate_bias, up_bias, keep):
 
 def linear_activation_gradient(dy, weight, pre, up, activation):
     """-> dpre (..., K) = (dy W) act'(pre), dup empty; with `up` the gradients of silu(pre) up, both (..., K)."""
+    rows, read = dy.reshape(-1, dy.shape[-1]), pre.reshape(-1, pre.shape[-1])
+    if up is None and native.takes_product(rows, weight, read, activation, transposed=True):
+        dpre = rows.new_empty(read.shape)
+        native.product(rows, weight, None, None, activation, dpre, read.contiguous(), transposed=True, derivative=True)
+        return dpre.view(pre.shape), dpre.new_empty(0)
     dx = linear_input_gradient(dy, weight, None)
     if up is not None:
         return swiglu_backward(dx, pre, up)

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch  # first, so that the extension shares its OpenMP library
 from torch._subclasses.fake_tensor import is_fake
 
-INTERFACE = 4  # kInterface in csrc/cpu/api.h
+INTERFACE = 5  # kInterface in csrc/cpu/api.h
 
 try:
     from megakern import _cpu
@@ -143,16 +143,17 @@ def takes_product(x, weight, residual, activation: str = "", transposed: bool = 
     return bool(pays) and x.dtype == torch.bfloat16 and takes(weight) and takes(x, residual)
 
 
-def product(x, weight, bias, residual, activation: str, y, pre=None, transposed: bool = False):
+def product(x, weight, bias, residual, activation: str, y, pre=None, transposed=False, derivative=False):
     """y = act(x w^T + bias) + residual; with `pre`, also pre = x w^T + bias. x (M, K) bf16, w (N, K) bf16 or fp32.
 
-    transposed: w is (K, N), and y = act(x w + bias) + residual.
+    transposed: w is (K, N), and y = act(x w + bias) + residual. derivative: y = act'(pre) (x w^T), of a pre that is
+    read, contiguous like y, without bias and residual.
     """
     x, weight = _dense_rows(x), weight.contiguous()
     bias = None if bias is None else bias.float().contiguous()
     residual = None if residual is None else residual.contiguous()
     sizes = (*x.shape[:1], *(weight.shape[::-1] if transposed else weight.shape), _rows_apart(x))
-    how = (DTYPES[weight.dtype], transposed, ACTIVATIONS[activation], torch.get_num_threads())
+    how = (DTYPES[weight.dtype], transposed, ACTIVATIONS[activation], derivative, torch.get_num_threads())
     problem = _cpu.LinearProblem(*sizes, *how)
     _cpu.linear(problem, x.data_ptr(), *(_address(t) for t in (weight, bias, residual, pre, y)))
     return y
