@@ -206,13 +206,13 @@ MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
         const int phase = ring.phase, dout_phase = dout_stages == 1 ? step % 2 : phase;
         ring.advance();
         unsigned char* ds_now = ds + step % 2 * Tile::ds_bytes;
+        typename Keys::Operand p, change;  // here: the products that read them run on when a half is done
 #pragma unroll
         for (int half = 0; half < rows / 64; ++half) {  // 64 queries
           const unsigned char *q_now = q + stage * Tile::q_bytes + half * 64 * 128;
           const unsigned char* dout_now = dout + dout_stage * Tile::q_bytes + half * 64 * 128;
           float now[32], dp[32];
           float(&s)[32] = Tile::split ? now : next;
-          typename Keys::Operand p, change;
           if (Tile::split) {
             mbar_wait(&q_full[stage], phase);
             own.multiply(s, own.k, q_now);

@@ -17,6 +17,7 @@ def test_every_bug_has_its_place():
     for file in {bug.file for bug in BUGS}:
         planted.planted((planted.CSRC / file).read_text(), [(i, bug) for i, bug in enumerate(BUGS) if bug.file == file])
     assert len({bug.name for bug in BUGS}) == len(BUGS)
+    assert all(bug.old.split() != bug.new.split() for bug in BUGS)
     assert all((planted.ROOT / file).exists() for bug in BUGS for file in bug.tests)
 
 

@@ -27,15 +27,25 @@ def pipeline(library, bug):
     return y, 2 * x
 
 
-def product(library, bug):
+def product(library, bug, case="product"):
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randint(-8, 9, shape, generator=generator).bfloat16() for shape in ((64, 16), (16, 128)))
     d = torch.full((128, 64), float("nan"))
-    library.run("product", [a, b, d], [bug])
+    library.run(case, [a, b, d], [bug])
     t, i = torch.arange(128)[:, None], torch.arange(64)
     return d, (a.float() @ b.float())[
         16 * (t // 32) + t % 32 // 4 + 8 * (i // 2 % 2), 8 * (i // 4) + 2 * (t % 4) + i % 2
     ]
+
+
+def held_product(library, bug):
+    return product(library, bug, "held_product")
+
+
+def handed(library, bug):
+    y, z = torch.full((2, 32), float("nan"))
+    library.run("handed", [y, z, torch.zeros(1, dtype=torch.int32)], [bug])
+    return z, torch.full((32,), 2.0)
 
 
 def small_copies(library, bug):
@@ -51,9 +61,10 @@ def meet(library, bug):
     return y, torch.ones(2)
 
 
-KERNELS = {kernel.__name__: kernel for kernel in (pipeline, product, small_copies, meet)}
+KERNELS = {kernel.__name__: kernel for kernel in (pipeline, product, held_product, handed, small_copies, meet)}
 WRONG = "wrong result"
 MANY = "more than its . arrivals"
+UNSEEN = "reads shared memory that a thread has written without fence_async, or writes over while it is being read"
 
 # kernel, bug, what shows it: a message, or WRONG.
 BUGS = [
@@ -69,22 +80,30 @@ BUGS = [
     ("pipeline", 10, r"(?s)deadlock.*mbarrier 'full' phase 0.*0 of 1 arrivals and -16 bytes"),
     ("pipeline", 11, r"(?s)deadlock.*mbarrier 'full' phase 0.*0 of 1 arrivals and 16 bytes"),
     ("pipeline", 12, "mbarrier 'full' is used by a copy before mbar_init_fence"),
-    ("pipeline", 13, WRONG),  # a missing proxy fence
+    ("pipeline", 13, UNSEEN),  # a missing proxy fence
     ("pipeline", 14, WRONG),
-    ("pipeline", 15, WRONG),  # a missing trailing barrier
+    ("pipeline", 15, f"{WRONG}|{UNSEEN}"),  # a missing trailing barrier
     ("pipeline", 16, "a thread leaves the kernel while its store reads shared memory"),
     ("pipeline", 17, "a thread leaves the kernel without tma_commit"),
     ("pipeline", 18, f"{WRONG}|{MANY}|deadlock"),
+    ("pipeline", 19, "the block leaves while named barrier 3 has 32 of its 64 arrivals"),
     ("product", 1, WRONG),
     ("product", 2, "wgmma without a wgmma_fence"),
     ("product", 3, WRONG),
-    ("product", 4, WRONG),
+    ("product", 4, UNSEEN),
     ("product", 5, "the block leaves while wgmma runs"),
     ("product", 6, WRONG),
     ("product", 7, f"{WRONG}|wgmma reads outside"),
     ("product", 8, "wgmma_wait completes accumulators that it does not name"),
     ("product", 9, "wgmma reads outside of shared memory"),
     ("product", 10, WRONG),
+    ("product", 11, "wgmma adds to accumulators that no wgmma_fence has named"),
+    ("product", 12, UNSEEN),
+    ("held_product", 1, "registers of operand A have changed while a wgmma that reads them runs"),
+    ("held_product", 2, "wgmma with A in registers that no wgmma_fence has named"),
+    ("handed", 1, WRONG),
+    ("handed", 2, WRONG),
+    ("handed", 3, r"(?s)deadlock, a block waits for memory that no earlier block changes:.*1 threads wait at memory"),
     ("small_copies", 1, WRONG),
     ("small_copies", 2, WRONG),
     ("small_copies", 3, WRONG),
@@ -101,6 +120,8 @@ SOME_SCHEDULES = {
     ("pipeline", 6),
     ("pipeline", 15),
     ("pipeline", 18),
+    ("handed", 1),
+    ("handed", 3),
     ("small_copies", 5),
     ("meet", 2),
 }

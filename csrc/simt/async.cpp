@@ -64,6 +64,12 @@ unsigned char* shadow_of(Block& block, const unsigned char* p) {
   return async_of(block).shadow.begin() + (p - block.shared);
 }
 
+const unsigned char* shown(Block& block, const unsigned char* p, Site site) {
+  const unsigned char* seen = shadow_of(block, p);
+  if (std::memcmp(seen, p, 16) == 0) return seen;
+  fail("reads shared memory that a thread has written without fence_async, or writes over while it is being read", site);
+}
+
 void fence_async() {
   const Hardware working;
   async_of(*self->block).fence_pending = true;
@@ -298,6 +304,12 @@ void end_block(Block& block) {
                  " and " + std::to_string(issued(i)) + " wgmma", {});
       }
     }
+  }
+  for (int id = 0; id < Block::kBarriers; ++id) {
+    const Barrier& b = block.barrier[id];
+    if (b.arrived == 0) continue;
+    fail("the block leaves while named barrier " + std::to_string(id) + " has " + std::to_string(b.arrived) + " of its " +
+             std::to_string(b.wanted) + " arrivals", b.site);
   }
   if (!block.async) return;
   for (const Copy& copy : in_flight.loads) {

@@ -85,6 +85,8 @@ struct Product {  // one wgmma of a warp, or the end of a group
   std::uint64_t a, b;
   bool from_registers, a_major_m, b_major_n, accumulate, is_bf16;
   int N;
+  long number;  // among those of the warp, so that its neighbours know the same instruction
+  const std::uint32_t* registers[32];  // of A: each lane's four, and what they held at the issue
   std::uint32_t fragments[32][4];
   Site site;
 };
@@ -93,16 +95,25 @@ struct WarpAsync {
   std::deque<Product> log;
   long begin = 0;  // number of the first entry of the log
   long position[32] = {};
-  bool fenced[32] = {};
+  bool fenced[32] = {};  // since accumulators were last completed
+  std::vector<Registers> named[32];  // by such a fence; taken out when what reads or writes them completes
   std::deque<Accumulator> accumulators;
   std::vector<Accumulator*> finished;  // by the last wait
   long issued = 0;
+};
+
+// All 64 rows of an A in shared memory, as the first warp of the four found them that has completed its part.
+struct SharedA {
+  long number;  // of the product
+  int warps;    // that have completed it
+  std::uint64_t sum;
 };
 
 struct BlockAsync {
   std::deque<MBarrierState> barriers;
   GuardedMemory shadow;
   bool fence_pending = false;
+  std::deque<SharedA> of_warpgroup[8];
 };
 
 struct ClusterState {
@@ -113,9 +124,10 @@ struct ClusterState {
   char token[2] = {};
 };
 
-struct InFlight {  // what completes only when no thread can run
-  std::deque<Copy> loads;
+struct InFlight {
+  std::deque<Copy> loads;  // these complete only when no thread can run
   std::deque<SmallArrival> arrivals;
+  std::deque<Copy> writes;  // stores whose source has been read, and that nobody waits for: at the end of the launch
 };
 extern InFlight in_flight MK_SIMT_HIDDEN;
 
@@ -129,6 +141,9 @@ BlockAsync& async_of(Block& block);
 
 // The asynchronous view of shared memory; `p` points into Block::shared.
 unsigned char* shadow_of(Block& block, const unsigned char* p);
+// The same of 16 bytes that the copy engine or the tensor cores read now: both views must agree. Where they do not, a
+// thread has written without a fence, or too early.
+const unsigned char* shown(Block& block, const unsigned char* p, Site site);
 // Carries out the fences of the block's threads.
 void settle_fences(Block& block);
 

@@ -180,7 +180,7 @@ static void read_source(Copy& copy) {
   copy.was_read = true;
   copy.read.resize(std::size_t(copy.bytes));
   for (std::int64_t i = 0; i < copy.bytes; i += 16) {
-    std::memcpy(copy.read.data() + i, shadow_of(*copy.block, swizzled(copy, i)), 16);
+    std::memcpy(copy.read.data() + i, shown(*copy.block, swizzled(copy, i), copy.site), 16);
   }
 }
 
@@ -206,6 +206,19 @@ static void write_target(const Copy& copy) {
   });
 }
 
+// Nothing but a wait between them orders stores: they take the order of the schedule.
+template <class Copies>
+static void write_targets(Copies& copies) {
+  if (machine.order == Order::reverse) std::reverse(copies.begin(), copies.end());
+  for (std::size_t i = 0; i < copies.size(); ++i) {
+    if (machine.order == Order::random || machine.order == Order::pct) {
+      std::swap(copies[i], copies[i + machine.random() % (copies.size() - i)]);
+    }
+    write_target(copies[i]);
+  }
+  copies.clear();
+}
+
 void tma_wait(int pending, bool read_only) {
   const Hardware working;
   ThreadAsync& mine = async_of(*self);
@@ -215,10 +228,17 @@ void tma_wait(int pending, bool read_only) {
     for (Copy& copy : groups[std::size_t(i)]) read_source(copy);
   }
   if (read_only) return;
+  std::vector<Copy> done;
   for (int i = 0; i < ready; ++i) {
-    for (const Copy& copy : groups.front()) write_target(copy);
+    std::move(groups.front().begin(), groups.front().end(), std::back_inserter(done));
     groups.pop_front();
   }
+  write_targets(done);
+}
+
+void end_launch() {
+  const Hardware working;
+  write_targets(in_flight.writes);
 }
 
 // --- cp.async ---
@@ -283,7 +303,7 @@ void end_copies(ThreadAsync& thread) {
   for (auto& group : thread.store_groups) {
     for (Copy& copy : group) {
       if (!copy.was_read) fail("a thread leaves the kernel while its store reads shared memory; tma_wait_read<0> first", copy.site);
-      write_target(copy);
+      in_flight.writes.push_back(std::move(copy));
     }
   }
   const auto check = [](const std::vector<SmallCopy>& copies) {

@@ -254,7 +254,10 @@ void run(const Launch& launch) {
   release_all();
   const FaultHandler handler;
   struct Clean {
-    ~Clean() { release_all(); }
+    ~Clean() {
+      release_all();
+      in_flight.writes.clear();
+    }
   } clean;
   const long across = launch.grid.x / launch.cluster, clusters = across * launch.grid.y * launch.grid.z;
   for (const long cluster : cluster_order(clusters)) {
@@ -267,12 +270,17 @@ void run(const Launch& launch) {
     self = &machine.main;
     if (fault) throw std::runtime_error(machine.name + ": " + fault);
     if (machine.error) std::rethrow_exception(machine.error);
-    if (machine.starved) continue;  // they wait for the memory of a block that does not run yet
+    if (machine.starved) {  // they wait for the memory of a block that does not run yet
+      // A GPU starts blocks in this order, and a later one perhaps not before the earlier have left.
+      if (machine.order == Order::forward) fail("deadlock, a block waits for memory that no earlier block changes:" + waiters(), {});
+      continue;
+    }
     if (machine.running) fail("deadlock, nobody can go on:" + waiters(), {});
     for (int i = 0; i < machine.resident; ++i) check_shared(*machine.slots[i]);
     release_all();
   }
   if (machine.running) fail("deadlock, no block is left that could change the memory they wait for:" + waiters(), {});
+  end_launch();
 }
 
 void set_schedule(const std::string& schedule) {

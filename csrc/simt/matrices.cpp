@@ -154,11 +154,29 @@ void mma_m16n8k16(float* d, const std::uint32_t* a, const std::uint32_t* b, bool
 // --- wgmma ---
 //
 // Each warp keeps a log of what its lanes issue; it runs when the warp waits, for the warp's 16 rows, and reads shared
-// memory then. Until then the accumulators in the threads' registers hold NaN.
+// memory then. Until then the accumulators in the threads' registers hold NaN, and operand A in registers must not change.
+// What a warp's wait says of the other three is nothing: until all four have waited, all 64 rows of A may be read.
 
-void wgmma_fence() {
+static const Registers* named(const WarpAsync& w, int lane, const void* first) {
+  for (const Registers& each : w.named[lane]) {
+    const auto* begin = static_cast<const unsigned char*>(each.begin);
+    if (first >= begin && first < begin + each.bytes) return &each;
+  }
+  return nullptr;
+}
+
+static void forget(WarpAsync& w, int lane, const void* first) {
+  if (const Registers* found = named(w, lane, first)) w.named[lane].erase(w.named[lane].begin() + (found - w.named[lane].data()));
+}
+
+void wgmma_fence(const Registers* registers, int count) {
   const Hardware working;
-  async_of(*self->warp).fenced[self->lane] = true;
+  WarpAsync& w = async_of(*self->warp);
+  w.fenced[self->lane] = true;
+  for (int i = 0; i < count; ++i) {
+    forget(w, self->lane, registers[i].begin);  // of another length
+    w.named[self->lane].push_back(registers[i]);
+  }
 }
 
 // The element of the warp's tile that a lane's register i holds.
@@ -186,10 +204,13 @@ static Accumulator& accumulator_of(WarpAsync& w, float* d, int N, int lane) {
 }
 
 // The accumulators of this lane go on their way.
-static void take(WarpAsync& w, Accumulator& d, float* registers, int lane, Site site) {
+static void take(WarpAsync& w, Accumulator& d, float* registers, int lane, bool accumulate, Site site) {
   if (d.registers[lane] == registers) return;
   if (d.registers[lane]) fail("lanes of a warp issue wgmma with different accumulators", site);
   if (!w.fenced[lane]) fail("wgmma without a wgmma_fence since its accumulators were last touched", site);
+  if (accumulate && !named(w, lane, registers)) {
+    fail("wgmma adds to accumulators that no wgmma_fence has named since they were complete: a compiler may still write them", site);
+  }
   d.registers[lane] = registers;
   for (int i = 0; i < d.N / 2; ++i) element(d, lane, i) = registers[i];
   std::memset(registers, kPoison, std::size_t(d.N / 2) * sizeof(float));
@@ -224,11 +245,16 @@ void wgmma_issue(float* d, int N, const std::uint32_t* a_registers, std::uint64_
   if (!all.d) {
     all.d = &accumulator_of(w, d, N, lane);
     ++all.d->uses;
-    ++w.issued;
+    all.number = w.issued++;
   }
   if (all.d->N != N) fail("wgmma of another width on accumulators that are in flight", site);
-  take(w, *all.d, d, lane, site);
-  if (a_registers) std::copy(a_registers, a_registers + 4, all.fragments[lane]);
+  take(w, *all.d, d, lane, accumulate, site);
+  if (!a_registers) return;
+  if (!named(w, lane, a_registers)) {
+    fail("wgmma with A in registers that no wgmma_fence has named since they were last read: a compiler may still write them", site);
+  }
+  all.registers[lane] = a_registers;
+  std::copy(a_registers, a_registers + 4, all.fragments[lane]);
 }
 
 void wgmma_commit(Site site) {
@@ -245,7 +271,7 @@ static const unsigned char* piece(Block& block, std::uint32_t address, Site site
   if (address < kSharedStart || address + 16 > kSharedStart + std::uint32_t(block.shared_end - block.shared)) {
     fail("wgmma reads outside of shared memory, at window address " + std::to_string(address) + "; see its descriptor", site);
   }
-  return shadow_of(block, block.shared + (address - kSharedStart));
+  return shown(block, block.shared + (address - kSharedStart), site);
 }
 
 struct Descriptor {
@@ -259,26 +285,18 @@ struct Descriptor {
   }
 };
 
-// Rows `first` to first + count - 1 of an operand whose rows are m (or n) and whose 16 columns are k, transposed if
-// `by_k`: out[k * count + row], else out[row * 16 + k].
-static void read_operand(Block& block, std::uint64_t bits, bool major_mn, int first, int count, bool is_bf16, bool by_k,
-                         float* out, Site site) {
+// f(row, k, 16 bytes) for rows `first` to first + count - 1 of an operand whose rows are m (or n) and whose 16 columns are k:
+// eight values, along m (or n) if major_mn, else along k.
+template <class F>
+static void for_pieces(Block& block, std::uint64_t bits, bool major_mn, int first, int count, Site site, F f) {
   const Descriptor desc(bits, site);
-  float values[8];
-  const auto put = [&](int row, int k, float value) { out[by_k ? k * count + row : row * 16 + k] = value; };
   if (major_mn) {  // a row of 128 bytes for each k, with 64 values along m or n
     for (int k = 0; k < 16; ++k) {
       for (int row = 0; row < count; row += 8) {
         const int mn = first + row;
         const std::uint32_t at = desc.start + std::uint32_t(mn / 64) * desc.leading + std::uint32_t(k / 8) * desc.stride +
                                  std::uint32_t(k % 8 * 128 + mn % 64 * 2);
-        const unsigned char* from = piece(block, at, site);
-        if (by_k) {
-          widen(from, out + k * count + row, 8, is_bf16);
-        } else {
-          widen(from, values, 8, is_bf16);
-          for (int e = 0; e < 8; ++e) put(row + e, k, values[e]);
-        }
+        f(row, k, piece(block, at, site));
       }
     }
   } else {  // a row of 128 bytes for each m or n, with 64 values along k
@@ -286,10 +304,49 @@ static void read_operand(Block& block, std::uint64_t bits, bool major_mn, int fi
       const int mn = first + row;
       for (int k = 0; k < 16; k += 8) {
         const std::uint32_t at = desc.start + std::uint32_t(mn / 8) * desc.stride + std::uint32_t(mn % 8 * 128 + k * 2);
-        widen(piece(block, at, site), values, 8, is_bf16);
-        for (int e = 0; e < 8; ++e) put(row, k + e, values[e]);
+        f(row, k, piece(block, at, site));
       }
     }
+  }
+}
+
+// Transposed if `by_k`: out[k * count + row], else out[row * 16 + k].
+static void read_operand(Block& block, std::uint64_t bits, bool major_mn, int first, int count, bool is_bf16, bool by_k,
+                         float* out, Site site) {
+  for_pieces(block, bits, major_mn, first, count, site, [&](int row, int k, const unsigned char* from) {
+    if (major_mn && by_k) return widen(from, out + k * count + row, 8, is_bf16);
+    float values[8];
+    widen(from, values, 8, is_bf16);
+    for (int e = 0; e < 8; ++e) {
+      const int r = major_mn ? row + e : row, c = major_mn ? k : k + e;
+      out[by_k ? c * count + r : r * 16 + c] = values[e];
+    }
+  });
+}
+
+// Fails if A in shared memory is not what it was for the first warp of the four.
+static void check_shared_a(Block& block, const Product& product, int warp) {
+  std::uint64_t sum = 0;
+  for_pieces(block, product.a, product.a_major_m, 0, 64, product.site, [&](int, int, const unsigned char* from) {
+    std::uint64_t halves[2];
+    std::memcpy(halves, from, sizeof halves);
+    sum = (sum ^ halves[0]) * 0x9E3779B97F4A7C15u;
+    sum = (sum ^ halves[1] ^ sum >> 32) * 0xBF58476D1CE4E5B9u;
+  });
+  auto& all = async_of(block).of_warpgroup[warp / 4];
+  auto mine = std::find_if(all.begin(), all.end(), [&](const SharedA& each) { return each.number == product.number; });
+  if (mine == all.end()) mine = all.insert(all.end(), {product.number, 0, sum});
+  if (mine->sum != sum) {
+    fail("operand A of a wgmma has been written over before all four warps have waited for it", product.site);
+  }
+  if (++mine->warps == 4) all.erase(mine);
+}
+
+// The registers of A, which must be as they were at the issue.
+static void check_registers(const Product& product) {
+  for (int lane = 0; lane < 32; ++lane) {
+    if (std::equal(product.fragments[lane], product.fragments[lane] + 4, product.registers[lane])) continue;
+    fail("registers of operand A have changed while a wgmma that reads them runs", product.site);
   }
 }
 
@@ -311,13 +368,16 @@ static void run_products(Warp& warp, int groups) {
     }
     const int rows = warp.index % 4 * 16;
     if (product.from_registers) {
+      check_registers(product);
       for (int lane = 0; lane < 32; ++lane) {
+        forget(w, lane, product.registers[lane]);
         for (int r = 0; r < 4; ++r) {
           widen_pair(product.fragments[lane][r], &a[(lane / 4 + 8 * (r & 1)) * 16 + 2 * (lane & 3) + 8 * (r >> 1)],
                      product.is_bf16);
         }
       }
     } else {
+      check_shared_a(block, product, warp.index);
       read_operand(block, product.a, product.a_major_m, rows, 16, product.is_bf16, false, a, product.site);
     }
     if (!read || last.b != product.b || last.b_major_n != product.b_major_n || last.N != product.N) {
@@ -332,6 +392,7 @@ static void run_products(Warp& warp, int groups) {
   }
   for (Accumulator* d : w.finished) {
     for (int lane = 0; lane < 32; ++lane) {
+      forget(w, lane, d->registers[lane]);
       for (int i = 0; i < d->N / 2; ++i) d->registers[lane][i] = element(*d, lane, i);
     }
   }

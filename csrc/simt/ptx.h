@@ -42,7 +42,7 @@ void ldmatrix(const void* row, std::uint32_t* r, int count, bool transposed, Sit
 void stmatrix(void* row, const std::uint32_t* r, int count, bool transposed, Site site);
 void mma_m16n8k16(float* d, const std::uint32_t* a, const std::uint32_t* b, bool is_bf16, Site site);
 
-void wgmma_fence();
+void wgmma_fence(const Registers* named, int count);
 void wgmma_issue(float* d, int N, const std::uint32_t* a_registers, std::uint64_t a, std::uint64_t b, bool a_major_m,
                  bool b_major_n, bool accumulate, bool is_bf16, Site site);
 void wgmma_commit(Site site);
@@ -188,8 +188,9 @@ inline std::uint64_t matrix_descriptor(const void* tile, int offset = 0, int sla
 }
 
 template <class... D>
-void wgmma_fence(D&...) {
-  simt::wgmma_fence();
+void wgmma_fence(D&... d) {
+  const simt::Registers named[] = {{&d, sizeof d}..., {}};
+  simt::wgmma_fence(named, int(sizeof...(D)));
 }
 inline void wgmma_commit(MK_SITE) { simt::wgmma_commit(site); }
 template <int Pending, class... D>

@@ -81,11 +81,13 @@ bool complete_one();
 // At the end of a thread, of a block: fails if it leaves behind work that is under way.
 void end_thread(Fiber& fiber);
 void end_block(Block& block);
+// After the last block: what nobody has waited for is in global memory now.
+void end_launch();
 // At a meeting of threads: carries out the proxy fences of those that have come.
 void settle_fences(Block& block);
 // The mbarriers at which threads wait, one a line.
 std::string describe_barriers(const Block& block);
-// Forgets all asynchronous work, for a new launch.
+// Forgets the asynchronous work of blocks that are no more.
 void forget_async();
 // A cluster for the blocks that are admitted next.
 ClusterState* new_cluster();

@@ -25,6 +25,11 @@ struct Site {
   int line = 0;
 };
 
+struct Registers {  // an array of one thread: accumulators, or operand A
+  const void* begin;
+  std::size_t bytes;
+};
+
 struct Block;
 struct ThreadAsync;  // async.h has these
 struct WarpAsync;

@@ -45,7 +45,8 @@ MK_KERNEL void __launch_bounds__(128) wgmma_kernel(const MK_GRID_CONSTANT Tensor
       }
     }
   }
-  wgmma_fence(sum);
+  if constexpr (FromRegisters) wgmma_fence(sum, fragment);
+  else wgmma_fence(sum);
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
     const std::uint64_t b_part = matrix_descriptor(b_tile, BMajorN ? k * 2048 : k * 32, kTile);

@@ -25,6 +25,7 @@ enum PipelineBug : int {
   kNoEndWait,            // the thread leaves while its store reads
   kNoCommit,             // the store is in no group
   kExtraArrive,          // one arrival too many
+  kLeftArrival,          // a warp arrives at a named barrier where nobody waits
 };
 
 constexpr int kRows = 16, kTileBytes = kRows * 128, kStages = 2, kConsumers = 2;
@@ -93,6 +94,7 @@ MK_KERNEL void __launch_bounds__(96) pipeline_kernel(const MK_GRID_CONSTANT Tens
     }
   }
   if (thread == 0 && bug != kNoEndWait) tma_wait_read<0>();
+  if (bug == kLeftArrival && warp == 1) barrier_arrive<3>(64);
 #endif
 }
 
@@ -107,7 +109,17 @@ enum WgmmaBug : int {
   kNotNamed,        // wgmma_wait does not name the accumulators that it completes
   kOutside,         // the descriptor of B starts 16 KB too far
   kTooLate,         // an accumulator is read while the next group runs on it
+  kAddNotNamed,     // wgmma_fence names other registers than the accumulators that are added to
+  kRowsTooEarly,    // a warp writes over its rows of A once it has waited; the other three may not have
 };
+
+// b (16, 128) as an N-major operand.
+MK_DEVICE void write_b(unsigned char* tile, const std::uint16_t* b, int t) {
+  for (int i = t; i < 16 * 128; i += 128) {
+    const int k = i / 128, n = i % 128;
+    memcpy(tile + n / 64 * 2048 + k * 128 + ((n % 64 / 8) ^ (k % 8)) * 16 + n % 8 * 2, b + i, 2);
+  }
+}
 
 // d (64, 128) = a (64, 16) b (16, 128), 16-bit bits. Threads write a (K-major) and b (N-major) to shared memory.
 MK_KERNEL void __launch_bounds__(128) product_kernel(const std::uint16_t* a, const std::uint16_t* b, float* d, int bug) {
@@ -120,19 +132,18 @@ MK_KERNEL void __launch_bounds__(128) product_kernel(const std::uint16_t* a, con
     const int row = i / 16, k = i % 16;
     memcpy(a_tile + row * 128 + ((k / 8) ^ (row % 8)) * 16 + k % 8 * 2, a + i, 2);
   }
-  for (int i = t; i < 16 * 128; i += 128) {
-    const int k = i / 128, n = i % 128;
-    memcpy(b_tile + n / 64 * 2048 + k * 128 + ((n % 64 / 8) ^ (k % 8)) * 16 + n % 8 * 2, b + i, 2);
-  }
+  write_b(b_tile, b, t);
   if (bug != kNoProxy) fence_async();
   sync_block();
   float sum[64];
   for (int i = 0; i < 64; ++i) sum[i] = 0.0f;
-  if (bug != kNoFence) wgmma_fence(sum);
+  float other[64] = {};
+  if (bug == kAddNotNamed) wgmma_fence(other);
+  else if (bug != kNoFence) wgmma_fence(sum);
   const std::uint64_t a_part = matrix_descriptor(a_tile);
   const std::uint64_t b_part = matrix_descriptor(b_tile, (bug == kWrongStep ? 32 : 0) + (bug == kOutside ? 16384 : 0),
                                                  bug == kWrongSlab ? 1024 : 2048);
-  wgmma_ss<bf16, 128, false, true>(sum, a_part, b_part, false);
+  wgmma_ss<bf16, 128, false, true>(sum, a_part, b_part, bug == kAddNotNamed);
   if (bug != kNoGroup) wgmma_commit();
   if (bug == kOverwritten) {
     a_tile[t * 64] ^= 0x40;
@@ -150,8 +161,77 @@ MK_KERNEL void __launch_bounds__(128) product_kernel(const std::uint16_t* a, con
   }
   if (bug == kNotNamed) wgmma_wait<0>();
   else wgmma_wait<0>(sum);
+  if (bug == kRowsTooEarly) a_tile[t / 2 * 128 + ((t % 2) ^ (t / 2 % 8)) * 16] ^= 0x40;
   if (bug == kNoWait || bug == kTooLate) return;
   for (int i = 0; i < 64; ++i) d[t * 64 + i] = sum[i];
+#endif
+}
+
+enum HeldBug : int {
+  kChanged = 1,  // a register of A gets another value before wgmma_wait
+  kNotFenced,    // wgmma_fence does not name the registers of A
+};
+
+// The same, with a from registers.
+MK_KERNEL void __launch_bounds__(128) held_product_kernel(const std::uint16_t* a, const std::uint16_t* b, float* d, int bug) {
+#if MK_SM90A
+  SharedMemory shared;
+  unsigned char* b_tile = shared.take<unsigned char>(2 * 16 * 128, 1024);
+  const int t = int(threadIdx.x), lane = t % kWarp;
+  write_b(b_tile, b, t);
+  fence_async();
+  sync_block();
+  float sum[64];
+  for (int i = 0; i < 64; ++i) sum[i] = 0.0f;
+  std::uint32_t fragment[1][4];
+  for (int i = 0; i < 4; ++i) {
+    memcpy(&fragment[0][i], a + (16 * (t / kWarp) + lane / 4 + 8 * (i % 2)) * 16 + 2 * (lane % 4) + 8 * (i / 2), 4);
+  }
+  if (bug == kNotFenced) wgmma_fence(sum);
+  else wgmma_fence(sum, fragment);
+  wgmma_rs<bf16, 128, true>(sum, fragment[0], matrix_descriptor(b_tile, 0, 2048), true);
+  wgmma_commit();
+  if (bug == kChanged) fragment[0][t % 4] ^= 0x40;
+  wgmma_wait<0>(sum);
+  for (int i = 0; i < 64; ++i) d[t * 64 + i] = sum[i];
+#endif
+}
+
+enum HandedBug : int {
+  kUnordered = 1,  // the second store does not wait for the first
+  kReadOnly,       // the flag goes up when the store has been read, not when it is written
+  kLaterBlock,     // the block that waits starts before the one that writes
+};
+
+// y (32,) = 1, then 2, by one block's copy engine; the other copies it to z once the flag is up.
+MK_KERNEL void handed_kernel(float* y, float* z, int* flag, int bug) {
+#if MK_SM90A
+  SharedMemory shared;
+  float* ones = shared.take<float>(32, 128);
+  float* twos = shared.take<float>(32, 128);
+  const int t = int(threadIdx.x), writer = bug == kLaterBlock ? 1 : 0;
+  if (int(blockIdx.x) != writer) {
+    if (t == 0) {
+      while (atomic_add(flag, 0) == 0) yield_thread();
+    }
+    sync_warp();
+    z[t] = y[t];
+    return;
+  }
+  ones[t] = 1.0f, twos[t] = 2.0f;
+  fence_async();
+  sync_block();
+  if (t == 0) {
+    bulk_store(y, ones, 128);
+    tma_commit();
+    if (bug != kUnordered) tma_wait<0>();
+    bulk_store(y, twos, 128);
+    tma_commit();
+    if (bug == kReadOnly) tma_wait_read<0>();
+    else tma_wait<0>();
+    fence_device();
+    atomic_add(flag, 1);
+  }
 #endif
 }
 
@@ -220,6 +300,15 @@ MK_CASE(pipeline) {  // x, y (16 tiles, 64) bf16; tiles, bug
 MK_CASE(product) {  // a, b, d; bug
   MK_LAUNCH(product_kernel, 1, 128, 1024 + 64 * 128 + 4096, a.place, a.tensor<std::uint16_t>(0), a.tensor<std::uint16_t>(1),
             a.tensor<float>(2), a.number(0));
+}
+
+MK_CASE(held_product) {  // a, b, d; bug
+  MK_LAUNCH(held_product_kernel, 1, 128, 1024 + 4096, a.place, a.tensor<std::uint16_t>(0), a.tensor<std::uint16_t>(1),
+            a.tensor<float>(2), a.number(0));
+}
+
+MK_CASE(handed) {  // y, z (32,), flag; bug
+  MK_LAUNCH(handed_kernel, 2, 32, 3 * 128, a.place, a.tensor<float>(0), a.tensor<float>(1), a.tensor<int>(2), a.number(0));
 }
 
 MK_CASE(small_copies) {  // x, y (tiles, 512); tiles, bug
