@@ -159,7 +159,7 @@ def uncaught(words: tuple[str, ...] = ()) -> list[str]:
     chosen = [(i, bug) for i, bug in numbered if not words or any(word in bug.name for word in words)]
     code, text = outcome(0, tuple(dict.fromkeys(test for _, bug in chosen for test in bug.tests)), built)
     if code != 0:
-        raise RuntimeError(f"with all bugs asleep the tests fail (exit code {code}), so that they prove nothing:\n{text}")
+        raise RuntimeError(f"with all bugs asleep the tests fail, and so prove nothing (exit code {code}):\n{text}")
     missed = []
     for number, bug in chosen:
         start = time.monotonic()

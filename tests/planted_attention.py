@@ -5,11 +5,11 @@ Not here, as nothing can tell them from the right kernel:
 - a wait that a later one of the same thread covers, and a wait for copies of which none is under way;
 - k of the forward pass, but for a tile's first, given back before it is read: the producer fetches v of the tile before
   it first, and that is given back only behind the products with k;
-- the wait for stores and additions at the end of a kernel: their sources have been read, and the next kernel starts when
-  they are in memory;
+- the wait for stores and additions at the end of a kernel: their sources have been read, and the next kernel starts
+  when they are in memory;
 - the fence before the product of ds and k: since the one before dk no thread has touched its sums, which start anew;
-- a `sync_warp` behind which the next instruction of the warp (`barrier_arrive`, in decoding `ldmatrix`) brings the lanes
-  together: it may not be reached by some of them alone.
+- a `sync_warp` behind which the next instruction of the warp (`barrier_arrive`, in decoding `ldmatrix`) brings the
+  lanes together: it may not be reached by some of them alone.
 """
 
 from __future__ import annotations
