@@ -39,7 +39,8 @@ constexpr int64_t kRows = 256, kBlockUnits = 1 << 17;
 constexpr int64_t kResident = 3 << 17;  // units of a packed weight that stays in L2 beside them
 
 // The rows of dy and x between two visits to the sums of a block of a weight gradient; the bytes of both, packed, with
-// those of the sums, which stay in 2 MB of L2; and the least rows of a block, where there are more.
+// those of the sums, which stay in 2 MB of L2; and the least rows of a block, where there are more. ms of the seven
+// gradients of two GPTs, 384 and 768 wide: depth 128 18.7, 192 18.0, 256 17.8, 384 20.6, 512 21.8.
 constexpr int64_t kGradientDepth = 256, kGradientBytes = 1800 << 10, kFewestGradientRows = 128;
 constexpr int64_t kPackedAsProducts = 100;  // to pack an element takes about as long as so many products
 

@@ -36,7 +36,7 @@ MOST_STREAMED_ROWS = 8  # kMostRows in csrc/cpu/rows.h
 LARGEST_STEP_HEAD = 256  # head dim; kMostVecs in csrc/cpu/block_step.cpp
 HUGE_PAGE = 1 << 21  # bytes
 DEEPEST_PRODUCT = 4096  # kDeepest in csrc/cpu/linear_amx.cpp
-LARGEST_PRODUCT_WEIGHT, DEEPEST_WITH_LARGER_WEIGHT = 3 << 18, 512  # elements (1.5 MB of L2); K
+LARGEST_PRODUCT_WEIGHT, DEEPEST_WITH_LARGER_WEIGHT = 3 << 18, 768  # elements (1.5 MB of L2); K
 FEWEST_ROWS = 8  # of q: with fewer, most of a tile of 32 queries would be padding
 
 # How attention makes its products; csrc/cpu/attention.h.
@@ -131,15 +131,16 @@ def linear_epilogue(z, bias, residual, activation: str, y, pre=None):
 def takes_product(x, weight, residual, activation: str = "", transposed: bool = False) -> bool:
     """Does the AMX kernel compute act(x w^T + bias) + residual for bf16 x (2-D) faster than oneDNN and the epilogue?
 
-    transposed: weight is (K, N). ms of two Xeon cores, in brackets oneDNN's with the weight's cast, 3072 rows: (N, K)
-    (1152, 384) 1.14 (0.95), (384, 1536) 1.94 (1.76), transposed 1.82 (1.79); oneDNN then needs a pass for the bias, and
-    a whole step of a 384-wide GPT takes 2 to 3 % less with this kernel. Weights that leave L2: (2304, 768), 2048 rows,
-    4.1 (2.9).
+    transposed: weight is (K, N). ms of two Xeon cores, in brackets oneDNN's with the weight's cast and a pass for bias
+    and activation. 3072 rows, (N, K): (1152, 384) 0.94 (1.14), gelu (1536, 384) 1.72 (2.30), (384, 1536) 1.30 (1.75);
+    transposed (384, 1536) 1.28 (1.50), (1536, 384) 1.33 (1.28). Weights that leave L2, 2048 rows: (2304, 768) 2.99
+    (3.06), (768, 3072) 4.67 (4.75), gelu (3072, 768) 4.78 (5.69), transposed (3072, 768) 4.52 (3.53).
     """
     M, K = x.shape
     if M < FEWEST_PRODUCT_ROWS or K > DEEPEST_PRODUCT or not has_tiles():
         return False
-    pays = weight.numel() <= LARGEST_PRODUCT_WEIGHT or (activation and K <= DEEPEST_WITH_LARGER_WEIGHT)
+    one_pass_less = activation and not transposed and K <= DEEPEST_WITH_LARGER_WEIGHT
+    pays = weight.numel() <= LARGEST_PRODUCT_WEIGHT or one_pass_less
     return bool(pays) and x.dtype == torch.bfloat16 and takes(weight) and takes(x, residual)
 
 
