@@ -221,7 +221,8 @@ class AdamW(torch.optim.Optimizer):
 
     def _complete(self, param: torch.Tensor, state: dict[str, Any]) -> None:
         """Make what the state of `param` lacks: all of it at first, the master after loading torch.optim's state."""
-        state.setdefault("step", torch.zeros((), dtype=torch.float32))
+        if "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
         for name in ("exp_avg", "exp_avg_sq"):
             if name not in state:
                 state[name] = torch.zeros_like(

@@ -297,8 +297,9 @@ def takes_many(*lists, masters=()) -> bool:
     """May the kernels over many tensors read and write these: CPU tensors, fp32 or bf16 (masters: fp32 or int16)?"""
     if _switched_off or unavailable() is not None:
         return False
-    wrong = any(t.dtype not in DTYPES or t.device.type != "cpu" or t.is_neg() for tensors in lists for t in tensors)
-    return not wrong and all(t.dtype in MASTERS for t in masters)
+    tensors = [t for each in lists for t in each]
+    fit = {t.dtype for t in tensors} <= DTYPES.keys() and {t.dtype for t in masters} <= MASTERS.keys()
+    return fit and all(t.is_cpu and not t.is_neg() for t in tensors)
 
 
 def adamw(groups, grad_scale: float, zero_grads: bool, rates) -> None:
