@@ -6,8 +6,9 @@
     ... --only norm                             csrc/norm.cu alone
 
 Needs nvcc and no GPU. The figures are those of ptxas (-Xptxas -v), in the logs that csrc/build.py leaves beside its
-objects. Any note C75xx fails: with those ptxas says that it made wgmma serial, or waits of its own. Dynamic shared
-memory is not here: a launch that asks for more than a block may have fails at once, under simt as well.
+objects. Any note C75xx fails: with those ptxas says that it made wgmma serial, or waits of its own. So does a kernel
+for wgmma without HGMMA in its machine code for sm_90a, which cuobjdump shows (of the toolkit, else of Triton's wheel).
+Dynamic shared memory is not here: a launch that asks for more than a block may have fails at once, under simt as well.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -30,6 +32,9 @@ BUDGET = Path(__file__).with_name("cuda_budget.json")
 
 ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(sm_\w+)'")
 NOTE = re.compile(r"^.*\bC75\d\d\b.*$", re.M)
+WGMMA = {"attention_forward": "attention_forward_kernel", "attention_backward": "attention_backward_kernel",
+         "linear": "product_kernel"}  # fmt: skip
+"""Source -> its kernel for wgmma."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +51,9 @@ class Need:
     """Bytes a block, of static shared memory."""
 
 
-def build(only: tuple[str, ...]) -> dict[str, str]:
-    """Compile what has changed for all architectures -> the log of each source (of these stems), by its stem."""
+def build(only: tuple[str, ...]) -> tuple[Path, dict[str, str]]:
+    """Compile what has changed for all architectures -> the folder of the objects, and the log of each source (of these
+    stems), by its stem."""
     os.environ[toolkit.VARIABLE] = "all"
     spec = importlib.util.spec_from_file_location("build_csrc", ROOT / "csrc/build.py")
     builder = importlib.util.module_from_spec(spec)
@@ -57,7 +63,7 @@ def build(only: tuple[str, ...]) -> dict[str, str]:
     else:
         folder = builder.build("cuda", ROOT / "megakern" / f"_C{builder.SUFFIX}")
     stems = only or [path.stem for path in builder.kernels()]
-    return {stem: (folder / f"{stem}.cu.o.log").read_text() for stem in stems}
+    return folder, {stem: (folder / f"{stem}.cu.o.log").read_text() for stem in stems}
 
 
 def read(log: str) -> dict[str, dict[str, Need]]:
@@ -112,6 +118,33 @@ def complaints(logs: dict[str, str], allowed: dict, version: str, partial: bool 
     return notes + budget.complaints(allowed, "nvcc", version, plain, partial)
 
 
+def without_wgmma(sass: str, kernel: str) -> list[str]:
+    """Of the machine code of a source: the kernels of this name that do not multiply by wgmma."""
+    functions = re.split(r"^\s*Function : ", sass, flags=re.M)[1:]
+    ours = {text.split()[0]: text for text in functions if kernel in text.split()[0]}
+    if not ours:
+        return [f"{kernel}: not in the machine code for sm_90a"]
+    slow = [name for name, text in ours.items() if "HGMMA" not in text]
+    return [f"sm_90a {name}: no HGMMA in its machine code" for name in demangle(slow)] if slow else []
+
+
+def machine_code(folder: Path, stems: Iterable[str], nvcc: Path) -> list[str]:
+    """Complaints about the machine code of those sources that have kernels for wgmma."""
+    wanted = [stem for stem in stems if stem in WGMMA]
+    tool = nvcc.with_name("cuobjdump")
+    if not tool.exists():
+        found = importlib.util.find_spec("triton")
+        if found is None:
+            return ["there is no cuobjdump to show machine code, beside nvcc or in Triton's wheel: pip install triton"]
+        tool = Path(found.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    complaints = []
+    for stem in wanted:
+        command = [tool, "-sass", "-arch", "sm_90a", folder / f"{stem}.cu.o"]
+        sass = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        complaints += [f"{stem}.cu: {line}" for line in without_wgmma(sass, WGMMA[stem])]
+    return complaints
+
+
 def updated(needs: dict[str, dict[str, Need]], only: tuple[str, ...]) -> budget.Needs:
     """The whole budget with these needs; with `only`, other sources keep what the committed one says."""
     before = json.loads(BUDGET.read_text())["kernels"] if only else {}
@@ -140,7 +173,7 @@ def main() -> int:
     if nvcc is None:
         parser.error(toolkit.no_nvcc())
     only = tuple(options.only)
-    logs, version = build(only), toolkit.release(nvcc)
+    (folder, logs), version = build(only), toolkit.release(nvcc)
     needs = measure(logs)
     count = sum(len(kernels) for kernels in needs.values())
     return budget.outcome(
@@ -148,7 +181,9 @@ def main() -> int:
         BUDGET,
         count,
         update=lambda: budget.write(BUDGET, "nvcc", version, updated(needs, only)),
-        complaints=lambda allowed: complaints(logs, allowed, version, partial=bool(only)),
+        complaints=lambda allowed: (
+            complaints(logs, allowed, version, partial=bool(only)) + machine_code(folder, logs, nvcc)
+        ),
         show=lambda: show(needs),
     )
 

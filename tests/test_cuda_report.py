@@ -84,6 +84,27 @@ def test_a_note_about_wgmma_fails_though_the_code_is_small(note):
     assert cuda_report.complaints({"file": f"{line}\n{LOG}"}, BUDGET, "13.0") == [f"file.cu: {line}"]
 
 
+SASS = """
+\t\tFunction : _ZN8megakern14product_kernelIfEEvPT_
+        /*0000*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24 ;
+\t\tFunction : _ZN8megakern14product_kernelIiEEvPT_
+        /*0000*/                   HMMA.16816.F32.BF16 R24, R8, R24, R24 ;
+\t\tFunction : _ZN8megakern17column_sums_kernelEPf
+        /*0000*/                   FADD R0, R1, R2 ;
+"""
+
+
+def test_a_kernel_for_wgmma_must_have_it():
+    told = cuda_report.without_wgmma(SASS, "product_kernel")
+    assert told == ["sm_90a product_kernel<int>: no HGMMA in its machine code"]
+    assert cuda_report.without_wgmma(SASS.replace("HMMA.16816", "HGMMA.64x64x16"), "product_kernel") == []
+    assert cuda_report.without_wgmma(SASS, "attention_kernel") == [
+        "attention_kernel: not in the machine code for sm_90a"
+    ]
+    sources = {path.stem for path in (cuda_report.ROOT / "csrc").glob("*.cu") if "wgmma_" in path.read_text()}
+    assert sources | {"linear"} == set(cuda_report.WGMMA)  # of linear.cu it is in product.cuh
+
+
 def test_names_lose_what_every_kernel_has():
     mangled = ["_ZN8megakern10one_kernelIfEEvPT_", "_ZN8megakern12_GLOBAL__N_13twoILi3EEEvPf"]
     assert cuda_report.demangle(mangled) == ["one_kernel<float>", "(anonymous namespace)::two<3>"]

@@ -424,6 +424,7 @@ def decodes(T: int, G: int, packed: bool, dropout: bool) -> bool:
 
 
 def attention_decode(rows: int, D: int, dtype: torch.dtype) -> Config:
+    """16 or 32 rows are multiplied by mma on sm_90 too, as wgmma has 64: reading the keys is the whole cost."""
     BM, BD, bytes_a_row = min(FEW_ROWS, max(16, power_of_two(rows))), head_tile(D), head_tile(D) * dtype.itemsize
     if dtype == torch.float32:  # operands in registers
         return _attention_tile(f"decode-fp32-{BD}", 16, 16, 4, 2, "16 rows at a time, without tensor cores")
