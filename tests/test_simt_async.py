@@ -48,6 +48,13 @@ def handed(library, bug):
     return z, torch.full((32,), 2.0)
 
 
+def two_copies(library, bug):
+    x = torch.arange(64.0).view(2, 32)
+    y = torch.full_like(x, float("nan"))
+    library.run("two_copies", [x, y], [bug])
+    return y, x
+
+
 def small_copies(library, bug):
     x = torch.arange(TILES * 512.0).view(TILES, 512)
     y = torch.full_like(x, float("nan"))
@@ -61,7 +68,9 @@ def meet(library, bug):
     return y, torch.ones(2)
 
 
-KERNELS = {kernel.__name__: kernel for kernel in (pipeline, product, held_product, handed, small_copies, meet)}
+KERNELS = {
+    kernel.__name__: kernel for kernel in (pipeline, product, held_product, handed, two_copies, small_copies, meet)
+}
 WRONG = "wrong result"
 MANY = "more than its . arrivals"
 UNSEEN = "reads shared memory that a thread has written without fence_async, or writes over while it is being read"
@@ -104,6 +113,8 @@ BUGS = [
     ("handed", 1, WRONG),
     ("handed", 2, WRONG),
     ("handed", 3, r"(?s)deadlock, a block waits for memory that no earlier block changes:.*1 threads wait at memory"),
+    ("two_copies", 1, WRONG),
+    ("two_copies", 2, WRONG),
     ("small_copies", 1, WRONG),
     ("small_copies", 2, WRONG),
     ("small_copies", 3, WRONG),
@@ -122,6 +133,8 @@ SOME_SCHEDULES = {
     ("pipeline", 18),
     ("handed", 1),
     ("handed", 3),
+    ("two_copies", 1),
+    ("two_copies", 2),
     ("small_copies", 5),
     ("meet", 2),
 }

@@ -235,6 +235,29 @@ MK_KERNEL void handed_kernel(float* y, float* z, int* flag, int bug) {
 #endif
 }
 
+// y (2, 32) = x, by two copies with a barrier each. bug: all threads wait for the one of row bug - 1 alone.
+MK_KERNEL void two_copies_kernel(const float* x, float* y, int bug) {
+#if MK_SM90A
+  SharedMemory shared;
+  float* rows = shared.take<float>(2 * 32, 128);
+  MBarrier* full = shared.take<MBarrier>(2);
+  const int t = int(threadIdx.x);
+  if (t == 0) {
+    mbar_init(&full[0], 1, "first"), mbar_init(&full[1], 1, "second");
+    mbar_init_fence();
+    for (int i = 0; i < 2; ++i) {
+      mbar_expect(&full[i], 128);
+      bulk_load(rows + i * 32, x + i * 32, &full[i], 128);
+    }
+  }
+  sync_block();
+  if (bug != 2) mbar_wait(&full[0], 0);
+  if (bug != 1) mbar_wait(&full[1], 0);
+  for (int i = 0; i < 2; ++i) y[i * 32 + t] = rows[i * 32 + t];
+  mbar_wait(&full[0], 0), mbar_wait(&full[1], 0);
+#endif
+}
+
 enum SmallBug : int { kSmallNoWait = 1, kSmallNoBarrier, kSmallOneTooMany, kSmallNoEnd, kSmallReuse };
 
 // y = x reversed in each tile of 4 threads floats; cp.async a tile ahead. 128 threads.
@@ -309,6 +332,10 @@ MK_CASE(held_product) {  // a, b, d; bug
 
 MK_CASE(handed) {  // y, z (32,), flag; bug
   MK_LAUNCH(handed_kernel, 2, 32, 3 * 128, a.place, a.tensor<float>(0), a.tensor<float>(1), a.tensor<int>(2), a.number(0));
+}
+
+MK_CASE(two_copies) {  // x, y (2, 32); bug
+  MK_LAUNCH(two_copies_kernel, 1, 32, 2 * 128 + 128 + 16, a.place, a.tensor<float>(0), a.tensor<float>(1), a.number(0));
 }
 
 MK_CASE(small_copies) {  // x, y (tiles, 512); tiles, bug
