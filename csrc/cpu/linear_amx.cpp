@@ -399,7 +399,8 @@ Blocks blocks_of(const WeightGradientProblem& a) {
 
 template <typename T>
 void weight_gradient(const WeightGradientProblem& a, const bf16* dy, const bf16* x, T* out, float* sums) {
-  const auto [rows_of_block, columns_of_block] = blocks_of(a);
+  const Blocks blocks = blocks_of(a);
+  const int64_t rows_of_block = blocks.rows, columns_of_block = blocks.columns;
   const int64_t row_blocks = (a.N + rows_of_block - 1) / rows_of_block;
   const int64_t column_blocks = (a.K + columns_of_block - 1) / columns_of_block;
 #pragma omp parallel num_threads(a.threads)
