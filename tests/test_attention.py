@@ -426,3 +426,43 @@ def test_wrong_offsets_are_named(cu_seqlens, error, message):
 def test_packed_needs_three_dims():
     with pytest.raises(ValueError, match=r"q must have shape \(T, H, D\) with cu_seqlens, got \(1, 5, 4, 8\)"):
         mk.attention(**make(1, 5, 5, 4, 2, 8), cu_seqlens=(offsets(0, 5), offsets(0, 5)))
+
+
+# --- sinks ---
+
+SINKS = torch.tensor([1.5, -2.0, 30.0, -40.0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options", [{}, {"causal": False}, {"window": (9, 3), "causal": False, "softcap": 1.5},
+                {"dropout_p": 0.4, "seed": 3}, {"alibi_slopes": torch.tensor([0.5, 0.0, -0.1, 0.25])}]
+)  # fmt: skip
+def test_sinks_have_a_share_of_the_probability(options, dtype, with_and_without_cpu_kernels):
+    for T, S in ((20, 30), (30, 20), (1, 17)):
+        inputs = make(2, T, S, 4, 2, 8, dtype) | {"sinks": SINKS.to(dtype)}
+        assert_gradients_close(
+            functools.partial(mk.attention, **options), functools.partial(attention_reference, **options), inputs
+        )
+
+
+def test_sinks_are_those_of_the_formula():
+    """Independent of the reference: a key without value whose score does not depend on the query, by hand."""
+    v = make(1, 5, 5, 2, 1, 4, torch.float64)
+    out, lse = mk.attention(**v, sinks=SINKS[:2].double(), return_lse=True)
+    for h in range(2):
+        for t in range(5):
+            scores = (v["q"][0, t, h] @ v["k"][0, : t + 1, 0].T) / 2
+            weights = torch.exp(scores) / (torch.exp(scores).sum() + torch.exp(SINKS[h].double()))
+            torch.testing.assert_close(out[0, t, h], weights @ v["v"][0, : t + 1, 0])
+            torch.testing.assert_close(lse[0, h, t], torch.log(torch.exp(scores).sum() + torch.exp(SINKS[h].double())))
+
+
+def test_sinks_that_do_not_fit_are_refused():
+    v = make(1, 3, 3, 4, 2, 8)
+    with pytest.raises(
+        ValueError, match=r"attention: sinks must have shape \(H,\) = \(4,\), got \(2,\); a score for each"
+    ):
+        mk.attention(**v, sinks=SINKS[:2])
+    with pytest.raises(TypeError, match=r"attention: sinks must be float32 or have the dtype of q, torch.float32, got"):
+        mk.attention(**v, sinks=SINKS.half())

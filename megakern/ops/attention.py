@@ -4,15 +4,20 @@
     ALiBi: s[t, j] -= slope[head] |j - (t + S - T)|, after the cap                                    arXiv 2108.12409
     row t stands beside key t + S - T (bottom right); it sees key j when  -left <= j - (t + S - T) <= right
     p[t, :] = softmax of s[t, :] over its visible keys;  lse[t] = log sum exp of the same scores      arXiv 1706.03762
+    sinks: one more score z[head] among those, of a key that is never there and has no value         arXiv 2508.10925
     out[t]  = sum_j p[t, j] keep[t, j] / (1 - dropout_p) v[j]
 
     dv = (p keep)^T dout       dp = keep (dout v^T)       ds = p (dp - sum_j p dp)
     dq = scale ds k            dk = scale ds^T q          (keep includes 1 / (1 - dropout_p))
+    dz = -sum of exp(z - lse[t]) dout[t] . out[t] over samples and rows
+
+With sinks kernels compute as without: out and lse follow from theirs by one factor a row, and from those the gradients,
+as p = exp(s - lse) and sum_j p dp = dout . out.
 
 q (B, T, H, D); k, v (B, S, Hkv, D); Hkv divides H, G = H / Hkv: query heads h G to h G + G - 1 share key-value head h
 (arXiv 2305.13245). Packed: q (T, H, D), k, v (S, Hkv, D) of all N sequences, int32 offsets (N + 1,). A row that sees no
-key has out 0, lse -inf and no gradient. Saved for backward: q, k, v, out, lse (flash attention, arXiv 2205.14135).
-Nothing crosses ranks: heads are independent.
+key has out 0, lse -inf (with sinks z) and no gradient. Saved for backward: q, k, v, out, lse (flash attention, arXiv
+2205.14135). Nothing crosses ranks: heads are independent.
 
 The dropout mask is the one of `megakern/ops/dropout.py`, with the sample, the query head and the query folded into the
 row key, each as an index in the whole batch and model (`dropout_offset` is added to sample and head), and key j as
@@ -41,6 +46,7 @@ def _problem(
     softcap=0.0,
     scale=None,
     alibi_slopes=None,
+    sinks=None,
     dropout_p=0.0,
     seed=None,
     dropout_offset=(0, 0),
@@ -108,6 +114,12 @@ def check_slopes(op: str, q, B: int, slopes) -> None:
     checks.same_device(op, "q", q, "alibi_slopes", slopes)
     if slopes.requires_grad:
         raise ValueError(f"{op}: alibi_slopes get no gradient; pass alibi_slopes.detach()")
+
+
+def check_sinks(op: str, q, sinks) -> None:
+    H = q.shape[-2]
+    checks.shape(op, "sinks", sinks, (H,), "(H,)", "a score for each head of q")
+    checks.same_or_fp32(op, "q", q, sinks=sinks)
 
 
 def _check_packed(q, k, cu_seqlens) -> None:
@@ -264,6 +276,59 @@ def _sides(causal, window) -> tuple[int, int]:
     return left, 0 if causal else right
 
 
+# --- with sinks ---
+
+
+def with_sinks(out, lse, sinks):
+    """out, lse of a softmax over keys alone -> out, changed in place, and lse with the sinks among the scores."""
+    total = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
+    keys = torch.exp(lse - total).masked_fill_(lse == -torch.inf, 0.0)  # what they have of the probability
+    return out.mul_(keys.transpose(-1, -2)[..., None]), total
+
+
+def _sinks_forward(q, k, v, sinks, *rest):
+    return with_sinks(*_forward(q, k, v, *rest), sinks)
+
+
+def _sinks_backward(dout, q, k, v, sinks, out, lse, q_offsets, k_offsets, slopes, *how_and_backend):
+    *how, backend = how_and_backend
+    tensors = (dout, q, k, v, out, lse, q_offsets, k_offsets, slopes)
+    dq, dk, dv = launcher(backend, "attention", "attention_backward")(*tensors, *how, sunk=True)
+    along = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1).transpose(-1, -2)  # (..., H, T)
+    dsinks = -(torch.exp(sinks.to(lse.dtype)[:, None] - lse) * along).transpose(0, -2).flatten(1).sum(1)
+    return dq, dk, dv, dsinks.to(sinks.dtype)
+
+
+_attention_sinks_backward = register(
+    "attention_sinks_backward",
+    f"(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor sinks, Tensor out, Tensor lse, {_HOW})"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    forward=_sinks_backward,
+    fake=lambda dout, q, k, v, sinks, *rest: (*_backward_fake(dout, q, k, v), torch.empty_like(sinks)),
+)
+
+
+def _sinks_setup_context(ctx, inputs, output):
+    q, k, v, sinks, q_offsets, k_offsets, slopes, *ctx.how = inputs
+    out, lse = output
+    ctx.save_for_backward(q, k, v, sinks, out, lse, q_offsets, k_offsets, slopes)
+    ctx.mark_non_differentiable(lse)
+
+
+def _sinks_autograd_backward(ctx, dout, _dlse):
+    return *_attention_sinks_backward(dout, *ctx.saved_tensors, *ctx.how), *[None] * 10
+
+
+_attention_sinks = register(
+    "attention_sinks",
+    f"(Tensor q, Tensor k, Tensor v, Tensor sinks, {_HOW}) -> (Tensor, Tensor)",
+    forward=_sinks_forward,
+    fake=lambda q, k, v, sinks, *rest: _fake(q, k, v, *rest),
+    setup_context=_sinks_setup_context,
+    backward=_sinks_autograd_backward,
+)
+
+
 def attention(
     q,
     k,
@@ -274,6 +339,7 @@ def attention(
     softcap=0.0,
     scale=None,
     alibi_slopes=None,
+    sinks=None,
     dropout_p=0.0,
     seed=None,
     dropout_offset=(0, 0),
@@ -293,12 +359,16 @@ def attention(
     softcap: 0, or scores become softcap * tanh(score / softcap). scale: default 1 / sqrt(D).
     alibi_slopes: fp32 (H,), or (B, H) with B samples or packed sequences; a score loses slope * |distance to the own
     key|, and no gradient flows to them.
+    sinks (H,), of q's dtype or fp32: a score of each head for no key, neither scaled nor capped, so that a row need not
+    look anywhere. A gradient flows to them.
     dropout_p in [0, 1) of the probabilities; it needs a seed (int, below 2**63), a new one for each step and layer.
     dropout_offset (first sample, first head) of this rank in the whole batch and of all heads.
     deterministic: gradients have the same bits at each run. Without it the C++ backward pass may add dq in any order.
     Raises ValueError or TypeError on other shapes, dtypes, devices and values.
     """
     _check(q, k, v, window, softcap, alibi_slopes, dropout_p, seed, dropout_offset, cu_seqlens)
+    if sinks is not None:
+        check_sinks("attention", q, sinks)
     problem = _problem(
         q,
         k,
@@ -313,10 +383,9 @@ def attention(
     )
     chosen = resolve(problem, backend)
     q_offsets, k_offsets = (None, None) if cu_seqlens is None else cu_seqlens
-    out, lse = _attention(
-        q,
-        k,
-        v,
+    op, tensors = (_attention, (q, k, v)) if sinks is None else (_attention_sinks, (q, k, v, sinks))
+    out, lse = op(
+        *tensors,
         q_offsets,
         k_offsets,
         alibi_slopes,

@@ -36,6 +36,7 @@ def attention_reference(
     softcap=0.0,
     scale=None,
     alibi_slopes=None,
+    sinks=None,
     dropout_p=0.0,
     seed=None,
     dropout_offset=(0, 0),
@@ -44,6 +45,7 @@ def attention_reference(
 ):
     """Same arguments, shapes and results as `megakern.ops.attention.attention`; dropout is a slow Python loop."""
     options = {"causal": causal, "window": window, "softcap": softcap, "scale": scale, "dropout_p": dropout_p}
+    options["sinks"] = sinks
     if cu_seqlens is None:
         first = {"first_sample": dropout_offset[0], "first_head": dropout_offset[1]}
         out, lse = _dense(q, k, v, slopes=alibi_slopes, seed=seed, **first, **options)
@@ -65,7 +67,7 @@ def _lse_dtype(q):
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-def _dense(q, k, v, *, causal, window, softcap, scale, slopes, dropout_p, seed, first_sample, first_head):
+def _dense(q, k, v, *, causal, window, softcap, scale, slopes, sinks, dropout_p, seed, first_sample, first_head):
     B, T, H, D = q.shape
     S, G = k.shape[1], H // k.shape[2]
     k, v = k.repeat_interleave(G, 2), v.repeat_interleave(G, 2)
@@ -78,7 +80,11 @@ def _dense(q, k, v, *, causal, window, softcap, scale, slopes, dropout_p, seed, 
     scores = scores.to(_lse_dtype(q)).masked_fill(~visible, -torch.inf)
     lse = torch.logsumexp(scores, -1) if S > 0 else scores.new_full((B, H, T), -torch.inf)
     blind = ~visible.any(-1, keepdim=True)  # (T, 1); these rows would be NaN
-    p = torch.softmax(scores.masked_fill(blind, 0.0), -1).masked_fill(blind, 0.0).to(q.dtype)
+    if sinks is None:
+        p = torch.softmax(scores.masked_fill(blind, 0.0), -1).masked_fill(blind, 0.0).to(q.dtype)
+    else:
+        scores = torch.cat([scores, sinks.to(scores)[:, None, None].expand(B, H, T, 1)], -1)
+        lse, p = torch.logsumexp(scores, -1), torch.softmax(scores, -1)[..., :-1].to(q.dtype)
     if dropout_p:
         p = p * (_keep(dropout_p, seed, B, H, T, S, first_sample, first_head).to(p) / (1.0 - dropout_p))
     return torch.einsum("bhts,bshd->bthd", p, v), lse.detach()

@@ -12,14 +12,14 @@ from __future__ import annotations
 import torch
 
 from megakern.ops import checks
-from megakern.ops.attention import UNLIMITED, check_slopes, check_window_and_cap
+from megakern.ops.attention import UNLIMITED, check_sinks, check_slopes, check_window_and_cap, with_sinks
 from megakern.ops.attention_reference import attention_reference
 from megakern.ops.dispatch import Problem, describes, launcher, register, resolve
 
 
 def paged_attention_reference(
     q, k_cache, v_cache, block_table, lengths, *, causal=True, window=None, softcap=0.0, scale=None, alibi_slopes=None,
-    return_lse=False,
+    sinks=None, return_lse=False,
 ):  # fmt: skip
     """Same arguments, shapes and results as `paged_attention`: pages are gathered, one sequence at a time."""
     outs, lses = [q[:0]], [q[:0, 0].new_empty(0, q.shape[2], q.shape[1], dtype=_lse_dtype(q))]
@@ -27,7 +27,8 @@ def paged_attention_reference(
         pages = block_table[b, : -(-length // k_cache.shape[1])].long()
         k, v = (cache[pages].flatten(0, 1)[None, :length] for cache in (k_cache, v_cache))
         out, lse = attention_reference(
-            q[b : b + 1], k, v, causal=causal, window=window, softcap=softcap, scale=scale, return_lse=True,
+            q[b : b + 1], k, v, causal=causal, window=window, softcap=softcap, scale=scale, sinks=sinks,
+            return_lse=True,
             alibi_slopes=alibi_slopes if alibi_slopes is None or alibi_slopes.ndim == 1 else alibi_slopes[b],
         )  # fmt: skip
         outs.append(out)
@@ -43,7 +44,7 @@ def _lse_dtype(q) -> torch.dtype:
 @describes("paged_attention")
 def _problem(
     q, k_cache, v_cache, block_table, lengths, *, causal=True, window=None, softcap=0.0, scale=None, alibi_slopes=None,
-    return_lse=False,
+    sinks=None, return_lse=False,
 ) -> Problem:  # fmt: skip
     sizes = {"D": q.shape[-1], "H": q.shape[-2], "Hkv": k_cache.shape[-2], "T": q.shape[-3], "P": block_table.shape[-1]}
     sizes["page_size"] = k_cache.shape[1]
@@ -125,7 +126,7 @@ _paged_attention = register(
 
 def paged_attention(
     q, k_cache, v_cache, block_table, lengths, *, causal=True, window=None, softcap=0.0, scale=None, alibi_slopes=None,
-    return_lse=False, backend=None,
+    sinks=None, return_lse=False, backend=None,
 ):  # fmt: skip
     """softmax(scale q k^T) v over the cached keys each query may see; shapes in the docstring of this file.
 
@@ -134,6 +135,8 @@ def paged_attention(
     want a gradient; on a GPU the values of block_table and lengths are not looked at.
     """
     _check(q, k_cache, v_cache, block_table, lengths, window, softcap, alibi_slopes)
+    if sinks is not None:
+        check_sinks("paged_attention", q, sinks)
     problem = _problem(
         q, k_cache, v_cache, block_table, lengths, causal=causal, window=window, softcap=softcap, scale=scale,
         alibi_slopes=alibi_slopes,
@@ -145,4 +148,6 @@ def paged_attention(
     out, lse = _paged_attention(
         q, k_cache, v_cache, block_table, lengths, alibi_slopes, sides, scale, float(softcap), chosen
     )
+    if sinks is not None:
+        out, lse = with_sinks(out, lse, sinks.detach())
     return (out, lse) if return_lse else out

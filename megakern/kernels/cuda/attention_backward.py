@@ -32,9 +32,11 @@ def tile_of(D: int) -> Tile:
 
 
 def attention_backward(
-    dout, q, k, v, out, lse, q_offsets, k_offsets, slopes, window, scale, softcap, dropout_p, dropout_key, deterministic
-):
+    dout, q, k, v, out, lse, q_offsets, k_offsets, slopes, window, scale, softcap, dropout_p, dropout_key,
+    deterministic, sunk=False,
+):  # fmt: skip
     """-> dq, dk, dv, contiguous. `limits.py` refuses what is not computed here. `deterministic`: dq repeats to the bit.
+    `sunk`: more than the scores of keys is in lse, from which probabilities are computed in any case.
 
     Scratch memory: 4 bytes an element of q, its head dim and lengths rounded up to those of tiles, and 8 (with dropout
     16) for each query of each head.

@@ -51,17 +51,18 @@ def attention_forward(
 
 
 def attention_backward(
-    dout, q, k, v, out, lse, q_offsets, k_offsets, slopes, window, scale, softcap, dropout_p, dropout_key, deterministic
-):
-    """-> contiguous dq, dk, dv like q, k, v."""
+    dout, q, k, v, out, lse, q_offsets, k_offsets, slopes, window, scale, softcap, dropout_p, dropout_key,
+    deterministic, sunk=False,
+):  # fmt: skip
+    """-> contiguous dq, dk, dv like q, k, v. sunk: more than the scores of keys is in lse."""
     rules = tiles.Rules.of(window, scale, softcap, dropout_p, dropout_key, slopes)
     if q_offsets is None:
-        return _backward(dout, q, k, v, out, lse, rules, 0)
+        return _backward(dout, q, k, v, out, lse, rules, 0, sunk)
     gradients = [(q[:0], k[:0], v[:0])]
     for i, queries, keys in _sequences(q_offsets, k_offsets):
         inputs = dout[None, queries], q[None, queries], k[None, keys], v[None, keys]
         results = out[None, queries], lse[None, :, queries]
-        gradients.append([x[0] for x in _backward(*inputs, *results, rules.of_sequence(i), i)])
+        gradients.append([x[0] for x in _backward(*inputs, *results, rules.of_sequence(i), i, sunk)])
     return tuple(torch.cat(parts) for parts in zip(*gradients, strict=True))
 
 
@@ -101,14 +102,14 @@ def _forward(q, k, v, rules, sample):
     return out.transpose(1, 2).to(q.dtype).contiguous(), lse.contiguous()
 
 
-def _backward(dout, q, k, v, out, lse, rules, sample, into=None):
+def _backward(dout, q, k, v, out, lse, rules, sample, sunk=False, into=None):
     """-> dq, dk, dv: contiguous ones, or `into`, filled, whose last strides are 1."""
     dtype = product_dtype(q.dtype)
     if rules.slopes is None and native.takes_attention(q, k, v, dtype, rules.softcap):
         gradients = into or [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
         native.attention_backward(dout, q, k, v, out, lse, *gradients, dtype, *_native_options(rules, sample))
         return tuple(gradients)
-    gradients = _composite_backward(dout, q, k, v, out, lse, rules, sample, dtype)
+    gradients = _composite_backward(dout, q, k, v, out, lse, rules, sample, sunk, dtype)
     if into is None:
         return gradients
     for place, gradient in zip(into, gradients, strict=True):
@@ -116,10 +117,10 @@ def _backward(dout, q, k, v, out, lse, rules, sample, into=None):
     return into
 
 
-def _composite_backward(dout, q, k, v, out, lse, rules, sample, dtype):
+def _composite_backward(dout, q, k, v, out, lse, rules, sample, sunk, dtype):
     fused = _fused(q, k, rules)
     if fused is None or dtype == torch.bfloat16 or q.shape[1] == 1:  # one row may see some of the keys only
-        return tiles.backward(dout, q, k, v, rules, sample, dtype)
+        return tiles.backward(dout, q, k, v, lse if sunk else None, rules, sample, dtype)
     gradients = aten._scaled_dot_product_flash_attention_for_cpu_backward(
         *(_by_head(x, dtype) for x in (dout, q, k, v, out)), lse, 0.0, fused[1], scale=rules.scale
     )

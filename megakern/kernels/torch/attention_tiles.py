@@ -106,8 +106,8 @@ def forward(q, k, v, rules, sample, dtype):
     return out, lse
 
 
-def backward(dout, q, k, v, rules, sample, dtype):
-    """-> dq, dk, dv, contiguous; matmuls and scores in `dtype`."""
+def backward(dout, q, k, v, lse, rules, sample, dtype):
+    """-> dq, dk, dv, contiguous; matmuls and scores in `dtype`. lse: where it is not that of the keys alone."""
     B, T, H, D = q.shape
     S, Hkv = k.shape[1:3]
     G = H // Hkv
@@ -121,6 +121,7 @@ def backward(dout, q, k, v, rules, sample, dtype):
         query_heads = _query_heads(heads, G)
         rows, drows = (_rows(x[samples, :, query_heads], heads, dtype) for x in (q, dout))
         keys, values = (_rows(x[samples, :, heads], heads, dtype) for x in (k, v))
+        logs = None if lse is None else _rows(lse[samples, query_heads].transpose(1, 2)[..., None], heads, dtype)
         n = rows.shape[0]
         score_buffers = [q.new_empty(n * chunk * G * width, dtype=dtype) for _ in range(3 if rules.softcap else 2)]
         part_buffer = q.new_empty(n * max(chunk * G, width) * D, dtype=dtype)
@@ -136,7 +137,10 @@ def backward(dout, q, k, v, rules, sample, dtype):
                 torch.mul(p, p, out=slope[0]).mul_(-1.0 / rules.softcap**2).add_(1.0)
             _bias(p, samples, query_heads, first, last, low, high, G, S - T, rules)
             _mask(p, first, last, low, high, S - T, rules, tables)
-            aten._softmax.out(p, -1, False, out=p)
+            if logs is None:
+                aten._softmax.out(p, -1, False, out=p)
+            else:
+                p.sub_(logs[:, first * G : last * G]).exp_()
             torch.bmm(drow, values[:, low:high].transpose(1, 2), out=dp)
             dropped = p
             if rules.dropout_p > 0:

@@ -146,9 +146,13 @@ def attention_forward(
 
 
 def attention_backward(
-    dout, q, k, v, out, lse, q_offsets, k_offsets, slopes, window, scale, softcap, dropout_p, dropout_key, deterministic
-):
-    """-> contiguous dq, dk, dv like q, k, v. Nothing is added by several programs, so it always repeats to the bit."""
+    dout, q, k, v, out, lse, q_offsets, k_offsets, slopes, window, scale, softcap, dropout_p, dropout_key,
+    deterministic, sunk=False,
+):  # fmt: skip
+    """-> contiguous dq, dk, dv like q, k, v. Nothing is added by several programs, so it always repeats to the bit.
+
+    sunk: more than the scores of keys is in lse, from which probabilities are computed in any case.
+    """
     dq, dk, dv = empty_like(q), empty_like(k), empty_like(v)
     if q.shape[-2] == 0:
         return dq, dk.zero_(), dv.zero_()
