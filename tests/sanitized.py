@@ -48,7 +48,7 @@ def main() -> int:
     os.environ["SIMT_SANITIZER"] = sanitizer
     preload = f"{found(RUNTIMES[sanitizer])} {found('libstdc++.so.6')}"
     environment = os.environ | OPTIONS[sanitizer] | {"LD_PRELOAD": preload}
-    if any("kernels" in argument for argument in arguments):
+    if any(word in argument for argument in arguments for word in ("kernels", "module")):
         environment["SIMT_MODULE"] = module()
     # Without address randomisation: ThreadSanitizer wants its own parts of the address space.
     command = ["setarch", "-R", sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
@@ -58,6 +58,8 @@ def main() -> int:
     reports.mkdir(parents=True)
     options = f"{sanitizer[0].upper()}SAN_OPTIONS"
     environment[options] += f":log_path={reports / 'report'}"
+    if sanitizer == "thread":
+        environment[options] += f":suppressions={Path(__file__).with_suffix('.supp')}"
     code = subprocess.run(command, env=environment).returncode
     for report in sorted(reports.iterdir()):
         print(f"\n{report}:\n{report.read_text(errors='replace')}", file=sys.stderr)

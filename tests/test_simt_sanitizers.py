@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 
+from megakern.kernels.cuda import module
 from tests import simt
 from tests.sanitized import PLANTED
 from tests.test_simt import run_row
@@ -44,6 +45,13 @@ def test_probe_without_a_trailing_barrier():
     small_copies(simt.library(), 5)
 
 
+@probe
+def test_probe_module_reads_behind_a_tensor():
+    """The kernels that tests/kernels runs are those with the sanitizer."""
+    x, y = torch.zeros(64), torch.zeros(96)
+    module._simt.activation_forward(x.data_ptr(), y.data_ptr(), module.DTYPES[x.dtype], 0, 1, 96, 96, -1, 0)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
 def test_right_kernels_pass(sanitizer):
@@ -56,7 +64,8 @@ def test_right_kernels_pass(sanitizer):
 @pytest.mark.parametrize(
     "sanitizer, name, message, file",
     [
-        ("address", "reads_behind", "heap-buffer-overflow", "planted.cu"),
+        ("address", "probe_reads_behind", "heap-buffer-overflow", "planted.cu"),
+        ("address", "module_reads_behind", "heap-buffer-overflow", "activation.cu"),
         ("thread", "without_a_barrier", "data race", "planted.cu"),
         ("thread", "without_a_trailing_barrier", "data race", "planted_async.cu"),
     ],

@@ -105,11 +105,11 @@ static void enter() {
   try {
     machine.launch->call(machine.launch->body);
     leave();
-    release_to(&machine.ended);
     if (machine.running) next = next_fiber();
   } catch (...) {
     machine.error = std::current_exception();
   }
+  release_to(&machine.ended);
   switch_to(next);  // outside of the handler: its state belongs to the operating system's thread, not to the fiber
   __builtin_unreachable();
 }

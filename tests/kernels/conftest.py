@@ -20,7 +20,7 @@ import torch
 from megakern.kernels import memory
 from megakern.kernels.cuda import module
 from megakern.ops.dispatch import UNAVAILABLE, ops_of
-from tests.simt import SCHEDULES
+from tests.simt import SANITIZER, SCHEDULES
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 PRESENT = ("triton",) if INTERPRETED else ("cuda", "triton") if torch.cuda.is_available() else ("simt",)
@@ -30,6 +30,9 @@ if INTERPRETED and "triton" in BACKENDS:
     from tests.kernels.interpreter import replace_once
 
     replace_once()
+
+if SANITIZER and getattr(module._simt, "built", "") != f"with {SANITIZER} sanitizer":
+    raise pytest.UsageError(f"the module of kernels is not the one with the {SANITIZER} sanitizer: {module._simt}")
 
 GUARD = 128  # elements before and after: 256 bytes of bf16, so that outputs stay aligned
 SENTINEL = 77  # in integer tensors, which have no NaN
