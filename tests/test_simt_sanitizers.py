@@ -62,15 +62,15 @@ def test_right_kernels_pass(sanitizer):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "sanitizer, name, message, file",
+    "sanitizer, name, message, place",
     [
         ("address", "probe_reads_behind", "heap-buffer-overflow", "planted.cu"),
-        ("address", "module_reads_behind", "heap-buffer-overflow", "activation.cu"),
+        ("address", "module_reads_behind", "heap-buffer-overflow", "activation_forward_kernel"),
         ("thread", "without_a_barrier", "data race", "planted.cu"),
         ("thread", "without_a_trailing_barrier", "data race", "planted_async.cu"),
     ],
 )
-def test_wrong_kernels_are_reported(sanitizer, name, message, file):
+def test_wrong_kernels_are_reported(sanitizer, name, message, place):
     run = sanitized(sanitizer, "tests/test_simt_sanitizers.py", "-k", f"probe and {name}")
     assert run.returncode != 0
-    assert message in run.stderr and file in run.stderr, run.stdout[-2000:] + run.stderr[-4000:]
+    assert message in run.stderr and place in run.stderr, run.stdout[-2000:] + run.stderr[-4000:]
