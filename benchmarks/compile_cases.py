@@ -49,8 +49,6 @@ def _add_norms() -> None:
     for C in widths:
         for centre in (True, False):
             for dtype in SHORT:
-                if dtype == torch.float16 and C not in (1024, 8192):
-                    continue  # as bf16 but for one conversion instruction
                 name = f"{'layer' if centre else 'rms'}_norm {C} {SHORT[dtype]}"
                 CASES[name] = partial(_norm, C, dtype, centre, False, dtype)
                 if dtype == torch.bfloat16:
@@ -68,7 +66,7 @@ def _swiglu(gate: torch.Tensor, up: torch.Tensor) -> None:
 def _add_elementwise() -> None:
     for dtype, short in SHORT.items():
         flat = tensor(ROWS, 1024, dtype=dtype)
-        for kind in KINDS if dtype == torch.bfloat16 else ("gelu",):
+        for kind in KINDS:
             CASES[f"gelu {kind} {short}"] = partial(_activation, flat, kind)
         CASES[f"swiglu {short}"] = partial(_swiglu, flat, flat)
         CASES[f"swiglu halves {short}"] = partial(_swiglu, *tensor(ROWS, 2048, dtype=dtype).chunk(2, -1))
@@ -80,7 +78,7 @@ def _add_elementwise() -> None:
 
 def _add_rope() -> None:
     for D, d in ((64, 32), (128, 64), (80, 16), (256, 128)):
-        for dtype in SHORT if D == 128 else (torch.bfloat16,):
+        for dtype in SHORT:
             q, k = tensor(2, 512, 32, D, dtype=dtype), tensor(2, 512, 8, D, dtype=dtype)
             table, positions = tensor(2048, d, dtype=torch.float32), tensor(2, 512, dtype=torch.int64)
             for interleaved in (False, True):
@@ -150,11 +148,11 @@ def _activation_gradient(size: int, dtype: torch.dtype, activation: str) -> None
 def _add_linear() -> None:
     for dtype, short in SHORT.items():
         CASES[f"linear {short}"] = partial(_linear, 4096, dtype, "", False)
-    CASES["linear bf16 gelu_tanh bias residual"] = partial(_linear, 4096, torch.bfloat16, "gelu_tanh", True)
-    CASES["linear_swiglu bf16"] = partial(_linear_swiglu, 4096, torch.bfloat16)
-    CASES["linear bf16 gradient gelu_tanh"] = partial(_activation_gradient, 4096, torch.bfloat16, "gelu_tanh")
-    for kind in KINDS:
-        CASES[f"linear bf16 {kind}"] = partial(_linear, 4096, torch.bfloat16, kind, False)
+        CASES[f"linear {short} gelu_tanh bias residual"] = partial(_linear, 4096, dtype, "gelu_tanh", True)
+        CASES[f"linear_swiglu {short}"] = partial(_linear_swiglu, 4096, dtype)
+        CASES[f"linear {short} gradient gelu_tanh"] = partial(_activation_gradient, 4096, dtype, "gelu_tanh")
+        for kind in KINDS:
+            CASES[f"linear {short} {kind}"] = partial(_linear, 4096, dtype, kind, False)
 
 
 def _linear_cross_entropy(dtype: torch.dtype) -> None:
@@ -191,17 +189,15 @@ def _attention(
 
 
 def _add_attention() -> None:
-    for D in (64, 128, 256):
-        CASES[f"attention {D} bf16"] = partial(_attention, D, torch.bfloat16, every=True)
+    for dtype, short in SHORT.items():
+        for D in (16, 64, 80, 128, 256):
+            CASES[f"attention {D} {short}"] = partial(_attention, D, dtype, every=True)
     options = {"window": (128, 0)}, {"softcap": 30.0}, {"alibi": True}, {"dropout_p": 0.1}, {"packed": True}
     everything = {name: value for option in options for name, value in option.items() if name != "alibi"}
     for option in options:
         CASES[f"attention 128 bf16 {next(iter(option))}"] = partial(_attention, 128, torch.bfloat16, **option)
     for D in (64, 128, 256):
         CASES[f"attention {D} bf16 with everything"] = partial(_attention, D, torch.bfloat16, **everything)
-        CASES[f"attention {D} fp32"] = partial(_attention, D, torch.float32)
-    for D in (16, 80):
-        CASES[f"attention {D} fp16"] = partial(_attention, D, torch.float16)
 
 
 def _decode(D: int, dtype: torch.dtype, page: int | None = None, T: int = 1, window=(-1, 0), softcap=0.0, alibi=False):
@@ -215,15 +211,14 @@ def _decode(D: int, dtype: torch.dtype, page: int | None = None, T: int = 1, win
 
 def _add_decode() -> None:
     for D in (64, 128, 256):
-        CASES[f"attention decode {D} bf16"] = partial(_decode, D, torch.bfloat16)
-        CASES[f"attention decode {D} fp32"] = partial(_decode, D, torch.float32)
+        for dtype, short in SHORT.items():
+            CASES[f"attention decode {D} {short}"] = partial(_decode, D, dtype)
     CASES["attention decode 128 bf16 64 rows"] = partial(_decode, 128, torch.bfloat16, T=8)
     for page in (16, 256):
         CASES[f"paged_attention 128 bf16 {page}"] = partial(_decode, 128, torch.bfloat16, page)
     CASES["paged_attention 128 bf16 with everything"] = partial(
         _decode, 128, torch.bfloat16, 16, window=(128, 0), softcap=30.0, alibi=True
     )
-    CASES["attention decode 128 fp16"] = partial(_decode, 128, torch.float16)
     for dtype in (torch.float16, torch.float32):
         CASES[f"paged_attention 128 {SHORT[dtype]}"] = partial(_decode, 128, dtype, 16)
 
