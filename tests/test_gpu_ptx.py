@@ -214,9 +214,12 @@ def test_named_barriers_and_registers(machine):
 
 def test_cluster(machine):
     x = whole(16, 32)
-    _, y, ranks = machine("cluster", [x, torch.zeros(2, 16, 32), torch.full((2,), -1, dtype=torch.int32)])
+    outputs = [torch.zeros(2, 16, 32), torch.full((2,), -1, dtype=torch.int32), torch.zeros(2, 64), torch.zeros(2, 64)]
+    _, y, ranks, stored, loaded = machine("cluster", [x, *outputs])
     assert torch.equal(y, (x + 100).expand(2, 16, 32))
     assert ranks.tolist() == [0, 1]
+    assert torch.equal(stored, x.flatten()[:64] + torch.tensor([[1000.0], [0.0]]))  # by the other block
+    assert torch.equal(loaded, torch.stack([x.flatten()[:64], x.flatten()[256:320]]))
 
 
 # --- a warp ---

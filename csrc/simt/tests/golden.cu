@@ -177,14 +177,16 @@ MK_KERNEL void __launch_bounds__(256, 1) named_barriers_kernel(float* y, int rou
 }
 
 // A cluster of two: block r loads half r of x and gives it to both; then both add 100 and tell the other. y (2, 2 half).
-MK_KERNEL void cluster_kernel(const MK_GRID_CONSTANT TensorMap map, float* y, int* ranks) {
+// Each of 64 threads stores into the other block's shared memory, and loads from there: stored, loaded (2, 64).
+MK_KERNEL void cluster_kernel(const MK_GRID_CONSTANT TensorMap map, float* y, int* ranks, float* stored, float* loaded) {
 #if MK_SM90A
   constexpr int half = 8 * 32;
   SharedMemory shared;
   float* tile = shared.take<float>(2 * half, 1024);
   MBarrier* full = shared.take<MBarrier>(1);
   MBarrier* done = shared.take<MBarrier>(1);
-  const int rank = cluster_rank();
+  float* place = shared.take<float>(64) + threadIdx.x;
+  const int rank = cluster_rank(), at = int(blockIdx.x) * 64 + int(threadIdx.x);
   if (threadIdx.x == 0) {
     ranks[blockIdx.x] = rank;
     mbar_init(full, 1, "full");
@@ -202,6 +204,11 @@ MK_KERNEL void cluster_kernel(const MK_GRID_CONSTANT TensorMap map, float* y, in
   sync_block();
   if (threadIdx.x < 2) mbar_arrive_at(done, int(threadIdx.x));
   mbar_wait(done, 0);
+  *cluster_shared(place, 1 - rank) = tile[threadIdx.x] + 1000.0f * float(rank);
+  cluster_arrive();
+  cluster_wait();
+  stored[at] = *place;
+  loaded[at] = *cluster_shared(tile + half * rank + threadIdx.x, 1 - rank);
   cluster_arrive();
   cluster_wait();
 #endif
@@ -339,9 +346,10 @@ MK_CASE(named_barriers) {  // y; rounds
   MK_LAUNCH(named_barriers_kernel, 1, 256, 128, a.place, a.tensor<float>(0), a.number(0));
 }
 
-MK_CASE(cluster) {  // x (16, 32) fp32, y (2, 512), ranks (2,)
+MK_CASE(cluster) {  // x (16, 32) fp32, y (2, 512), ranks (2,), stored and loaded (2, 64)
   const TensorMap map = matrix_map(a.tensor<void>(0), Dtype::f32, 16, 32, 32, 8, 32, Swizzle::none);
-  MK_LAUNCH_CLUSTER(cluster_kernel, 2, 64, 2 * 1024 + 1024 + 32, 2, a.place, map, a.tensor<float>(1), a.tensor<int>(2));
+  MK_LAUNCH_CLUSTER(cluster_kernel, 2, 64, 2 * 1024 + 1024 + 32 + 256, 2, a.place, map, a.tensor<float>(1),
+                    a.tensor<int>(2), a.tensor<float>(3), a.tensor<float>(4));
 }
 
 MK_CASE(matrices) {  // x, r, loaded, stored

@@ -24,7 +24,12 @@ class Tile:
     keys: int
 
 
-TILES = (Tile(64, 128, 128), Tile(128, 64, 128), Tile(256, 64, 64))
+TILES = (
+    Tile(64, 128, 128),  # a thread's sums of dk and dv take 64 registers, two scores of 128 queries 128
+    Tile(128, 64, 128),  # sums 128, scores of 64 queries 64: with 128 queries they would be 256 of 240
+    Tile(256, 64, 64),  # sums of half the columns 128, scores 64: both consumers have the same keys
+)
+"""One tile a head dim: the largest whose sums and scores fit a consumer's registers. Not yet measured on a GPU."""
 
 
 def tile_of(D: int) -> Tile:
