@@ -134,6 +134,11 @@ def _linear(size: int, dtype: torch.dtype, activation: str, full: bool) -> None:
     linear.linear_accumulate_weight_gradient(tensor(size, size, dtype=torch.float32), y, x, None)
 
 
+def _accumulate(size: int, dtype: torch.dtype) -> None:
+    x = tensor(size, size, dtype=dtype)
+    linear.linear_accumulate_weight_gradient(tensor(size, size, dtype=dtype), x, x, None)
+
+
 def _linear_swiglu(size: int, dtype: torch.dtype) -> None:
     x, weight = tensor(size, size, dtype=dtype), tensor(size, size, dtype=dtype)
     y, gate, up = mlp.linear_swiglu_forward(x, weight, weight, None, None, True)
@@ -149,6 +154,8 @@ def _add_linear() -> None:
     for dtype, short in SHORT.items():
         CASES[f"linear {short}"] = partial(_linear, 4096, dtype, "", False)
         CASES[f"linear {short} gelu_tanh bias residual"] = partial(_linear, 4096, dtype, "gelu_tanh", True)
+        if dtype != torch.float32:  # into fp32 is one of the first case
+            CASES[f"linear {short} into {short}"] = partial(_accumulate, 4096, dtype)
         CASES[f"linear_swiglu {short}"] = partial(_linear_swiglu, 4096, dtype)
         CASES[f"linear {short} gradient gelu_tanh"] = partial(_activation_gradient, 4096, dtype, "gelu_tanh")
         for kind in KINDS:

@@ -84,8 +84,8 @@ enum class Layout : int {
 //   gated   out = silu(A B + bias) * (A B_up + bias_up); pre and pre_up are the two, rounded, as silu sees them
 //   nn      out = A B + residual; with an activation A B act'(saved); with saved_up the gradients of
 //           silu(saved) * saved_up: out that of saved, out_up that of saved_up
-//   tn      out = A B; out may be fp32, then also out += A B. sums (splits, 4, M), fp32: of A's rows over K, in so
-//           many parts; with splits zeros before
+//   tn      out = A B; accumulate: out += A B, rounded once; out may be fp32. sums (splits, 4, M), fp32: of A's rows
+//           over K, in so many parts; with splits zeros before
 // What the line of a layout does not name is null. Of bf16 or fp16, the biases of that or fp32. All rows start on
 // multiples of 16 bytes; those of pre, pre_up and out_up lie densely.
 struct LinearProduct {

@@ -1,7 +1,7 @@
 // The matrix products of a linear layer: y = act(x W^T + bias) + residual, or gated by a second product; dx = dy W, with
 // the derivative of what came before; dW (+)= dy^T x; dbias.
 //
-// Writes: out and pre whole (=), or out += in fp32. Same bits at each run: what blocks share is added in a fixed order.
+// Writes: out and pre whole (=), or out += with Layout::tn, in fp32 and rounded once. Same bits at each run: what blocks share is added in a fixed order.
 // Parallel: persistent blocks of a producer and two consumer warpgroups own tiles of out; the kernel is in product.cuh.
 // Limits: sm_90a; bf16 and fp16; rows on multiples of 16 bytes, so N and K that 8 divides; sizes below 2^31.
 #include <algorithm>
@@ -105,10 +105,11 @@ void launch_product(const LinearProduct& p, Place place) {
   const TensorMap second = dense_map(p.pre ? p.pre : p.out_up), third = dense_map(p.pre_up);
   const int64_t tasks = p.whole + (tiles_of(p) - p.whole) * p.splits;
   const int64_t clusters = std::min<int64_t>(tasks, std::max(1, p.blocks / Tile::cluster));
+  const bool by_tma = p.accumulate && sizeof(Out) == 4, read = p.accumulate && !by_tma;  // out as it was
   const Follows follows = {{p.bias, p.bias_up},
-                           {p.residual ? p.residual : p.saved, p.saved_up},
-                           {p.residual ? p.residual_stride : p.saved_stride, p.saved_up_stride},
-                           int(p.M), int(p.N), p.activation, p.bias_dtype == Dtype::f32, p.pre != nullptr, p.accumulate};
+                           {read ? p.out : p.residual ? p.residual : p.saved, p.saved_up},
+                           {read ? p.out_stride : p.residual ? p.residual_stride : p.saved_stride, p.saved_up_stride},
+                           int(p.M), int(p.N), p.activation, p.bias_dtype == Dtype::f32, p.pre != nullptr, by_tma};
   const Product product = {follows, int(p.K), std::max(1, p.band / (Tile::rows * Tile::cluster)), p.head_start,
                            p.sums, int(p.whole), p.splits, p.parts, p.arrivals};
   MK_LAUNCH_CLUSTER((product_kernel<T, Out, L, Tile>), dim3(unsigned(clusters * Tile::cluster)), dim3(kPipelineThreads),
@@ -163,7 +164,7 @@ void linear_product(const LinearProduct& p, Place place) {
   const bool wide = p.out_dtype == Dtype::f32;
   if (!wide) check.same("out", p.out_dtype, p.dtype);
   check.require(!wide || p.layout == Layout::tn, "out may be fp32 (code 0) with layout 2 alone");
-  check.require(wide || !p.accumulate, "out must be fp32 (code 0) to be accumulated into");
+  check.require(!p.accumulate || p.layout == Layout::tn, "out is accumulated into with layout 2 alone");
   check_follows(check, p);
   constexpr int64_t most = (int64_t(1) << 31) - 1024;  // coordinates of the last tile fit 32 bits
   check.size("M", p.M, 1, most), check.size("N", p.N, 1, most), check.size("K", p.K, 1, most);

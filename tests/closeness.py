@@ -35,6 +35,13 @@ def assert_close_to_ref(
     )
 
 
+def assert_rounded_once(out: torch.Tensor, exact: torch.Tensor, sums: float) -> None:
+    """Each element of `out` lies at most half a step of its dtype beside float64's, and the error of fp32 sums of this
+    magnitude. What was rounded before is off by more where its parts cancel."""
+    off = (out.double() - exact).abs() - exact.abs() * (torch.finfo(out.dtype).eps / 2) - 1e-6 * sums
+    assert bool((off <= 0).all()), f"{int((~(off <= 0)).sum())} of {off.numel()} were rounded before, or are wrong"
+
+
 def assert_gradients_close(
     function, reference, inputs: dict[str, torch.Tensor | None], *, floor: float | None = None
 ) -> None:

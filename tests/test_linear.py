@@ -8,7 +8,7 @@ import torch
 import megakern as mk
 from megakern.ops.activation import KINDS
 from megakern.ops.linear import accumulate_weight_gradient, input_gradient, linear_reference, weight_gradient
-from tests.closeness import assert_close_to_ref, assert_gradients_close
+from tests.closeness import assert_close_to_ref, assert_gradients_close, assert_rounded_once
 
 # (leading shape of x, K, N): smallest, one row, primes, a tile and its neighbours, no rows, a vector.
 SHAPES = [((1,), 1, 1), ((1,), 64, 3), ((7,), 13, 5), ((2, 3), 17, 31), ((129,), 33, 65), ((0,), 8, 4), ((), 6, 7)]
@@ -71,6 +71,17 @@ def test_bias_gradient_accumulates_in_fp32():
         _, dbias = weight_gradient(dy, dy, None, dtype, "torch")
         assert dbias.dtype == dtype
         torch.testing.assert_close(dbias.double(), dy.double().sum(0), rtol=2**-8, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_weight_gradient_is_added_in_fp32_and_rounded_once(dtype):
+    for M, N, K in [(300, 24, 16), (37, 13, 5), (512, 130, 70)]:
+        g = torch.Generator().manual_seed(0)
+        dy, x, start = (torch.randn(*shape, generator=g).to(dtype) for shape in ((M, N), (M, K), (N, K)))
+        start *= M**0.5
+        for into in (start.clone(), start.t().contiguous().t()):
+            accumulate_weight_gradient(into, dy, x, None, "torch")
+            assert_rounded_once(into, start.double() + dy.double().t() @ x.double(), M**0.5)
 
 
 @pytest.mark.parametrize("needed", ["x", "weight", "bias", "residual"])

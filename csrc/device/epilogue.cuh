@@ -5,7 +5,7 @@
 //     gated   out = silu(sums + bias[0]) * (sums of the other + bias[1])         second, third = the two, as silu sees them
 //     nn      out = sums + beside[0], or sums act'(beside[0]), or with both beside: of silu(beside[0]) * beside[1] the
 //             gradients of beside[0], and of beside[1] in second
-//     tn      out (+)= sums
+//     tn      out = sums + beside[0], which is out as it was where 16-bit values accumulate; fp32: out (+)= sums
 #pragma once
 
 #include "api.h"
@@ -24,7 +24,7 @@ struct Follows {
   int activation;  // Activation, or -1
   bool bias_is_fp32;
   bool keep;        // write second, and third
-  bool accumulate;  // into fp32 out
+  bool accumulate;  // into fp32 out, by TMA
 };
 
 // The sums of a fragment: v gets those from number `first` on. In registers, or, where they were made in parts along K, in
@@ -67,7 +67,7 @@ struct Epilogue {
   static constexpr bool gated = L == Layout::gated, forward = L == Layout::nt || gated, wide = sizeof(Out) == 4;
   static constexpr int width = 128 / int(sizeof(Out));  // columns of a chunk
   static constexpr int cols = gated ? Tile::cols / 2 : Tile::cols, count = cols / width;  // of out; chunks of a fragment
-  static constexpr bool reads = L == Layout::nt || L == Layout::nn;
+  static constexpr bool reads = !gated && !wide;
   static constexpr bool ahead = reads && Tile::fragments == 1;
 
   const Follows& p;
@@ -228,6 +228,11 @@ struct Epilogue {
     write(out_map, v, row, col);
   }
 
+  MK_DEVICE void added_chunk(float (&v)[32], const std::uint32_t (&added)[16], int row, int col) {
+    if (p.beside[0] != nullptr) combine(v, added, [](float x, float a) { return x + a; });
+    write(out_map, v, row, col);
+  }
+
   MK_DEVICE void wide_chunk(const float (&v)[16], int row, int col) {
     unsigned char* chunk = begin();
     const int r = lane / 4;
@@ -266,9 +271,8 @@ struct Epilogue {
         for (int i = 0; i < 16; ++i) read[i] = beside[i];
         if (early && c + 1 < count) load_ahead(row, at + width);
         if constexpr (forward) add_bias(v, bias[c]), forward_chunk(v, read, row, at);
-        else gradient_chunk(v, read, row, at);
-      } else {
-        write(out_map, v, row, at);
+        else if constexpr (L == Layout::nn) gradient_chunk(v, read, row, at);
+        else added_chunk(v, read, row, at);
       }
     }
   }

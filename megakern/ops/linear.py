@@ -12,10 +12,11 @@ made in fp32. Saved for backward: weight if x needs a gradient, x if weight does
 activation. A weight in fp32 for narrower x is saved as it is and cast again in backward, so that no cast copy of every
 weight of a model lives from forward to backward. Nothing crosses ranks.
 
-dweight goes where the weight's `GradientTarget` says (gradients.py). Where an fp32 gradient is there already from an
-earlier micro-batch, dz^T x is added to it in place and no dweight is made. On CUDA the product of bf16 or fp16 operands
-goes into fp32 unrounded. No CPU library that PyTorch calls offers that: there each micro-batch's product is rounded to
-x's dtype once, and the sum over micro-batches is made in fp32. Our own kernel for CPUs with AMX does not round.
+dweight goes where the weight's `GradientTarget` says (gradients.py). Where a gradient of that dtype is there already
+from an earlier micro-batch, dz^T x is added to it in place and no dweight is made. A gradient of x's own dtype is added
+to in fp32 and rounded once. On CUDA the product of bf16 or fp16 operands goes into fp32 unrounded. No CPU library that
+PyTorch calls offers that: there each micro-batch's product is rounded to x's dtype once, and the sum over micro-batches
+is made in fp32. Our own kernel for CPUs with AMX does not round.
 """
 
 from __future__ import annotations

@@ -19,8 +19,9 @@ from megakern.kernels.triton import configs
 from megakern.kernels.triton.linear import product
 from megakern.ops.activation import KINDS
 from megakern.ops.dispatch import launcher, refusal
+from megakern.ops.gradients import GradientTarget
 from megakern.ops.linear import _problem, linear_reference
-from tests.closeness import assert_close_to_ref, assert_gradients_close
+from tests.closeness import assert_close_to_ref, assert_gradients_close, assert_rounded_once
 from tests.kernels.conftest import BACKENDS, INTERPRETED
 from tests.kernels.inputs import draw, fenced
 from tests.simt import SCHEDULES
@@ -139,6 +140,10 @@ def test_every_tile_shape_and_layout(tile, layout, dtype, device, backend):
             start = draw(M, N, device=device, seed=2)
             into = multiply(layout, a, b, tile, torch.float32, into=start)
             assert_close_to_ref(into, wide + start.double(), (a.float() @ b.float().t()) + start)
+            narrow = (start * K**0.5).to(dtype)
+            into, again = (multiply(layout, a, b, tile, into=narrow) for _ in range(2))
+            assert_rounded_once(into, wide + narrow.double(), K**0.5)
+            assert torch.equal(into, again)
 
 
 @cxx
@@ -174,6 +179,10 @@ def test_tiles_in_parts_along_k(tile, layout, device, backend):
             into = [multiply(layout, a, b, tile, torch.float32, into=start, splits=3, dbias=row) for row in dbias]
             assert_close_to_ref(into[0], wide + start.double(), (a.float() @ b.float().t()) + start)
             assert_close_to_ref(dbias[0], a.double().sum(1), a.float().sum(1), name="sums of rows")
+            assert torch.equal(*into) and torch.equal(*dbias)
+            narrow = (20 * start).bfloat16()
+            into = [multiply(layout, a, b, tile, into=narrow, splits=3, dbias=row) for row in dbias]
+            assert_rounded_once(into[0], wide + narrow.double(), 20)
             assert torch.equal(*into) and torch.equal(*dbias)
 
 
@@ -250,7 +259,7 @@ def test_the_launch_checks_its_arguments(device, backend):
         "out is written and must not overlap a": lambda: cuda_linear.product(NT, a, b, a),
         "out must be dtype code 1, got 2": lambda: multiply(NT, a, b, tile, torch.float16),
         "out may be fp32 .* with layout 2 alone": lambda: multiply(NT, a, b, tile, torch.float32),
-        "out must be fp32 .* to be accumulated into": lambda: multiply(TN, a, b, tile, into=out),
+        "out is accumulated into with layout 2 alone": lambda: multiply(NT, a, b, tile, into=out),
         "splits must be 1 to 1, got 2": lambda: multiply(NT, a, b, SPLIT[0], splits=2),
         "this tile and layout are not split along K: splits must be 1, got 2": lambda: multiply(
             NT, *long, tile, splits=2
@@ -307,7 +316,7 @@ def test_the_weight_gradient_is_added_in_fp32(device, backend):
     dy, x = draw(300, N, dtype=torch.float16, device=device), draw(300, K, dtype=torch.float16, device=device, seed=1)
     start = draw(N, K, device=device, seed=2)
     expected = start.double() + dy.double().t() @ x.double()
-    for into in (start.clone(), fenced(start), start.t().contiguous().t()):
+    for into in (start.clone(), fenced(start), fenced(start, after=16), start.t().contiguous().t()):
         dbias = accumulate(into, dy, x, torch.float32)
         torch.testing.assert_close(into.double(), expected, rtol=1e-5, atol=1e-4)
         torch.testing.assert_close(dbias.double(), dy.double().sum(0), rtol=1e-5, atol=1e-4)
@@ -321,6 +330,31 @@ def test_the_weight_gradient_is_added_in_fp32(device, backend):
     assert all(gradient.numel() and not gradient.any() for gradient in none)
     into = start.clone()
     assert not accumulate(into, dy[:0], x[:0], torch.float32).any() and torch.equal(into, start)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16] + [torch.bfloat16] * (not INTERPRETED))
+def test_the_weight_gradient_is_added_to_16_bits_and_rounded_once(dtype, device, backend):
+    """Rows on multiples of 16 bytes, others and columns; NaN around them stays NaN. Then as the layer's gradient."""
+    accumulate = launcher(backend, "linear", "linear_accumulate_weight_gradient")
+    N, K = size_of(backend, (20, 9), (24, 16))
+    dy, x = draw(300, N, dtype=dtype, device=device), draw(300, K, dtype=dtype, device=device, seed=1)
+    start = draw(N, K, dtype=dtype, device=device, seed=2, scale=17)
+    expected, results = start.double() + dy.double().t() @ x.double(), []
+    for into in (start.clone(), fenced(start, after=16), fenced(start), start.t().contiguous().t()):
+        results += [into, accumulate(into, dy, x, dtype)]
+        assert_rounded_once(into, expected, 17)
+        assert_close_to_ref(results[-1], dy.double().sum(0), dy.float().sum(0).to(dtype))
+        if into._base is not None and into._base.numel() > into.numel():
+            assert int(into._base.isnan().sum()) == into._base.numel() - into.numel()
+    assert torch.equal(results[0], results[2])  # by the same kernel
+    into = start.clone()
+    assert not accumulate(into, dy[:0], x[:0], dtype).any() and torch.equal(into, start)
+
+    weight = torch.nn.Parameter(torch.zeros_like(start))
+    weight.gradient_target = GradientTarget(dtype, weight)
+    weight.grad = buffer = start.clone()
+    mk.linear(x, weight, backend=backend).backward(dy)
+    assert weight.grad is buffer and torch.equal(buffer, results[0])
 
 
 def test_nan_beside_the_operands_never_leaks_in(device, backend):

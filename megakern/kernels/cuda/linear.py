@@ -31,7 +31,7 @@ def product(
         weight = epilogue_weight(
             bias=bias is not None,
             activation=bool(activation) or layout == GATED or saved_up is not None,
-            residual=residual is not None or saved is not None,
+            residual=residual is not None or saved is not None or (accumulate and out.dtype != torch.float32),
             wide=out.dtype == torch.float32,
         )
         plan = choose(M, 2 * N if layout == GATED else N, K, blocks, layout, weight)
@@ -122,8 +122,9 @@ def linear_weight_gradient(dy, x, weight_dtype, bias_dtype):
 
 
 def linear_accumulate_weight_gradient(into, dy, x, bias_dtype):
-    """into (N, K), fp32 += dy^T x -> dbias as `linear_weight_gradient`."""
-    if into.stride(1) != 1 or into.stride(0) % 4 or into.data_ptr() % 16 or not dy.numel():
+    """into (N, K), fp32 or of dy's dtype, += dy^T x, rounded once -> dbias as `linear_weight_gradient`."""
+    unaligned = into.data_ptr() % 16 or into.stride(0) * into.element_size() % 16
+    if into.stride(1) != 1 or unaligned or not dy.numel():
         dweight, dbias = linear_weight_gradient(dy, x, torch.float32, bias_dtype)
         into.add_(dweight)
         return dbias

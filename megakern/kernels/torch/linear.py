@@ -88,7 +88,7 @@ def linear_weight_gradient(dy, x, weight_dtype, bias_dtype):
 
 
 def linear_accumulate_weight_gradient(into, dy, x, bias_dtype):
-    """into (N, K) += dy^T x, in the dtype of `into` -> dbias as `linear_weight_gradient`."""
+    """into (N, K) += dy^T x, in the dtype of `into`: of dy's, rounded once -> dbias as `linear_weight_gradient`."""
     rows, columns = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
     if into.is_contiguous() and native.takes_weight_gradient(rows, columns, into.dtype):
         dbias = native.weight_gradient(rows, columns, into, add=True, with_sums=bias_dtype is not None)

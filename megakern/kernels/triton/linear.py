@@ -1,7 +1,7 @@
 """Linear layers in Triton: one persistent matrix product with everything that follows it in its epilogue.
 
 A program computes tiles of the output, one after another, in an order that keeps the operands of neighbouring tiles in
-the L2 cache; sums are fp32. Writes = , or += into an fp32 weight gradient. fp32 operands are multiplied in full
+the L2 cache; sums are fp32. Writes = , or += into a weight gradient, rounded once. fp32 operands are multiplied in full
 precision (no TF32), as PyTorch does by default. The bias gradient is a column sum of its own: inside the product it
 would bring each tile of dy to registers, which the tensor cores of sm_90 read from shared memory.
 """
@@ -71,7 +71,7 @@ def _product(
             total += tl.load(residual + rows * residual_row + cols[None, :], mask, 0.0).to(tl.float32)
         where = out + rows * out_row + cols[None, :]
         if ACCUMULATE:
-            total += tl.load(where, mask, 0.0)
+            total += tl.load(where, mask, 0.0).to(tl.float32)
         tl.store(where, total.to(out.dtype.element_ty), mask)
 
 
@@ -152,7 +152,7 @@ def linear_weight_gradient(dy, x, weight_dtype, bias_dtype):
 
 
 def linear_accumulate_weight_gradient(into, dy, x, bias_dtype):
-    """into (N, K), fp32 += dy^T x -> dbias as `linear_weight_gradient`."""
+    """into (N, K), fp32 or of dy's dtype, += dy^T x, rounded once -> dbias as `linear_weight_gradient`."""
     if into.stride(1) == 1:
         product(rows_of(dy).t(), rows_of(x), into, accumulate=True)
     else:
