@@ -200,16 +200,13 @@ class AdamW(torch.optim.Optimizer):
 
     def _batches(self, group: dict[str, Any]) -> dict[tuple, list[tuple]]:
         """Local tensors (param, grad, exp_avg, exp_avg_sq, master or low) by (dtype, device, number of the step)."""
-        rows = []
-        for param in group["params"]:
-            if param.grad is not None:
-                state = self.state[param]
-                self._complete(param, state)
-                rows.append((param, _matching_gradient(param), state))
-        if rows:
-            torch._foreach_add_([state["step"] for *_, state in rows], 1)
         batches: dict[tuple, list[tuple]] = {}
-        for param, grad, state in rows:
+        for param in group["params"]:
+            if param.grad is None:
+                continue
+            grad, state = _matching_gradient(param), self.state[param]
+            self._complete(param, state)
+            state["step"] += 1
             row = (param, grad, state["exp_avg"], state["exp_avg_sq"], state.get("master", state.get("low")))
             key = (param.dtype, param.device, int(state["step"]))
             batches.setdefault(key, []).append(tuple(_local(tensor) for tensor in row))
