@@ -277,7 +277,7 @@ struct Rope {
   int64_t B, T, Tmax;
   int H, Hkv, D, d;
   int64_t q_batch, q_token, q_head, k_batch, k_token, k_head, cos_stride, sin_stride, position_batch, position_token;
-  bool interleaved, inverse;
+  bool interleaved, inverse, in_place;
 };
 void rope(const Rope&, Place);
 

@@ -1,8 +1,9 @@
 // Rotary position embedding of queries and keys; megakern/ops/rope.py has the formulas.
 //
-// Writes: q_out and k_out whole (=), contiguous. A thread owns one group of N pairs (16 bytes of each half) at the same
-// place in several heads of one token: it reads their angles once. What is not rotated is copied, in groups of the same
-// size. fp32, bf16, fp16, computed in fp32 and rounded once; a position outside the tables gives NaN. No shared memory.
+// Writes: q_out and k_out whole (=), contiguous; in place the rotated part of q and k (=). A thread owns one group of N
+// pairs (16 bytes of each half) at the same place in several heads of one token: it reads their angles once, and all of a
+// pair before it writes any of it. What is not rotated is copied, in groups of the same size, or stays. fp32, bf16, fp16,
+// computed in fp32 and rounded once; a position outside the tables gives NaN. No shared memory.
 #include <algorithm>
 
 #include "device/checks.h"
@@ -21,11 +22,11 @@ template <class T>
 struct Heads {
   const T *q, *k;
   T *q_out, *k_out;
-  int H, Hkv, D;
-  int64_t q_head, k_head;
+  int H;
+  int64_t q_head, k_head, q_out_head, k_out_head;
 
   MK_DEVICE const T* in(int head) const { return head < H ? q + head * q_head : k + (head - H) * k_head; }
-  MK_DEVICE T* out(int head) const { return head < H ? q_out + int64_t(head) * D : k_out + int64_t(head - H) * D; }
+  MK_DEVICE T* out(int head) const { return head < H ? q_out + head * q_out_head : k_out + (head - H) * k_out_head; }
 };
 
 // Element e of x followed by y.
@@ -46,12 +47,13 @@ MK_KERNEL void __launch_bounds__(kThreads) rope_kernel(Rope p) {
     row = p.position_dtype == Dtype::i64 ? static_cast<const int64_t*>(p.positions)[at]
                                          : static_cast<const int32_t*>(p.positions)[at];
   }
-  const Heads<T> heads = {static_cast<const T*>(p.q) + b * p.q_batch + t * p.q_token,
-                          static_cast<const T*>(p.k) + b * p.k_batch + t * p.k_token,
-                          static_cast<T*>(p.q_out) + token * p.H * p.D,
-                          static_cast<T*>(p.k_out) + token * p.Hkv * p.D,
-                          p.H, p.Hkv, p.D, p.q_head, p.k_head};
-  const int groups = ceil_div(p.d, N), rest = p.D - 2 * p.d, all = p.H + p.Hkv;
+  const int64_t q_token = b * p.q_batch + t * p.q_token, k_token = b * p.k_batch + t * p.k_token;
+  const Heads<T> heads = {static_cast<const T*>(p.q) + q_token,
+                          static_cast<const T*>(p.k) + k_token,
+                          static_cast<T*>(p.q_out) + (p.in_place ? q_token : token * p.H * p.D),
+                          static_cast<T*>(p.k_out) + (p.in_place ? k_token : token * p.Hkv * p.D),
+                          p.H, p.q_head, p.k_head, p.in_place ? p.q_head : p.D, p.in_place ? p.k_head : p.D};
+  const int groups = ceil_div(p.d, N), rest = p.in_place ? 0 : p.D - 2 * p.d, all = p.H + p.Hkv;
   for (int group = threadIdx.x; group < groups; group += blockDim.x) {
     const int pair = group * N;
     Vector<float, N> c = filled<float, N>(NAN), s = c;
@@ -128,8 +130,12 @@ void rope(const Rope& p, Place place) {
   } else {
     check.size("Tmax", p.Tmax, p.T);
   }
-  check.writes("q_out", p.q_out, p.dtype, p.B * p.T, p.H * p.D, p.H * p.D);
-  check.writes("k_out", p.k_out, p.dtype, p.B * p.T, p.Hkv * p.D, p.Hkv * p.D);
+  if (p.in_place) {  // heads of q and k may take turns in memory: that no element is both is for the caller to see
+    check.require(p.q_out == p.q && p.k_out == p.k, "in place q_out must be q, and k_out k");
+  } else {
+    check.writes("q_out", p.q_out, p.dtype, p.B * p.T, p.H * p.D, p.H * p.D);
+    check.writes("k_out", p.k_out, p.dtype, p.B * p.T, p.Hkv * p.D, p.Hkv * p.D);
+  }
   const int64_t tokens = p.B * p.T, all = int64_t(p.H) + p.Hkv;
   if (tokens == 0 || all == 0) return;
 

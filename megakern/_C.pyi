@@ -360,6 +360,7 @@ def rope(
     position_token: int,
     interleaved: bool,
     inverse: bool,
+    in_place: bool,
     device: int,
     stream: int,
     /,

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import random
+from functools import partial
+
 import pytest
 import torch
 
 import megakern as mk
+from megakern.ops.checks import repeats_an_element, share_an_element
 from megakern.ops.rope import rope_reference
 from tests.closeness import assert_close_to_ref, assert_gradients_close
 
@@ -134,6 +138,149 @@ def test_compiles_in_one_graph():
 
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
     assert_gradients_close(compiled, both, make(2, 5, 2, 1, 8, torch.float32))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("shape, d", [((2, 7, 5, 5, 22), 11), ((2, 5, 3, 1, 17), 6), ((2, 0, 2, 1, 8), 4)])
+def test_in_place_values_and_gradients(shape, d, interleaved, dtype):
+    cos, sin = tables(shape[1] + 3, d)
+    for positions in (None, torch.arange(shape[1]) + 2):
+        more = {"positions": positions, "interleaved": interleaved}
+
+        def turned(q, k, more=more):
+            q, k = q.clone(), k.clone()
+            got = mk.rope(q, k, cos, sin, inplace=True, **more)
+            assert got[0] is q and got[1] is k
+            return got
+
+        assert_gradients_close(turned, lambda q, k, m=more: rope_reference(q, k, cos, sin, **m), make(*shape, dtype))
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("offset, row", [(0, 48), (1, 48), (0, 49)])
+def test_in_place_in_a_fused_qkv(interleaved, offset, row):
+    """Only q and k of it change; its gradient is that of the functional op, and flows through all three."""
+    field = torch.randn(3 * 5 * 49 + 1)
+    cos, sin = tables(5, 3)
+
+    def run(inplace):
+        leaf = field.clone().requires_grad_()
+        qkv = (leaf * 1).as_strided((3, 5, 6, 8), (5 * row, row, 8, 1), offset)
+        q, k, v = qkv[:, :, :4], qkv[:, :, 4:5], qkv[:, :, 5:]
+        q, k = mk.rope(q, k, cos, sin, interleaved=interleaved, inplace=inplace)
+        ((q * q.detach().cos()).sum() + (k * k.detach().exp()).sum() + v.sum()).backward()
+        return q, k, v, leaf.grad
+
+    for ours, functional in zip(run(True), run(False), strict=True):
+        assert torch.equal(ours, functional)
+
+
+def test_in_place_only_k_needs_a_gradient():
+    v, (cos, sin) = make(1, 3, 2, 1, 8, torch.float32), tables(3, 4)
+    leaf = v["k"].clone().requires_grad_()
+    q, k = mk.rope(v["q"].clone(), leaf * 1, cos, sin, inplace=True)
+    (gradient,) = torch.autograd.grad(k.sum(), leaf)
+    leaf = v["k"].clone().requires_grad_()
+    expected = mk.rope(v["q"], leaf, cos, sin)
+    assert torch.equal(gradient, torch.autograd.grad(expected[1].sum(), leaf)[0])
+    assert torch.equal(q, expected[0]) and not q.requires_grad
+
+
+def test_in_place_is_refused_as_autograd_does():
+    v, (cos, sin) = make(1, 3, 2, 2, 8, torch.float32), tables(3, 4)
+    leaf = v["q"].clone().requires_grad_()
+    for q, message in [
+        (leaf, "a leaf Variable that requires grad"),
+        (leaf[:, :, :1], "a view of a leaf Variable that requires grad"),
+        ((leaf * 1).unbind(2)[0].unsqueeze(2), "is a view and is being modified inplace"),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            mk.rope(q, v["k"], cos, sin, inplace=True)
+    assert torch.equal(leaf, v["q"]) and torch.equal(v["k"], make(1, 3, 2, 2, 8, torch.float32)["k"])
+    with torch.no_grad():
+        assert mk.rope(leaf, v["k"].clone(), cos, sin, inplace=True)[0] is leaf
+    assert torch.equal(leaf, mk.rope(**v, cos=cos, sin=sin)[0])
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_in_place_is_seen_by_who_saved_the_tensor(recorded):
+    v, (cos, sin) = make(1, 3, 2, 2, 8, torch.float32), tables(3, 4)
+    q = v["q"].requires_grad_().exp()  # saves its output
+    with torch.set_grad_enabled(recorded):
+        mk.rope(q, v["k"], cos, sin, inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        q.sum().backward()
+
+
+def test_in_place_refuses_tensors_that_overlap():
+    cos, sin = tables(3, 2)
+    qkv = torch.randn(2, 3, 6, 4)
+    before = qkv.clone()
+    for q, k in [(qkv, qkv), (qkv[:, :, :4], qkv[:, :, 3:]), (qkv[:, :, ::2], qkv[:, :, 1:5])]:
+        with pytest.raises(ValueError, match="q and k, which must not overlap in memory"):
+            mk.rope(q, k, cos, sin, inplace=True)
+    spread = qkv[:, :, :1].expand(2, 3, 4, 4)
+    for name, q, k in [("q", spread, qkv.clone()), ("k", qkv.clone(), spread)]:
+        with pytest.raises(ValueError, match=rf"writes over {name}, each element .* strides \(72, 24, 0, 1\)"):
+            mk.rope(q, k, cos, sin, inplace=True)
+    assert torch.equal(qkv, before)
+
+
+def test_overlap_is_exact():
+    """Against the sets of all places, for strides of every kind."""
+    draw = random.Random(0)
+    field = torch.zeros(400)
+    seen = {True: 0, False: 0}
+
+    def view():
+        shape, strides, step = [draw.randint(1, 3) for _ in range(3)], [], draw.choice([1, 1, 2])
+        for size in shape:
+            strides.append(draw.choice([step, step, draw.randint(0, 12)]))
+            step = step * size + draw.choice([0, 0, 1])
+        return field.as_strided(shape, strides, draw.randint(0, 30))
+
+    def places(x):
+        return torch.arange(400).as_strided(x.shape, x.stride(), x.storage_offset()).flatten().tolist()
+
+    for _ in range(800):
+        x, y = view(), view()
+        if draw.random() < 0.5:
+            y = field.as_strided(x.shape, x.stride(), draw.randint(0, 30))
+        repeats, share = len(set(places(x))) < x.numel(), not set(places(x)).isdisjoint(places(y))
+        assert repeats_an_element(x) == repeats, x.stride()
+        assert share_an_element(x, y) == share, (x.stride(), x.storage_offset(), y.stride(), y.storage_offset())
+        seen[share] += 1
+    assert min(seen.values()) > 150, seen
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_in_place_opcheck(interleaved):
+    v, (cos, sin) = make(2, 3, 2, 1, 6, torch.float32), tables(3, 2)
+    qkv = torch.randn(2, 3, 5, 6)
+    for q, k in [tuple(v.values()), (qkv[:, :, :2], qkv[:, :, 2:4])]:
+        arguments = (q, k, cos, sin, torch.tensor([[2, 0, 1], [1, 1, 1]]), interleaved, False, "torch")
+        torch.library.opcheck(torch.ops.megakern.rope_.default, arguments)
+
+
+def test_in_place_compiles_in_one_graph():
+    cos, sin = tables(8, 4)
+
+    def both(qkv, inplace):
+        qkv = qkv * 2
+        q, k, v = qkv[:, :, :2], qkv[:, :, 2:3], qkv[:, :, 3:]
+        q, k = mk.rope(q, k, cos, sin, positions=torch.arange(3, 8), inplace=inplace)
+        q, k = mk.rope(q, k, cos, sin, interleaved=True, inplace=inplace)
+        return q, k, v
+
+    compiled = torch.compile(partial(both, inplace=True), fullgraph=True, backend="aot_eager")
+    inputs = {"qkv": torch.randn(2, 5, 4, 8)}
+    assert_gradients_close(compiled, partial(both, inplace=False), inputs)
+    q, k = inputs["qkv"][:, :, :2].clone(), inputs["qkv"][:, :, 2:3].clone()
+    expected = mk.rope(q, k, cos, sin)
+    given = torch.compile(lambda q, k: mk.rope(q, k, cos, sin, inplace=True), fullgraph=True, backend="aot_eager")
+    given(q, k)  # what the caller gave is changed
+    assert torch.equal(q, expected[0]) and torch.equal(k, expected[1])
 
 
 def test_repeats_are_bit_identical():

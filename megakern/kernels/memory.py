@@ -32,6 +32,14 @@ def nothing(x: torch.Tensor) -> torch.Tensor:
     return x.new_empty(0)  # 0.5 us, `empty` takes 0.8
 
 
+def write_back(made: tuple[torch.Tensor, ...], given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """What a launcher changed in place, copied from the copies that it had to make of `given` -> given."""
+    for x, y in zip(given, made, strict=True):
+        if x is not y:
+            x.copy_(y)
+    return given
+
+
 def rows_of(x: torch.Tensor) -> torch.Tensor:
     """x (..., C) as (M, C) whose rows are contiguous, at any distance; a copy only where no view is."""
     rows = x.reshape(-1, x.shape[-1])

@@ -50,3 +50,51 @@ def shape(op: str, name: str, tensor: torch.Tensor, wanted: tuple[int, ...], mea
             f"{op}: {name} must have shape {meaning} = {tuple(wanted)}, got {tuple(tensor.shape)}"
             + (f"; {hint}" if hint else "")
         )
+
+
+def repeats_an_element(x: torch.Tensor) -> bool:
+    """Do two indices of x lead to the same place in memory?"""
+    if x.is_contiguous() or x.numel() == 0:
+        return False
+    steps = [(stride, size - 1) for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1]
+    strides = {stride for stride, _ in steps}
+    if 0 in strides or len(strides) < len(steps):
+        return True
+    steps.sort(reverse=True)  # two places are one if, from some dimension on, steps lead back to where they began
+    return any(
+        _meet(0, [(stride, 1, most), *((step, -bound, bound) for step, bound in steps[i + 1 :])])
+        for i, (stride, most) in enumerate(steps)
+    )
+
+
+def share_an_element(x: torch.Tensor, y: torch.Tensor) -> bool:
+    """Do an index of x and one of y, of one dtype, lead to the same place in memory? Columns that take turns do not."""
+    if not torch._C._is_alias_of(x, y) or x.numel() == 0 or y.numel() == 0:
+        return False
+    steps = [(stride, 0, size - 1) for size, stride in zip(x.shape, x.stride(), strict=True)]
+    steps += [(stride, 1 - size, 0) for size, stride in zip(y.shape, y.stride(), strict=True)]
+    return _meet(x.storage_offset() - y.storage_offset(), _by_stride(steps))
+
+
+def _by_stride(steps) -> list[tuple[int, int, int]]:
+    """(stride, least, most) of the number of steps along each dimension -> one for each stride, the longest first."""
+    joined: dict[int, tuple[int, int]] = {}
+    for stride, low, high in steps:
+        if low != high:
+            before = joined.get(stride, (0, 0))
+            joined[stride] = before[0] + low, before[1] + high
+    return [(stride, *joined[stride]) for stride in sorted(joined, reverse=True)]
+
+
+def _meet(gap: int, terms: list[tuple[int, int, int]]) -> bool:
+    """Is gap + the sum of all stride n zero for some n, each within its bounds? Exact. A step longer than all shorter
+    ones together, as in most tensors, leaves one or two n to try."""
+    if not terms:
+        return gap == 0
+    (stride, low, high), *rest = terms
+    if stride == 0:
+        return gap == 0
+    least = gap + sum(step * bound for step, bound, _ in rest)
+    most = gap + sum(step * bound for step, _, bound in rest)
+    tries = range(max(low, -(most // stride)), min(high, -least // stride) + 1)
+    return any(_meet(gap + stride * n, rest) for n in tries)

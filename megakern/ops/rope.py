@@ -10,15 +10,17 @@ Pairs of elements are rotated by an angle that grows with the position t; a pair
 
 q (B, T, H, D), k (B, T, Hkv, D), cos and sin (Tmax, d) with 2 d <= D; elements from 2 d on are copied (partial rotary).
 The backward pass is the rotation by minus the angle, with the same launcher. Saved: cos, sin, positions. Computed in
-fp32 (fp64 for fp64) and rounded once. Nothing crosses ranks.
+fp32 (fp64 for fp64) and rounded once. Nothing crosses ranks. In place, the same launchers write over q and k, which no
+backward pass needs.
 """
 
 from __future__ import annotations
 
 import torch
+from torch.autograd.graph import increment_version
 
 from megakern.ops import checks
-from megakern.ops.dispatch import Problem, describes, launcher, register, resolve
+from megakern.ops.dispatch import LIBRARY, Problem, describes, launcher, register, resolve
 
 
 def rope_reference(q, k, cos, sin, *, positions=None, interleaved=False):
@@ -38,9 +40,9 @@ def rope_reference(q, k, cos, sin, *, positions=None, interleaved=False):
 
 
 @describes("rope")
-def _problem(q, k, cos, sin, *, positions=None, interleaved=False) -> Problem:
+def _problem(q, k, cos, sin, *, positions=None, interleaved=False, inplace=False) -> Problem:
     sizes = {"D": q.shape[-1], "D_rot": 2 * cos.shape[-1], "H": q.shape[-2], "Hkv": k.shape[-2]}
-    return Problem("rope", q.device.type, q.dtype, sizes, {"interleaved": interleaved})
+    return Problem("rope", q.device.type, q.dtype, sizes, {"interleaved": interleaved, "inplace": inplace})
 
 
 def _check(q, k, cos, sin, positions) -> None:
@@ -84,6 +86,17 @@ def _check_positions(positions, q, Tmax) -> None:
             )
 
 
+def _check_in_place(q, k) -> None:
+    for name, x in (("q", q), ("k", k)):
+        if checks.repeats_an_element(x):
+            raise ValueError(
+                f"rope: inplace=True writes over {name}, each element of which must have its own place in memory, got "
+                f"shape {tuple(x.shape)} with strides {x.stride()}; pass {name}.contiguous()"
+            )
+    if checks.share_an_element(q, k):
+        raise ValueError("rope: inplace=True writes over q and k, which must not overlap in memory; pass k.clone()")
+
+
 def _forward(q, k, cos, sin, positions, interleaved, inverse, backend):
     return launcher(backend, "rope", "rope")(q, k, cos, sin, positions, interleaved, inverse)
 
@@ -113,14 +126,63 @@ _rope = register(
 )
 
 
-def rope(q, k, cos, sin, *, positions=None, interleaved=False, backend=None):
+def _forward_in_place(q, k, cos, sin, positions, interleaved, inverse, backend):
+    launcher(backend, "rope", "rope")(q, k, cos, sin, positions, interleaved, inverse, True)
+    increment_version((q, k))  # whoever saved them for a backward pass gets an error, not a wrong gradient
+
+
+class _Turned(torch.autograd.Function):
+    """Marks one tensor as rotated in place; the launch does both. One each: autograd takes a function that changes a
+    view, as of a fused qkv, only if that is all it returns."""
+
+    @staticmethod
+    def forward(ctx, x, *shared):
+        ctx.mark_dirty(x)
+        _setup_context(ctx, (x, x, *shared), x)
+        return x
+
+    @staticmethod
+    def backward(ctx, dy):
+        dx, *nothing = _backward(ctx, dy, dy[:, :, :0])
+        return dx, *nothing[1:]
+
+
+def _differentiable_in_place(keyset, q, k, *shared):
+    if torch.is_grad_enabled():
+        for x in (q, k):
+            if x.requires_grad:
+                _Turned.apply(x, *shared)  # before the launch: it raises on leaves, and on views that may not change
+    with torch._C._AutoDispatchBelowAutograd():
+        _rope_in_place.redispatch(keyset & torch._C._after_autograd_keyset, q, k, *shared)
+
+
+_rope_in_place = register(
+    "rope_",
+    "(Tensor(a!) q, Tensor(b!) k, Tensor cos, Tensor sin, Tensor? positions, bool interleaved, bool inverse, "
+    "str backend) -> ()",
+    forward=_forward_in_place,
+    fake=lambda *arguments: None,
+    opaque=lambda *arguments: True,
+)
+LIBRARY.impl("rope_", _differentiable_in_place, "Autograd", with_keyset=True)
+
+
+def rope(q, k, cos, sin, *, positions=None, interleaved=False, inplace=False, backend=None):
     """Rotate q and k by the angles of their positions.
 
     q (B, T, H, D), k (B, T, Hkv, D), of one dtype, any strides; cos, sin (Tmax, d) fp32 or fp64 for d rotated pairs,
     2 d <= D; positions: None for 0 .. T - 1, or int32 or int64 of shape (T,) or (B, T). interleaved: a pair is two
     neighbours (GPT-J), not two elements half the rotated part apart (Llama). Returns new (q, k), contiguous.
-    Raises ValueError or TypeError on other shapes, dtypes, devices, and on a CPU for positions outside the tables.
+    inplace: q and k are rotated where they lie and returned themselves; as with PyTorch's own operations in place,
+    autograd raises RuntimeError for leaves that need a gradient and for views that may not be changed.
+    Raises ValueError or TypeError on other shapes, dtypes, devices, in place on q and k that overlap, and on a CPU for
+    positions outside the tables.
     """
     _check(q, k, cos, sin, positions)
-    chosen = resolve(_problem(q, k, cos, sin, interleaved=interleaved), backend)
+    chosen = resolve(_problem(q, k, cos, sin, interleaved=interleaved, inplace=inplace), backend)
+    if inplace:
+        if not torch.compiler.is_compiling():  # strides may be symbols
+            _check_in_place(q, k)
+        _rope_in_place(q, k, cos, sin, positions, interleaved, False, chosen)
+        return q, k
     return _rope(q, k, cos, sin, positions, interleaved, False, chosen)

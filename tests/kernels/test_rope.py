@@ -71,6 +71,51 @@ def test_strided_views_and_nan_around_them(interleaved, device, backend):
         assert torch.equal(ours, plain)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(
+    "shape, positions", [((2, 5, 3, 1, 16, 8), None), ((1, 3, 4, 4, 17, 6), [7, 0, 10]), ((2, 2, 33, 9, 80, 32), None)]
+)
+def test_in_place(shape, positions, interleaved, dtype, device, backend):
+    """As out of place, to the bit; outputs and gradients of both are close to float64."""
+    inputs, tables = make(*shape, device, dtype, positions)
+    shared = {**tables, "interleaved": interleaved}
+
+    def turned(q, k, positions):
+        return mk.rope(q.clone(), k.clone(), positions=positions, inplace=True, backend=backend, **shared)
+
+    assert_gradients_close(turned, partial(rope_reference, **shared), inputs)
+    expected = mk.rope(**inputs, **shared, backend=backend)
+    assert all(torch.equal(x, y) for x, y in zip(turned(**inputs), expected, strict=True))
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("d, D", [(8, 16), (3, 16), (4, 9)])
+def test_in_place_writes_nothing_else(d, D, interleaved, device, backend):
+    """Views of one qkv in both orders, with NaN around all of it; and a view without neighbouring elements."""
+    inputs, tables = make(2, 3, 3, 3, D, d, device)
+    expected = mk.rope(inputs["q"], inputs["k"], **tables, interleaved=interleaved, backend=backend)
+    for heads in ((0, 3, 6), (0, 1, 2)):  # q .. q k .. k v .. v, or q k v of each head in turn
+        step = 1 if heads[1] == 3 else 3
+        where = [slice(first, first + 3 * step, step) for first in heads[:2]]
+        qkv = draw(2, 3, 9, D, device=device, seed=2)
+        for at, x in zip(where, inputs.values(), strict=False):
+            qkv[:, :, at] = x
+        field = fenced(qkv)
+        whole = field.untyped_storage()
+        around = torch.empty(0, dtype=field.dtype, device=device).set_(whole).clone()
+        mk.rope(*(field[:, :, at] for at in where), **tables, interleaved=interleaved, inplace=True, backend=backend)
+        for at, x in zip(where, expected, strict=True):
+            assert torch.equal(field[:, :, at], x)
+            field[:, :, at] = qkv[:, :, at]  # then nothing has changed
+        assert torch.equal(
+            torch.empty(0, dtype=field.dtype, device=device).set_(whole).nan_to_num(7), around.nan_to_num(7)
+        )
+    q = inputs["q"].transpose(-1, -2).contiguous().transpose(-1, -2)
+    mk.rope(q, inputs["k"], **tables, interleaved=interleaved, inplace=True, backend=backend)
+    assert torch.equal(q, expected[0]) and torch.equal(inputs["k"], expected[1])
+
+
 def test_a_position_outside_the_tables_is_nan(device, backend):
     inputs, tables = make(1, 3, 2, 1, 8, 4, device, positions=[0, TMAX, -1])
     rope = launcher(backend, "rope", "rope")  # the public function refuses it on a CPU
@@ -87,3 +132,5 @@ def test_opcheck_and_compile(device, backend, unguarded):
     assert_gradients_close(
         compiled, partial(rope_reference, **tables), {k: v.detach() for k, v in inputs.items() if v is not None}
     )
+    arguments = (inputs["q"].detach(), inputs["k"].detach(), *tables.values(), None, True, False, backend)
+    torch.library.opcheck(torch.ops.megakern.rope_.default, arguments)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 
 
-def rope(q, k, cos, sin, positions, interleaved, inverse):
-    """-> rotated q, k, contiguous. The arithmetic is fp32 (fp64 for fp64), rounded once to the dtype of q."""
+def rope(q, k, cos, sin, positions, interleaved, inverse, in_place=False):
+    """-> rotated q, k: new and contiguous, or in place. The arithmetic is fp32 (fp64 for fp64), rounded once."""
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     if positions is None:
         cos, sin = cos[: q.shape[1]], sin[: q.shape[1]]
@@ -20,38 +20,41 @@ def rope(q, k, cos, sin, positions, interleaved, inverse):
     if inverse:
         sin = -sin
     rotate = _rotate_pairs if interleaved else _rotate_halves
-    return _apply(rotate, q, cos, sin, wide), _apply(rotate, k, cos, sin, wide)
+    return _apply(rotate, q, cos, sin, wide, in_place), _apply(rotate, k, cos, sin, wide, in_place)
 
 
-def _apply(rotate, x, cos, sin, wide):
+def _apply(rotate, x, cos, sin, wide, in_place):
     turned = 2 * cos.shape[-1]
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    if turned < x.shape[-1]:
+    out = x if in_place else torch.empty_like(x, memory_format=torch.contiguous_format)
+    if turned < x.shape[-1] and not in_place:
         out[..., turned:] = x[..., turned:]
     if x.dtype == wide:
-        rotate(x[..., :turned], cos, sin, out[..., :turned])
+        rotate(x[..., :turned], cos, sin, out[..., :turned], in_place)
     else:
         result = torch.empty((*x.shape[:-1], turned), dtype=wide, device=x.device)
-        rotate(x[..., :turned].to(wide), cos, sin, result)
+        rotate(x[..., :turned].to(wide), cos, sin, result, False)
         out[..., :turned] = result
     return out
 
 
-def _rotate_halves(x, cos, sin, out):
-    first, second = x.chunk(2, -1)
-    out_first, out_second = out.chunk(2, -1)
-    torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=out_second).addcmul_(first, sin)
+def _rotate_halves(x, cos, sin, out, in_place):
+    _rotate(*x.chunk(2, -1), cos, sin, *out.chunk(2, -1), in_place)
 
 
-def _rotate_pairs(x, cos, sin, out):
+def _rotate_pairs(x, cos, sin, out, in_place):
     pairs, out_pairs = x.unflatten(-1, (-1, 2)), out.unflatten(-1, (-1, 2))
     if _complex_strides(pairs) and _complex_strides(out_pairs):
         turn = torch.complex(cos, sin)
         torch.mul(torch.view_as_complex(pairs), turn, out=torch.view_as_complex(out_pairs))
     else:
-        torch.mul(pairs[..., 0], cos, out=out_pairs[..., 0]).addcmul_(pairs[..., 1], sin, value=-1)
-        torch.mul(pairs[..., 1], cos, out=out_pairs[..., 1]).addcmul_(pairs[..., 0], sin)
+        _rotate(*pairs.unbind(-1), cos, sin, *out_pairs.unbind(-1), in_place)
+
+
+def _rotate(first, second, cos, sin, out_first, out_second, in_place):
+    if in_place:
+        first = first.clone()  # read again when it is written
+    torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=out_second).addcmul_(first, sin)
 
 
 def _complex_strides(pairs) -> bool:
