@@ -87,6 +87,9 @@ def _add_rope() -> None:
             CASES[f"rope positions {D} {d} {SHORT[dtype]}"] = partial(
                 rope.rope, q, k, table, table, positions, False, True
             )
+    for interleaved in (False, True):  # q, k and table of the last size
+        name = f"rope in place {'interleaved' if interleaved else 'halves'}"
+        CASES[name] = partial(rope.rope, q, k, table, table, None, interleaved, False, True)
 
 
 def _cross_entropy(logits: torch.Tensor, smoothing: float) -> None:

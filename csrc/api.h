@@ -268,6 +268,7 @@ void norm_backward(const NormBackward&, Place);
 
 // q (B, T, H, D) and k (B, T, Hkv, D), each of three strides, elements of a head side by side, to contiguous outputs. cos, sin
 // (Tmax, d), fp32. positions (B, T) of two strides, int32 or int64, or null for 0 .. T - 1. inverse: by minus the angle.
+// in_place: q_out is q and k_out is k, of the same strides; an element of one is none of the other.
 struct Rope {
   const void *q, *k;
   void *q_out, *k_out;
