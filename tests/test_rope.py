@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import megakern as mk
+import megakern.layers.attention as attention_layer
 from megakern.ops.checks import repeats_an_element, share_an_element
 from megakern.ops.rope import rope_reference
 from tests.closeness import assert_close_to_ref, assert_gradients_close
@@ -281,6 +282,24 @@ def test_in_place_compiles_in_one_graph():
     given = torch.compile(lambda q, k: mk.rope(q, k, cos, sin, inplace=True), fullgraph=True, backend="aot_eager")
     given(q, k)  # what the caller gave is changed
     assert torch.equal(q, expected[0]) and torch.equal(k, expected[1])
+
+
+def test_attention_without_gradients_rotates_what_its_norms_made(monkeypatch):
+    """In place, with the same result, and what the projection gave to others is as it was."""
+    torch.manual_seed(0)
+    layer, x = mk.ParallelAttention(32, 4, kv_heads=2, qk_norm=True), torch.randn(2, 6, 32)
+    given, asked = [], []
+    layer.qkv.register_forward_hook(lambda module, inputs, output: given.append(output))
+    monkeypatch.setattr(
+        attention_layer,
+        "apply_rope",
+        lambda *a, inplace, **o: asked.append(inplace) or mk.rope(*a, inplace=inplace, **o),
+    )
+    recorded = layer(x, rope=tables(6, 4))
+    with torch.no_grad():
+        plain = layer(x, rope=tables(6, 4))
+    assert asked == [False, True]
+    assert torch.equal(plain, recorded) and torch.equal(*given)
 
 
 def test_repeats_are_bit_identical():

@@ -133,7 +133,8 @@ class ParallelAttention(nn.Module):
             q, k = rms_norm(q, q_weight, self.q_norm.eps), rms_norm(k, k_weight, self.k_norm.eps)
         q = q.reshape(B, T, self.heads, self.head_dim)
         if rope is not None:
-            q, k = apply_rope(q, k, *rope, positions=positions)
+            own = self.q_norm is not None and not torch.is_grad_enabled()  # nobody else holds what the norms made
+            q, k = apply_rope(q, k, *rope, positions=positions, inplace=own)
         if qkv.requires_grad and self.q_norm is None and (rope is not None or n > 1):
             k, v = k.contiguous(), v.contiguous()  # a view would keep all of qkv for backward, beside the new q
         if cache is not None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import megakern as mk
+from megakern.kernels.cuda import module
 from megakern.ops.dispatch import launcher
 from megakern.ops.rope import rope_reference
 from tests.closeness import assert_gradients_close
@@ -134,3 +135,14 @@ def test_opcheck_and_compile(device, backend, unguarded):
     )
     arguments = (inputs["q"].detach(), inputs["k"].detach(), *tables.values(), None, True, False, backend)
     torch.library.opcheck(torch.ops.megakern.rope_.default, arguments)
+
+
+@pytest.mark.only("simt")
+def test_in_place_into_other_memory_is_refused(device, backend):
+    q, k, other = (torch.zeros(1, 1, 2, 8) for _ in range(3))
+    table = torch.zeros(1, 4)
+    numbers = (0, 5, 1, 1, 1, 2, 2, 8, 4, 16, 16, 8, 16, 16, 8, 4, 4, 0, 0, False, False, True)
+    for outputs in ((q, other), (other, k)):
+        with pytest.raises(ValueError, match="in place q_out must be q, and k_out k"):
+            tensors = (x.data_ptr() for x in (q, k, *outputs, table, table))
+            module.call("rope", q, *tensors, 0, *numbers)
