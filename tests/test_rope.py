@@ -151,7 +151,7 @@ def test_in_place_values_and_gradients(shape, d, interleaved, dtype):
 
         def turned(q, k, more=more):
             q, k = q.clone(), k.clone()
-            got = mk.rope(q, k, cos, sin, inplace=True, **more)
+            got = mk.rope(q, k, cos, sin, in_place=True, **more)
             assert got[0] is q and got[1] is k
             return got
 
@@ -165,11 +165,11 @@ def test_in_place_in_a_fused_qkv(interleaved, offset, row):
     field = torch.randn(3 * 5 * 49 + 1)
     cos, sin = tables(5, 3)
 
-    def run(inplace):
+    def run(in_place):
         leaf = field.clone().requires_grad_()
         qkv = (leaf * 1).as_strided((3, 5, 6, 8), (5 * row, row, 8, 1), offset)
         q, k, v = qkv[:, :, :4], qkv[:, :, 4:5], qkv[:, :, 5:]
-        q, k = mk.rope(q, k, cos, sin, interleaved=interleaved, inplace=inplace)
+        q, k = mk.rope(q, k, cos, sin, interleaved=interleaved, in_place=in_place)
         ((q * q.detach().cos()).sum() + (k * k.detach().exp()).sum() + v.sum()).backward()
         return q, k, v, leaf.grad
 
@@ -180,7 +180,7 @@ def test_in_place_in_a_fused_qkv(interleaved, offset, row):
 def test_in_place_only_k_needs_a_gradient():
     v, (cos, sin) = make(1, 3, 2, 1, 8, torch.float32), tables(3, 4)
     leaf = v["k"].clone().requires_grad_()
-    q, k = mk.rope(v["q"].clone(), leaf * 1, cos, sin, inplace=True)
+    q, k = mk.rope(v["q"].clone(), leaf * 1, cos, sin, in_place=True)
     (gradient,) = torch.autograd.grad(k.sum(), leaf)
     leaf = v["k"].clone().requires_grad_()
     expected = mk.rope(v["q"], leaf, cos, sin)
@@ -197,10 +197,10 @@ def test_in_place_is_refused_as_autograd_does():
         ((leaf * 1).unbind(2)[0].unsqueeze(2), "is a view and is being modified inplace"),
     ]:
         with pytest.raises(RuntimeError, match=message):
-            mk.rope(q, v["k"], cos, sin, inplace=True)
+            mk.rope(q, v["k"], cos, sin, in_place=True)
     assert torch.equal(leaf, v["q"]) and torch.equal(v["k"], make(1, 3, 2, 2, 8, torch.float32)["k"])
     with torch.no_grad():
-        assert mk.rope(leaf, v["k"].clone(), cos, sin, inplace=True)[0] is leaf
+        assert mk.rope(leaf, v["k"].clone(), cos, sin, in_place=True)[0] is leaf
     assert torch.equal(leaf, mk.rope(**v, cos=cos, sin=sin)[0])
 
 
@@ -209,7 +209,7 @@ def test_in_place_is_seen_by_who_saved_the_tensor(recorded):
     v, (cos, sin) = make(1, 3, 2, 2, 8, torch.float32), tables(3, 4)
     q = v["q"].requires_grad_().exp()  # saves its output
     with torch.set_grad_enabled(recorded):
-        mk.rope(q, v["k"], cos, sin, inplace=True)
+        mk.rope(q, v["k"], cos, sin, in_place=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         q.sum().backward()
 
@@ -220,11 +220,11 @@ def test_in_place_refuses_tensors_that_overlap():
     before = qkv.clone()
     for q, k in [(qkv, qkv), (qkv[:, :, :4], qkv[:, :, 3:]), (qkv[:, :, ::2], qkv[:, :, 1:5])]:
         with pytest.raises(ValueError, match="q and k, which must not overlap in memory"):
-            mk.rope(q, k, cos, sin, inplace=True)
+            mk.rope(q, k, cos, sin, in_place=True)
     spread = qkv[:, :, :1].expand(2, 3, 4, 4)
     for name, q, k in [("q", spread, qkv.clone()), ("k", qkv.clone(), spread)]:
         with pytest.raises(ValueError, match=rf"writes over {name}, each element .* strides \(72, 24, 0, 1\)"):
-            mk.rope(q, k, cos, sin, inplace=True)
+            mk.rope(q, k, cos, sin, in_place=True)
     assert torch.equal(qkv, before)
 
 
@@ -267,19 +267,19 @@ def test_in_place_opcheck(interleaved):
 def test_in_place_compiles_in_one_graph():
     cos, sin = tables(8, 4)
 
-    def both(qkv, inplace):
+    def both(qkv, in_place):
         qkv = qkv * 2
         q, k, v = qkv[:, :, :2], qkv[:, :, 2:3], qkv[:, :, 3:]
-        q, k = mk.rope(q, k, cos, sin, positions=torch.arange(3, 8), inplace=inplace)
-        q, k = mk.rope(q, k, cos, sin, interleaved=True, inplace=inplace)
+        q, k = mk.rope(q, k, cos, sin, positions=torch.arange(3, 8), in_place=in_place)
+        q, k = mk.rope(q, k, cos, sin, interleaved=True, in_place=in_place)
         return q, k, v
 
-    compiled = torch.compile(partial(both, inplace=True), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(partial(both, in_place=True), fullgraph=True, backend="aot_eager")
     inputs = {"qkv": torch.randn(2, 5, 4, 8)}
-    assert_gradients_close(compiled, partial(both, inplace=False), inputs)
+    assert_gradients_close(compiled, partial(both, in_place=False), inputs)
     q, k = inputs["qkv"][:, :, :2].clone(), inputs["qkv"][:, :, 2:3].clone()
     expected = mk.rope(q, k, cos, sin)
-    given = torch.compile(lambda q, k: mk.rope(q, k, cos, sin, inplace=True), fullgraph=True, backend="aot_eager")
+    given = torch.compile(lambda q, k: mk.rope(q, k, cos, sin, in_place=True), fullgraph=True, backend="aot_eager")
     given(q, k)  # what the caller gave is changed
     assert torch.equal(q, expected[0]) and torch.equal(k, expected[1])
 
@@ -293,7 +293,7 @@ def test_attention_without_gradients_rotates_what_its_norms_made(monkeypatch):
     monkeypatch.setattr(
         attention_layer,
         "apply_rope",
-        lambda *a, inplace, **o: asked.append(inplace) or mk.rope(*a, inplace=inplace, **o),
+        lambda *a, in_place, **o: asked.append(in_place) or mk.rope(*a, in_place=in_place, **o),
     )
     recorded = layer(x, rope=tables(6, 4))
     with torch.no_grad():

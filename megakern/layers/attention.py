@@ -134,7 +134,7 @@ class ParallelAttention(nn.Module):
         q = q.reshape(B, T, self.heads, self.head_dim)
         if rope is not None:
             own = self.q_norm is not None and not torch.is_grad_enabled()  # nobody else holds what the norms made
-            q, k = apply_rope(q, k, *rope, positions=positions, inplace=own)
+            q, k = apply_rope(q, k, *rope, positions=positions, in_place=own)
         if qkv.requires_grad and self.q_norm is None and (rope is not None or n > 1):
             k, v = k.contiguous(), v.contiguous()  # a view would keep all of qkv for backward, beside the new q
         if cache is not None:

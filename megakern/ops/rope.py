@@ -40,9 +40,9 @@ def rope_reference(q, k, cos, sin, *, positions=None, interleaved=False):
 
 
 @describes("rope")
-def _problem(q, k, cos, sin, *, positions=None, interleaved=False, inplace=False) -> Problem:
+def _problem(q, k, cos, sin, *, positions=None, interleaved=False, in_place=False) -> Problem:
     sizes = {"D": q.shape[-1], "D_rot": 2 * cos.shape[-1], "H": q.shape[-2], "Hkv": k.shape[-2]}
-    return Problem("rope", q.device.type, q.dtype, sizes, {"interleaved": interleaved, "inplace": inplace})
+    return Problem("rope", q.device.type, q.dtype, sizes, {"interleaved": interleaved, "in_place": in_place})
 
 
 def _check(q, k, cos, sin, positions) -> None:
@@ -90,11 +90,11 @@ def _check_in_place(q, k) -> None:
     for name, x in (("q", q), ("k", k)):
         if checks.repeats_an_element(x):
             raise ValueError(
-                f"rope: inplace=True writes over {name}, each element of which must have its own place in memory, got "
+                f"rope: in_place=True writes over {name}, each element of which must have its own place in memory, got "
                 f"shape {tuple(x.shape)} with strides {x.stride()}; pass {name}.contiguous()"
             )
     if checks.share_an_element(q, k):
-        raise ValueError("rope: inplace=True writes over q and k, which must not overlap in memory; pass k.clone()")
+        raise ValueError("rope: in_place=True writes over q and k, which must not overlap in memory; pass k.clone()")
 
 
 def _forward(q, k, cos, sin, positions, interleaved, inverse, backend):
@@ -167,20 +167,20 @@ _rope_in_place = register(
 LIBRARY.impl("rope_", _differentiable_in_place, "Autograd", with_keyset=True)
 
 
-def rope(q, k, cos, sin, *, positions=None, interleaved=False, inplace=False, backend=None):
+def rope(q, k, cos, sin, *, positions=None, interleaved=False, in_place=False, backend=None):
     """Rotate q and k by the angles of their positions.
 
     q (B, T, H, D), k (B, T, Hkv, D), of one dtype, any strides; cos, sin (Tmax, d) fp32 or fp64 for d rotated pairs,
     2 d <= D; positions: None for 0 .. T - 1, or int32 or int64 of shape (T,) or (B, T). interleaved: a pair is two
     neighbours (GPT-J), not two elements half the rotated part apart (Llama). Returns new (q, k), contiguous.
-    inplace: q and k are rotated where they lie and returned themselves; as with PyTorch's own operations in place,
+    in_place: q and k are rotated where they lie and returned themselves; as with PyTorch's own operations in place,
     autograd raises RuntimeError for leaves that need a gradient and for views that may not be changed.
     Raises ValueError or TypeError on other shapes, dtypes, devices, in place on q and k that overlap, and on a CPU for
     positions outside the tables.
     """
     _check(q, k, cos, sin, positions)
-    chosen = resolve(_problem(q, k, cos, sin, interleaved=interleaved, inplace=inplace), backend)
-    if inplace:
+    chosen = resolve(_problem(q, k, cos, sin, interleaved=interleaved, in_place=in_place), backend)
+    if in_place:
         if not torch.compiler.is_compiling():  # strides may be symbols
             _check_in_place(q, k)
         _rope_in_place(q, k, cos, sin, positions, interleaved, False, chosen)

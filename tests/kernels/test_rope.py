@@ -83,7 +83,7 @@ def test_in_place(shape, positions, interleaved, dtype, device, backend):
     shared = {**tables, "interleaved": interleaved}
 
     def turned(q, k, positions):
-        return mk.rope(q.clone(), k.clone(), positions=positions, inplace=True, backend=backend, **shared)
+        return mk.rope(q.clone(), k.clone(), positions=positions, in_place=True, backend=backend, **shared)
 
     assert_gradients_close(turned, partial(rope_reference, **shared), inputs)
     expected = mk.rope(**inputs, **shared, backend=backend)
@@ -105,7 +105,7 @@ def test_in_place_writes_nothing_else(d, D, interleaved, device, backend):
         field = fenced(qkv)
         whole = field.untyped_storage()
         around = torch.empty(0, dtype=field.dtype, device=device).set_(whole).clone()
-        mk.rope(*(field[:, :, at] for at in where), **tables, interleaved=interleaved, inplace=True, backend=backend)
+        mk.rope(*(field[:, :, at] for at in where), **tables, interleaved=interleaved, in_place=True, backend=backend)
         for at, x in zip(where, expected, strict=True):
             assert torch.equal(field[:, :, at], x)
             field[:, :, at] = qkv[:, :, at]  # then nothing has changed
@@ -113,7 +113,7 @@ def test_in_place_writes_nothing_else(d, D, interleaved, device, backend):
             torch.empty(0, dtype=field.dtype, device=device).set_(whole).nan_to_num(7), around.nan_to_num(7)
         )
     q = inputs["q"].transpose(-1, -2).contiguous().transpose(-1, -2)
-    mk.rope(q, inputs["k"], **tables, interleaved=interleaved, inplace=True, backend=backend)
+    mk.rope(q, inputs["k"], **tables, interleaved=interleaved, in_place=True, backend=backend)
     assert torch.equal(q, expected[0]) and torch.equal(inputs["k"], expected[1])
 
 
