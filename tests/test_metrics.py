@@ -58,6 +58,7 @@ def test_terminal_progress_is_one_line_written_over():
 def test_durations_and_quantities():
     assert [duration(s) for s in (0, 59.9, 61, 3723, -5)] == ["0:00", "0:59", "1:01", "1:02:03", "0:00"]
     assert [quantity(v, "B/s") for v in (5, 4.25e3, 4.2e11, 1e12)] == ["5 B/s", "4.25 kB/s", "420 GB/s", "1 TB/s"]
+    assert [quantity(v, "B") for v in (999.4e6, 999.96e6)] == ["999 MB", "1 GB"]
 
 
 def test_curve_is_drawn_from_the_metrics_alone(tmp_path):

@@ -18,6 +18,7 @@ fp32, and a run under dp would no longer be the run of one process; bf16 paramet
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 
 import torch
@@ -45,6 +46,8 @@ def shard_data_parallel(model: nn.Module, parallel: ParallelContext, blocks: Ite
         "reshard_after_forward": zero == 3,
         "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32),
     }
+    # torch 2.13 warns that writing over a block's output would drop its hook; blocks and heads here write over none.
+    warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
     for block in blocks:
         fully_shard(block, **how)
     fully_shard(model, **how)

@@ -19,7 +19,7 @@ def duration(seconds: float) -> str:
 def quantity(value: float, unit: str) -> str:
     """4.2e11 -> "420 G" + unit."""
     for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
+        if abs(value) >= 0.9995 * size:  # what is rounded to 1000 of a prefix is 1 of the next
             return f"{value / size:.3g} {prefix}{unit}"
     return f"{value:.3g} {unit}"
 
