@@ -4,6 +4,8 @@
 
 The same GPT-2 124M with the same random weights; each contestant is a process with all cores, and they take turns. In
 fp32 all must choose the same tokens; bf16 rounds, so there the table says how many are those of the first contestant.
+A token needs every weight once, so no program is faster than those can be read: in each turn PyTorch's dot product of
+a vector that no cache holds, with itself, tells how fast that is.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import torch
 
 import megakern as mk
 from benchmarks import report, steps
-from benchmarks.bench_train import gpt2
+from benchmarks.bench_train import gpt2, mk_parameters
 from benchmarks.common import begin_part, end_part, part_parser
 from benchmarks.contestants import Contestant, FailedError, NotHereError, goal, ratio_to
 from benchmarks.peers.libraries import why_not
@@ -29,6 +31,7 @@ GOALS = (
     ("bf16 beside transformers' best", "megakern bf16", ("transformers fp32", "transformers bf16"), 2.0),
 )
 PROMPT, TOKENS, QUICK_TOKENS = 32, 64, 16
+READ = 1 << 26  # elements of the vector that is read, fp32
 
 
 def weights(config: mk.GPTConfig, device: torch.device) -> dict[str, torch.Tensor]:
@@ -86,6 +89,31 @@ class Generation:
         return machine.peak_memory(self.device)
 
 
+def read_rate(vector: torch.Tensor) -> float:
+    """Bytes a second."""
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        torch.dot(vector, vector).item()
+        seconds.append(time.perf_counter() - start)
+    return vector.nbytes / min(seconds)
+
+
+def bytes_a_token(name: str, config: mk.GPTConfig) -> int:
+    """Of weights that contestant `name` reads: all but the positions' embedding, of which it is one row."""
+    precision = name.partition(" ")[2]
+    return (mk_parameters(config) - config.sequence_length * config.width) * machine.DTYPES[precision].itemsize
+
+
+def with_limit(reached: dict[str, Any], ours: dict[str, Any], rate: float) -> dict[str, Any]:
+    """A goal as it is, or with what limits it, where weights cannot be read fast enough for it."""
+    most = reached["reached"] / ours["of_read_rate"]
+    if most >= reached["wanted"]:
+        return reached
+    read = f"{report.size(ours['bytes_a_token'])} of weights a token at {report.size(rate)}/s"
+    return {**reached, "limit": f"at most {most:.2f}: {read}"}
+
+
 def measure(config: mk.GPTConfig, count: int, deadline: float) -> dict[str, Any]:
     """Results as generate.json keeps them. Seconds a token are those of `count` tokens less those of the first."""
     contestants = [Contestant(Generation, name, config) for name in CONTESTANTS]
@@ -108,14 +136,18 @@ def measure(config: mk.GPTConfig, count: int, deadline: float) -> dict[str, Any]
             except FailedError as error:
                 row["error"] = str(error)
         turns: dict[str, list[tuple[float, float]]] = {contestant.name: [] for contestant in ready}
+        vector, rates = torch.ones(READ, device=machine.device_type()), []
         while ready and (not turns[ready[0].name] or time.monotonic() < deadline):
+            rates.append(read_rate(vector))
             for contestant in ready:
                 first = contestant.call("run", 1)[0]
                 turns[contestant.name].append((first, (contestant.call("run", count)[0] - first) / (count - 1)))
             if len(turns[ready[0].name]) >= 9:
                 break
+        rate = statistics.median(rates) if rates else None
         for contestant in ready:
             own = [each for _, each in turns[contestant.name]]
+            read = bytes_a_token(contestant.name, config)
             rows[contestant.name] |= {
                 "tokens_per_second": 1 / statistics.median(own),
                 "fastest": 1 / min(own),
@@ -123,13 +155,16 @@ def measure(config: mk.GPTConfig, count: int, deadline: float) -> dict[str, Any]
                 "ms_to_first": statistics.median(first for first, _ in turns[contestant.name]) * 1e3,
                 "ratio_to_first": ratio_to([each for _, each in turns[ready[0].name]], own),
                 "tokens": count,
+                "bytes_a_token": read,
+                "of_read_rate": read / statistics.median(own) / rate,
                 "peak_bytes": contestant.call("peak_bytes"),
             }
     finally:
         for contestant in contestants:
             contestant.end()
-    found = [goal(list(rows.values()), *each, "tokens_per_second") for each in GOALS]
-    return {"model": "GPT-2 124M", "prompt": PROMPT, "rows": list(rows.values()), "goals": [g for g in found if g]}
+    found = [(goal(list(rows.values()), *each, "tokens_per_second"), rows[each[1]]) for each in GOALS]
+    goals = [with_limit(reached, ours, rate) for reached, ours in found if reached]
+    return {"model": "GPT-2 124M", "prompt": PROMPT, "read_rate": rate, "rows": list(rows.values()), "goals": goals}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -178,7 +178,7 @@ def breakdown_table(rows: list[Row]) -> str:
 def goals_table(goals: list[Row]) -> str:
     lines = [
         [goal["what"], f"{goal['wanted']:.2f}", f"{goal['reached']:.2f}", goal["against"],
-         "yes" if goal["reached"] >= goal["wanted"] else "no"]
+         "yes" if goal["reached"] >= goal["wanted"] else f"no; {goal['limit']}" if "limit" in goal else "no"]
         for goal in goals
     ]  # fmt: skip
     return grid(["goal: times as fast", "wanted", "reached", "beside", "holds"], lines)
@@ -189,11 +189,11 @@ def generate_table(results: Row) -> str:
     lines = [
         [row["contestant"], spread(row["tokens_per_second"], row["slowest"], row["fastest"], ".1f"),
          f"{row['ms_to_first']:.0f}", f"{row['ratio_to_first']:.2f}", f"{row['same_tokens']} of {row['tokens']}",
-         size(row["peak_bytes"])]
+         size(row.get("bytes_a_token")), figure(row, "of_read_rate", ".0%"), size(row["peak_bytes"])]
         for row in rows
     ]  # fmt: skip
     head = ["contestant", "tokens/s (from to)", "ms to first token", f"x {rows[0]['contestant'] if rows else 'first'}",
-            "same tokens", "peak memory"]  # fmt: skip
+            "same tokens", "weights a token", "of read rate", "peak memory"]  # fmt: skip
     parts = [f"Generation, {results['model']}, batch 1, {results['prompt']} tokens of prompt, greedy:"]
     parts += [grid(head, lines)] if lines else []
     parts += not_timed(results["rows"], rows)

@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 
+import megakern as mk
 from benchmarks import bench_attention, bench_curves, bench_generate, bench_growth, bench_scaling, bench_startup, report
 from benchmarks.bench_growth import Growth
 from benchmarks.bench_train import gpt2
@@ -89,6 +90,18 @@ def test_all_generate_the_same_tokens(monkeypatch):
     assert made["megakern fp32"].run(12)[1] == expected
     for name in ("transformers bf16", "megakern bf16"):
         assert len(made[name].run(3)[1]) == 3
+
+
+def test_a_goal_of_generation_says_when_memory_is_too_slow_for_it():
+    config = gpt2("gpt2-124m")
+    learned = sum(p.numel() for p in mk.GPT(config, device="meta").parameters())
+    assert bench_generate.bytes_a_token("megakern bf16", config) == 2 * (learned - 1024 * 768)
+    reached = {"what": "what", "wanted": 2.0, "reached": 1.5, "against": "a peer"}
+    ours = {"bytes_a_token": 500_000_000, "of_read_rate": 0.9}
+    assert bench_generate.with_limit(reached, {**ours, "of_read_rate": 0.5}, 28e9) == reached
+    limited = bench_generate.with_limit(reached, ours, 28e9)
+    assert "no; at most 1.67: 500 MB of weights a token at 28 GB/s" in report.goals_table([limited])
+    assert bench_generate.read_rate(torch.ones(1000)) > 0
 
 
 def test_a_start_is_timed_to_its_end_and_its_failure_is_told(tmp_path):
