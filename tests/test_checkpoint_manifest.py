@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import megakern
@@ -162,6 +162,8 @@ PATHS = [
 
 @settings(max_examples=300)
 @given(st.sampled_from(PATHS), JSON)
+@example(("schema",), True)  # equal to 1, and another text
+@example(("schema",), 1.0)
 def test_any_value_anywhere_is_read_or_refused(path, value):
     """Never another exception than CheckpointError, and what is read is what would be written."""
     raw = signed(place(table_of(), path, value))

@@ -161,7 +161,7 @@ def parse(raw: bytes, source: str) -> Manifest:
     schema = table.get("schema")
     if isinstance(schema, int) and schema > SCHEMA:
         raise CheckpointError(f"{source} has schema {schema}, this megakern reads up to {SCHEMA}; use a newer megakern")
-    check(schema == SCHEMA, f"schema must be {SCHEMA}, got {schema!r}")
+    check(type(schema) is int and schema == SCHEMA, f"schema must be {SCHEMA}, got {schema!r}")
     check(set(table) == _KEYS, f"its keys must be {sorted(_KEYS)}, got {sorted(table)}")
     files = {
         check.text(name, _FILE_NAME, "a file name"): check.file(name, entry)
