@@ -26,6 +26,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+from torch import library
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 
@@ -37,7 +38,7 @@ BACKENDS = ("cuda", "triton", "torch", "simt")
 PREFERENCE = {"cuda": ("cuda", "triton", "torch"), "cpu": ("torch",)}
 DEFAULT_PREFERENCE = ("torch",)
 
-LIBRARY = torch.library.Library("megakern", "DEF")
+LIBRARY = library.Library("megakern", "DEF")
 _DEVICES = (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
 
 
@@ -235,13 +236,13 @@ def register(
 
     The last argument of every op is its backend. Calls for which `opaque(*arguments)` holds stay one node of a compiled
     graph; others are replaced by what a traceable backend launches, so that inductor sees it (as torch's triton_op).
-    `Library` directly and not `torch.library.custom_op`, whose calls cost more.
+    `Library` directly and not torch's `custom_op`, whose calls cost more.
     """
     LIBRARY.define(f"{name}{schema}")
     LIBRARY.impl(name, forward, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"megakern::{name}", fake, lib=LIBRARY)
+    library.register_fake(f"megakern::{name}", fake, lib=LIBRARY)
     rule = functools.partial(_decompose, forward, opaque)
-    torch.library.register_torch_dispatch(f"megakern::{name}", FunctionalTensorMode, rule, lib=LIBRARY)
+    library.register_torch_dispatch(f"megakern::{name}", FunctionalTensorMode, rule, lib=LIBRARY)
     op = getattr(torch.ops.megakern, name).default
     if backward is not None:
         LIBRARY.impl(name, _differentiable(name, op, forward, setup_context, backward), "Autograd", with_keyset=True)
@@ -249,7 +250,7 @@ def register(
 
 
 def _differentiable(name: str, op: Callable, kernel: Callable, setup_context: Callable, backward: Callable) -> Callable:
-    """The op's kernel for the Autograd key: what `torch.library.register_autograd` makes, without its search for
+    """The op's kernel for the Autograd key: what torch's `register_autograd` makes, without its search for
     default values in the schema, a quarter of a small call (norm, one CPU core: 59 us against 43, of them 16 in the
     launcher). Schemas here have no default values. Where nothing but a device is left to ask (no mode, no subclass, no
     transform), `kernel` is called without the dispatcher, which would call it: 10.8 us against 14.5 for a norm on the

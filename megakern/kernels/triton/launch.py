@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import library
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from megakern.kernels.triton import configs
@@ -39,7 +40,7 @@ def launch(kernel, grid: tuple[int, ...], *arguments, config: Config, **constant
     options = {"num_warps": config.warps, "num_stages": config.stages}
     anchor = next(argument for argument in arguments if isinstance(argument, torch.Tensor))
     if isinstance(anchor, FunctionalTensor):
-        torch.library.wrap_triton(kernel)[grid](*arguments, **constants, **options)
+        library.wrap_triton(kernel)[grid](*arguments, **constants, **options)
     elif anchor.device.type == "cuda":
         if anchor.device.index == torch.cuda.current_device():
             kernel[grid](*arguments, **constants, **options)
