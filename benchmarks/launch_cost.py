@@ -17,11 +17,12 @@ from contextlib import contextmanager
 import torch
 
 import megakern as mk
-from megakern.kernels.cuda import activation, dropout, module, norm, rope
+from megakern.kernels.cuda import activation, adamw, dropout, grad_norm, module, norm, rope
 from megakern.kernels.cuda import cross_entropy as loss
 from megakern.kernels.torch.cross_entropy import Shard
 
 YARDSTICK = "torch.empty"
+TENSORS = 32  # of a list: a small model's
 
 
 def calls() -> dict[str, Callable]:
@@ -33,6 +34,9 @@ def calls() -> dict[str, Callable]:
     options = (-100, 0.0, 0.0, C, Shard(None, 0, C))
     mean, rstd = torch.zeros(M), torch.ones(M)
     q, k, angles = torch.randn(1, M, 4, 16), torch.randn(1, M, 2, 16), torch.randn(M, 8)
+    many = [[torch.zeros(C) for _ in range(TENSORS)] for _ in range(4)]  # parameters, gradients, moments
+    one = [column[:1] for column in many]
+    step = ([], None, False, 1, 1e-3, 0.9, 0.999, 1e-8, 0.1)
     return {
         YARDSTICK: lambda: torch.empty((M, C), dtype=torch.bfloat16, device=device),
         "layer norm": lambda: norm.norm_forward(x, weight, bias, None, 1e-5, True),
@@ -41,11 +45,18 @@ def calls() -> dict[str, Callable]:
         "layer norm backward": lambda: norm.norm_backward(dy, None, x, weight, mean, rstd, True, True),
         "rms norm backward": lambda: norm.norm_backward(dy, None, x, weight, mean, rstd, False, False),
         "gelu": lambda: activation.activation_forward(x, "gelu"),
+        "gelu backward": lambda: activation.activation_backward(dy, x, "gelu"),
         "swiglu": lambda: activation.swiglu_forward(x, residual),
+        "swiglu backward": lambda: activation.swiglu_backward(dy, x, residual),
         "dropout + residual": lambda: dropout.dropout(x, residual, 0.1, 1, (0, M, M)),
         "rope": lambda: rope.rope(q, k, angles, angles, None, False, False),
+        "rope in place": lambda: rope.rope(q, k, angles, angles, None, False, False, True),
         "row losses": lambda: loss.row_losses(x, targets, *options),
         "loss and gradient": lambda: loss.loss_and_gradient(x, None, x, targets, *options),
+        "AdamW of one tensor": lambda: adamw.adamw(*one, *step),
+        f"AdamW of {TENSORS} tensors": lambda: adamw.adamw(*many, *step),
+        "gradient norm of one tensor": lambda: grad_norm.sum_of_squares(one[1]),
+        f"gradient norm of {TENSORS} tensors": lambda: grad_norm.sum_of_squares(many[1]),
         "mk.rms_norm, the launcher included": lambda: mk.rms_norm(x, weight, backend="simt"),
     }
 

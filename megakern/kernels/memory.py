@@ -27,6 +27,13 @@ def empty_like(x: torch.Tensor) -> torch.Tensor:
     return empty(x.shape, x.dtype, x.device)
 
 
+def vector(count: int, like: torch.Tensor) -> torch.Tensor:
+    """Uninitialised elements of like's dtype, on its device."""
+    if allocate is _uninitialised:  # the same, at 0.6 us in place of 0.8
+        return like.new_empty(count)
+    return empty((count,), like.dtype, like.device)
+
+
 def nothing(x: torch.Tensor) -> torch.Tensor:
     """No elements, of x's dtype, on its device: what an op returns for an output that its options leave out."""
     return x.new_empty(0)  # 0.5 us, `empty` takes 0.8
@@ -71,7 +78,7 @@ def contiguous_rows(params, grads, exp_avgs, exp_avg_sqs, masters, zero_grads) -
         row = (param.contiguous(), grad.contiguous(), *state)
         if row[0] is not param or row[1] is not grad:
             strided.append((param, grad, *row[:2]))
-        groups.setdefault(tuple(tensor.dtype for tensor in row), []).append(row)
+        groups.setdefault(tuple([tensor.dtype for tensor in row]), []).append(row)  # a generator: 0.3 us more
     yield groups
     for param, grad, flat_param, flat_grad in strided:
         if flat_param is not param:

@@ -38,9 +38,10 @@ def adamw(
     with contiguous_rows(params, grads, exp_avgs, exp_avg_sqs, masters, zero_grads) as groups:
         for (param, grad, moment, _, *master), rows in groups.items():
             absent = [] if master else [0]
-            table = array("q")
+            numbers = []
             for row in rows:
-                table.extend([*(tensor.data_ptr() for tensor in row), *absent, row[0].numel()])
+                numbers += [*[tensor.data_ptr() for tensor in row], *absent, row[0].numel()]
+            table, elements = array("q", numbers), sum(numbers[5::6])
             codes = DTYPES[param], DTYPES[grad], DTYPES[moment], MASTERS[master[0] if master else None]
-            tables = table.buffer_info()[0], len(rows), piece_of(sum(row[0].numel() for row in rows))
+            tables = table.buffer_info()[0], len(rows), piece_of(elements)
             call("adamw", rows[0][0], *tables, *codes, pointer(grad_scale), zero_grads, *rates)

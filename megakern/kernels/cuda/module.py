@@ -3,8 +3,9 @@
 A module's functions take addresses and plain numbers, in the order of the structs of csrc/api.h; `megakern/_C.pyi`
 lists them. C++ checks every argument before a launch.
 
-On one core of a Xeon, the driver's own launch left out: 0.3 to 0.4 us a call of a module, 1.9 us a launcher with one
-output, 5.2 to 5.8 a norm with its four, of which 0.5 to 1.4 each (`python -m benchmarks.launch_cost`).
+On one core of a Xeon, the driver's own launch left out: 0.3 to 0.6 us a call of a module, 1.9 us a launcher with one
+output, 5.1 to 5.9 a norm with its four, of which 0.6 to 0.8 each; 6.0 us AdamW of one tensor and 1.6 for each further
+one (`python -m benchmarks.launch_cost`).
 """
 
 from __future__ import annotations

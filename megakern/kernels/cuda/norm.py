@@ -6,7 +6,7 @@ import torch
 
 from megakern.kernels.cuda import configs
 from megakern.kernels.cuda.module import DTYPES, call, pointer, strided
-from megakern.kernels.memory import empty, empty_like, nothing
+from megakern.kernels.memory import empty, empty_like, nothing, vector
 
 
 def norm_forward(x, weight, bias, residual, eps, centre):
@@ -36,21 +36,21 @@ def norm_backward(dy, dh, h, weight, mean, rstd, with_bias, centre):
     """-> dx (..., C) with dh added, dweight (C,), dbias (C,) or empty."""
     C, M = h.shape[-1], rstd.numel()
     dx = empty_like(h)
-    dweight = empty_like(weight)
-    dbias = empty_like(weight) if with_bias else nothing(weight)
+    dweight = vector(C, weight)
+    dbias = vector(C, weight) if with_bias else nothing(weight)
     (dy, dy_stride), (h, h_stride) = strided(dy), strided(h)
     dh, dh_stride = (None, 0) if dh is None else strided(dh)
     weight = weight.contiguous()
     config = configs.norm_backward(C, h.element_size(), dh is not None, configs.kind_of(h.get_device()))
     shape = config.of(M)
-    P = shape[3]
-    sums = empty((1 + with_bias, P, C), torch.float32, h.device)
-    start, parts = sums.data_ptr(), P * C * 4
+    parts = shape[3] * C
+    sums = vector(2 * parts if with_bias else parts, rstd)
+    start = sums.data_ptr()
     call(
         "norm_backward", h,
         dy.data_ptr(), pointer(dh), h.data_ptr(), weight.data_ptr(), mean.data_ptr() if centre else 0, rstd.data_ptr(),
         dx.data_ptr(), dweight.data_ptr(), dbias.data_ptr() if with_bias else 0,
-        start, start + parts if with_bias else 0,
+        start, start + 4 * parts if with_bias else 0,
         DTYPES[h.dtype], DTYPES[weight.dtype], M, dy_stride, dh_stride, h_stride, C, *shape,
     )  # fmt: skip
     return dx, dweight, dbias
