@@ -255,6 +255,7 @@ TILE_KERNELS = ["product", "product", "weight_gradient"]  # of y, dx, dweight
     ],
 )
 def test_the_product_binding_refuses(change, message):
+    require("amx_bf16")
     from megakern import _cpu
 
     a = {"M": 4, "K": 4, "x_stride": 4, "weight_dtype": 0, "activation": 0}
@@ -276,6 +277,7 @@ def test_the_product_binding_refuses(change, message):
     ],
 )
 def test_the_weight_gradient_binding_refuses(change, message):
+    require("amx_bf16")
     from megakern import _cpu
 
     a = {"K": 4, "dy_stride": 4, "dtype": 0, "out": 1 << 22} | change

@@ -91,6 +91,7 @@ def test_the_derivative_follows_the_product(monkeypatch, kind, shape):
     [(0, 0, 0, 1 << 23), (1, 0, 0, 0), (1, 1 << 24, 0, 1 << 23), (1, 0, 1 << 24, 1 << 23), (1, 0, 0, 1 << 22)],
 )
 def test_the_binding_refuses_other_derivatives(activation, bias, residual, pre):
+    require("amx_bf16")
     from megakern import _cpu
 
     problem = _cpu.LinearProblem(4, 4, 4, 4, 0, True, activation, True, 1)

@@ -1,7 +1,8 @@
 // What megakern._cpu binds: our C++ kernels for CPUs, on raw addresses.
 //
 // Addresses are those of tensors that the caller keeps alive; sizes and strides count elements. Every function checks
-// its arguments and throws std::invalid_argument (ValueError in Python), and needs the features that features() names.
+// its arguments and throws std::invalid_argument (ValueError in Python); without the instructions that it needs
+// (bindings.cpp has which), it throws std::runtime_error before it runs one.
 // Results do not depend on `threads`, and are the same bits at each run.
 #pragma once
 
@@ -21,6 +22,11 @@ enum Activation : int { kNone = 0, kGelu = 1, kGeluTanh = 2, kReluSquared = 3, k
 
 // Names of the instruction sets that this processor has and that a kernel uses: "avx512", "avx512_bf16", "amx_bf16".
 std::vector<std::string> features();
+enum Feature : int { kAvx512 = 0, kAvx512BFloat16 = 1, kTilesOfBFloat16 = 2 };
+// Throws unless this process may use it. The first call, of this or features(), asks Linux for the tiles of AMX.
+void require_feature(const char* op, Feature needed);
+// For tests: from now on as on a processor that has but the first `count` of them.
+void limit_features(int count);
 
 // y = act(z + bias) + residual, z, residual, y (M, N) contiguous. pre = z + bias; pre and y may be z. bias (N,) fp32.
 void linear_epilogue(Address z, Address bias, Address residual, Address pre, Address y, int dtype, int activation,

@@ -7,6 +7,7 @@ namespace megakern {
 namespace {
 
 constexpr int64_t kLargestHead = 512;
+constexpr Feature kFeatures[] = {kAvx512, kAvx512BFloat16, kTilesOfBFloat16};  // by product
 
 void check_problem(const char* op, const AttentionProblem& a, int dtype, int product) {
   require_dtype(op, dtype);
@@ -50,6 +51,7 @@ void check_output(const char* op, const char* name, const AttentionTensor& x, in
 void attention_forward(const AttentionProblem& a, const AttentionForward& x, int dtype, int product) {
   const char* op = "attention_forward";
   check_problem(op, a, dtype, product);
+  require_feature(op, kFeatures[product]);
   check_input(op, "q", x.q, dtype, a.B, a.T, a.H);
   check_input(op, "k", x.k, dtype, a.B, a.S, a.Hkv);
   check_input(op, "v", x.v, dtype, a.B, a.S, a.Hkv);
@@ -68,6 +70,7 @@ void attention_forward(const AttentionProblem& a, const AttentionForward& x, int
 void attention_backward(const AttentionProblem& a, const AttentionBackward& x, int dtype, int product) {
   const char* op = "attention_backward";
   check_problem(op, a, dtype, product);
+  require_feature(op, kFeatures[product]);
   check_input(op, "dout", x.dout, dtype, a.B, a.T, a.H);
   check_input(op, "q", x.q, dtype, a.B, a.T, a.H);
   check_input(op, "k", x.k, dtype, a.B, a.S, a.Hkv);

@@ -10,28 +10,43 @@
 namespace py = pybind11;
 using unlocked = py::call_guard<py::gil_scoped_release>;
 
-PYBIND11_MODULE(_cpu, m) {
-  m.doc() = "C++ kernels of megakern for CPUs, on raw addresses; megakern/kernels/torch/native.py calls them";
-  m.attr("interface") = megakern::kInterface;
-  m.def("features", &megakern::features, "Instruction sets of this processor that kernels here use.");
-  m.def("linear_epilogue", &megakern::linear_epilogue, unlocked(), "y = act(z + bias) + residual, pre = z + bias.");
-  m.def("column_sum", &megakern::column_sum, unlocked(), "Sums over rows, in fp32.");
-  m.def("linear", &megakern::linear, unlocked(), "y = act(x weight^T + bias) + residual on AMX.");
-  m.def("linear_rows", &megakern::linear_rows, unlocked(), "y = act(x weight^T + bias) + residual for a few rows.");
-  m.def("block_step", &megakern::block_step, unlocked(), "A transformer block over a few new tokens and a cache.");
-  m.def("use_huge_pages", &megakern::use_huge_pages, unlocked(), "Puts a tensor into pages of 2 MB.");
-  m.def("weight_gradient", &megakern::weight_gradient, unlocked(), "out (+)= dy^T x on AMX.");
-  m.def("activation_backward", &megakern::activation_backward, unlocked(), "dx = dy act'(x).");
-  m.def("cross_entropy_sums", &megakern::cross_entropy_sums, unlocked(), "Maximum and sums of each row.");
-  m.def("cross_entropy_gradient", &megakern::cross_entropy_gradient, unlocked(), "Gradient of the logits.");
-  m.def("norm_forward", &megakern::norm_forward, unlocked(), "LayerNorm or RMSNorm of x + residual.");
-  m.def("norm_backward", &megakern::norm_backward, unlocked(), "dx, dweight, dbias.");
-  m.def("adamw", &megakern::adamw, unlocked(), "One step of AdamW, over many tensors in place.");
-  m.def("sum_of_squares", &megakern::sum_of_squares, unlocked(), "Of all elements of many tensors, in fp64.");
-  m.def("attention_forward", &megakern::attention_forward, unlocked(), "out and lse.");
-  m.def("attention_backward", &megakern::attention_backward, unlocked(), "dq, dk, dv.");
+namespace {
 
+// A kernel, for processors that have what it needs.
+template <class R, class... A>
+void bind(py::module_& m, const char* name, megakern::Feature needed, R (*kernel)(A...), const char* doc) {
+  const auto checked = [name, needed, kernel](A... arguments) {
+    megakern::require_feature(name, needed);
+    return kernel(arguments...);
+  };
+  m.def(name, checked, unlocked(), doc);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
   using namespace megakern;
+  m.doc() = "C++ kernels of megakern for CPUs, on raw addresses; megakern/kernels/torch/native.py calls them";
+  m.attr("interface") = kInterface;
+  m.def("features", &features, "Instruction sets of this processor that kernels here use.");
+  m.def("limit_features", &limit_features, "For tests: as on a processor with but the first so many of them.");
+  bind(m, "linear_epilogue", kAvx512, &linear_epilogue, "y = act(z + bias) + residual, pre = z + bias.");
+  bind(m, "column_sum", kAvx512, &column_sum, "Sums over rows, in fp32.");
+  bind(m, "linear", kTilesOfBFloat16, &linear, "y = act(x weight^T + bias) + residual on AMX.");
+  bind(m, "linear_rows", kAvx512, &linear_rows, "y = act(x weight^T + bias) + residual for a few rows.");
+  bind(m, "block_step", kAvx512, &block_step, "A transformer block over a few new tokens and a cache.");
+  m.def("use_huge_pages", &use_huge_pages, unlocked(), "Puts a tensor into pages of 2 MB.");
+  bind(m, "weight_gradient", kTilesOfBFloat16, &weight_gradient, "out (+)= dy^T x on AMX.");
+  bind(m, "activation_backward", kAvx512, &activation_backward, "dx = dy act'(x).");
+  bind(m, "cross_entropy_sums", kAvx512, &cross_entropy_sums, "Maximum and sums of each row.");
+  bind(m, "cross_entropy_gradient", kAvx512, &cross_entropy_gradient, "Gradient of the logits.");
+  bind(m, "norm_forward", kAvx512, &norm_forward, "LayerNorm or RMSNorm of x + residual.");
+  bind(m, "norm_backward", kAvx512, &norm_backward, "dx, dweight, dbias.");
+  bind(m, "adamw", kAvx512, &adamw, "One step of AdamW, over many tensors in place.");
+  bind(m, "sum_of_squares", kAvx512, &sum_of_squares, "Of all elements of many tensors, in fp64.");
+  bind(m, "attention_forward", kAvx512, &attention_forward, "out and lse; products in bf16 need more.");
+  bind(m, "attention_backward", kAvx512, &attention_backward, "dq, dk, dv; products in bf16 need more.");
+
   py::class_<LinearProblem>(m, "LinearProblem", py::module_local())
       .def(py::init([](int64_t M, int64_t N, int64_t K, int64_t x_stride, int weight_dtype, bool transposed,
                        int activation, bool derivative, int threads) {

@@ -1,4 +1,8 @@
-// Which of the kernels' instruction sets this processor has.
+// Which of the kernels' instruction sets this processor has, and the refusal of kernels that need others.
+#include <algorithm>
+#include <atomic>
+#include <stdexcept>
+
 #include "api.h"
 
 #if defined(__x86_64__) && defined(__linux__)
@@ -23,20 +27,47 @@ namespace {
 #endif
 }
 
-}  // namespace
-
-std::vector<std::string> features() {
-  std::vector<std::string> found;
+int found() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx512) found.emplace_back("avx512");
-  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
-  if (bf16) found.emplace_back("avx512_bf16");
-  if (bf16 && tiles_allowed()) found.emplace_back("amx_bf16");
+  if (!avx512) return 0;
+  if (!__builtin_cpu_supports("avx512bf16")) return 1;
+  return tiles_allowed() ? 3 : 2;
+#else
+  return 0;
 #endif
-  return found;
 }
+
+struct InstructionSet {
+  const char *name, *words;
+};
+constexpr InstructionSet kSets[] = {
+    {"avx512", "AVX-512 (F, BW, DQ, VL)"}, {"avx512_bf16", "AVX512-BF16"}, {"amx_bf16", "AMX-BF16"}};
+
+std::atomic<int> most{3};
+
+// The first so many of kSets: each processor that has one has those before it too.
+int usable() {
+  static const int here = found();
+  return std::min(here, most.load(std::memory_order_relaxed));
+}
+
+}  // namespace
+
+std::vector<std::string> features() {
+  std::vector<std::string> names;
+  for (int i = 0; i < usable(); ++i) names.emplace_back(kSets[i].name);
+  return names;
+}
+
+void require_feature(const char* op, Feature needed) {
+  if (usable() > needed) return;
+  throw std::runtime_error(std::string(op) + ": needs " + kSets[needed].words +
+                           ", which this processor lacks or its system does not allow; features() names what there is");
+}
+
+void limit_features(int count) { most = count; }
 
 }  // namespace megakern

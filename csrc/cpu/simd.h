@@ -1,7 +1,7 @@
 // AVX-512 building blocks: 16 fp32 lanes, loads and stores of fp32 and bf16, exp.
 //
 // Include it last: from here to the end of the file all code is compiled for AVX-512 (F, BW, DQ, VL), so no function of
-// such a file may run before features() was asked. Arithmetic is fp32; bf16 is rounded to nearest even on the way out.
+// such a file may run before require_feature() let it. Arithmetic is fp32; bf16 is rounded to nearest even on the way out.
 #pragma once
 
 #include <immintrin.h>
