@@ -39,6 +39,8 @@ def test_opening_notices_a_changed_folder(prepared, tmp_path):
     attack(r"tokenizer\.json: cannot read the tokenizer", lambda f: (f / "tokenizer.json").unlink())
     attack(r"train\.idx: \(dtype, documents, tokens\) must be", lambda f: edit(f, '"documents": ', '"documents": 1'))
     attack(r"manifest\.json: schema must be 1, got 9", lambda f: edit(f, '"schema": 1', '"schema": 9'))
+    attack(r"manifest\.json: schema must be 1, got True", lambda f: edit(f, '"schema": 1', '"schema": true'))
+    attack(r"manifest\.json: schema must be 1, got 1\.0", lambda f: edit(f, '"schema": 1', '"schema": 1.0'))
     attack(r"manifest\.json: schema must be 1, got 'list'", lambda f: (f / "manifest.json").write_text("[]"))
     attack(r"manifest\.json: unknown key 'dtyp'; did you mean 'dtype'", lambda f: edit(f, '"dtype"', '"dtyp"'))
     attack(r"manifest\.json: not JSON", lambda f: (f / "manifest.json").write_text("{"))

@@ -158,8 +158,8 @@ class Manifest:
             ) from error
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path}: not JSON: {error}") from error
-        if not isinstance(table, dict) or table.get("schema") != SCHEMA:
-            found = table.get("schema") if isinstance(table, dict) else type(table).__name__
+        found = table.get("schema") if isinstance(table, dict) else type(table).__name__
+        if type(found) is not int or found != SCHEMA:  # true and 1.0 equal 1
             raise DataError(f"{path}: schema must be {SCHEMA}, got {found!r}; prepare the data again with this version")
         try:
             return from_table(cls, table, str(path))
