@@ -55,6 +55,17 @@ def test_terminal_progress_is_one_line_written_over():
     assert text.count("\n") == 2
 
 
+def test_progress_shows_means_of_the_steps_since_the_last_line():
+    stream = io.StringIO()
+    progress = ProgressLine(4, 2, stream)
+    for step, (loss, rate) in enumerate([(9.0, 100.0), (3.0, 300.0), (float("nan"), 200.0), (2.0, 200.0)], start=1):
+        progress.update(step, loss=loss, rate=rate, mfu=rate / 1000, left=0)
+    assert stream.getvalue() == (
+        "step 2/4  loss 6.0000  150 tokens/s  MFU 15.0%  0:00 left\n"  # as many tokens in twice the time
+        "step 4/4  loss 2.0000  200 tokens/s  MFU 20.0%  0:00 left  (1 of 2 steps not finite)\n"
+    )
+
+
 def test_durations_and_quantities():
     assert [duration(s) for s in (0, 59.9, 61, 3723, -5)] == ["0:00", "0:59", "1:01", "1:02:03", "0:00"]
     assert [quantity(v, "B/s") for v in (5, 4.25e3, 4.2e11, 1e12)] == ["5 B/s", "4.25 kB/s", "420 GB/s", "1 TB/s"]
@@ -70,8 +81,10 @@ def test_curve_is_drawn_from_the_metrics_alone(tmp_path):
     png = plot.plot_run(tmp_path)
     assert png.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert b"bigram of the held-out tokens" in plot.plot_run(tmp_path, tmp_path / "curve.svg").read_bytes()
-    with pytest.raises(ConfigError, match="cannot write"):
-        plot.plot_run(tmp_path, tmp_path / "curve.xyz")
+    for name in ("curve.gif", "curve"):
+        with pytest.raises(ConfigError, match=rf"plot: --out must end in \.png, \.svg, \.pdf, got '.*{name}'"):
+            plot.plot_run(tmp_path, tmp_path / name)
+        assert not list(tmp_path.glob(f"{name}*gif"))
 
 
 def test_curve_says_what_is_missing(tmp_path, monkeypatch):

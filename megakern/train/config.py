@@ -173,7 +173,7 @@ class TrainConfig:
     seed: int = 1234
     """Seed of the initial weights, dropout and data order."""
     log_every: int = 10
-    """Steps between lines of the log; the metrics file has every step."""
+    """Steps between lines of the log, and how many its loss and rate are means of; the metrics file has each step."""
     eval_every: int = 0
     """Steps between evaluations on held-out tokens. 0: only at the end."""
     eval_batches: int = 8
@@ -282,6 +282,8 @@ def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
         table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no such configuration file") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path}: is a folder; name the .toml file of the settings") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from error
     return make_config(table, overrides or [], str(path))

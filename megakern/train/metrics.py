@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
+from collections import deque
 from pathlib import Path
 
 from megakern.train.files import write_atomic
@@ -49,21 +51,30 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 class ProgressLine:
-    """One line that is written over on a terminal; a plain line every `every` steps when piped."""
+    """One line that is written over on a terminal; a plain line every `every` steps when piped.
+
+    Loss, rate and MFU are means over the last `every` steps: those of a single small batch jump too much to be read.
+    """
 
     def __init__(self, steps: int, every: int, stream=None) -> None:
         self.steps, self.every = steps, every
         self._stream = stream or sys.stdout
         self._live = self._stream.isatty()
+        self._recent: deque[tuple[float, float]] = deque(maxlen=every)  # loss and seconds for each token
 
     def update(self, step: int, *, loss: float, rate: float, mfu: float, left: float) -> None:
         """`step` counts finished steps; rate in tokens/s; mfu as a fraction; left in seconds."""
+        self._recent.append((loss, 1 / rate))
         if not self._live and step % self.every and step != self.steps:
             return
+        losses = [each for each, _ in self._recent if math.isfinite(each)]
+        mean = sum(losses) / len(losses) if losses else loss
+        mean_rate = len(self._recent) / sum(seconds for _, seconds in self._recent)
+        broken = len(self._recent) - len(losses)
         text = (
-            f"step {step:>{len(str(self.steps))}}/{self.steps}  loss {loss:.4f}  {rate:,.0f} tokens/s"
-            f"  MFU {mfu:.1%}  {duration(left)} left"
-        )
+            f"step {step:>{len(str(self.steps))}}/{self.steps}  loss {mean:.4f}  {mean_rate:,.0f} tokens/s"
+            f"  MFU {mfu * mean_rate / rate:.1%}  {duration(left)} left"
+        ) + (f"  ({broken} of {len(self._recent)} steps not finite)" if broken else "")
         self._stream.write(f"\r\x1b[K{text}" if self._live else f"{text}\n")
         self._stream.flush()
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from megakern.config import ConfigError
+from megakern.config import ConfigError, require
 from megakern.train.metrics import read_metrics
+
+SUFFIXES = (".png", ".svg", ".pdf")
 
 
 def have_matplotlib() -> bool:
@@ -16,8 +18,10 @@ def have_matplotlib() -> bool:
 def plot_run(run: Path, out: Path | None = None) -> Path:
     """Draw training and held-out loss over tokens; returns the file (default RUN/curve.png; .svg and .pdf work too).
 
-    Raises ConfigError when matplotlib or the metrics are missing.
+    Raises ConfigError: another ending, matplotlib or the metrics are missing; OSError.
     """
+    out = out or run / "curve.png"
+    require(out.suffix in SUFFIXES, f"plot: --out must end in {', '.join(SUFFIXES)}, got {str(out)!r}")
     if not have_matplotlib():
         raise ConfigError("plot: needs matplotlib; install it with: pip install 'megakern[plot]'")
     records = read_metrics(run / "metrics.jsonl")
@@ -45,11 +49,7 @@ def plot_run(run: Path, out: Path | None = None) -> Path:
     axes.set_title(run.name)
     axes.grid(alpha=0.3)
     axes.legend()
-    out = out or run / "curve.png"
-    try:
-        figure.savefig(out, dpi=120)
-    except ValueError as error:  # an unknown file ending
-        raise ConfigError(f"plot: cannot write {out}: {error}") from error
+    figure.savefig(out, dpi=120)
     return out
 
 
