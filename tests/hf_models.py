@@ -13,7 +13,6 @@ from megakern.data.tokenizer import train_bpe
 transformers = pytest.importorskip("transformers", reason="conversions are compared with it: pip install megakern[dev]")
 
 T = 64  # longest sequence
-VOCABULARIES = (301, 320, 331)  # below, at and above a multiple of 64, all above the tokenizer's
 _SHAPE = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 6,
           "max_position_embeddings": T, "rms_norm_eps": 1e-5, "bos_token_id": None, "eos_token_id": 0}  # fmt: skip
 _GPT2 = {"n_positions": T, "n_embd": 48, "n_head": 6, "bos_token_id": None, "eos_token_id": 0}

@@ -82,10 +82,6 @@ class IndexedWriter:
         else:
             self.abort()
 
-    @property
-    def document_count(self) -> int:
-        return len(self._lengths)
-
     def add_document(self, tokens: Sequence[int] | np.ndarray) -> None:
         """Append one document, of one sequence. tokens (n,), integers that fit the dtype; n may be 0.
 
