@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 from pathlib import Path
 
@@ -30,6 +31,10 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe has gone, as with `| head`
         sys.stderr.close()
         return 141
+    except OSError as error:  # a path that the user named, or a full disk; what has no file is a bug, or the network
+        if error.filename is None:
+            raise
+        return _say_error(f"{error.filename}: {error.strerror}; {_WAYS_OUT.get(error.errno, 'name another path')}", 1)
     except RuntimeError as error:
         from megakern.train.checkpoint import CheckpointError
 
@@ -37,6 +42,16 @@ def main(argv: list[str] | None = None) -> int:
             return _say_error(error, 1)
         raise
 
+
+_WAYS_OUT = {
+    errno.ENOENT: "make its folder first, or check the path",
+    errno.EACCES: "check its permissions, or name another path",
+    errno.EPERM: "check its permissions, or name another path",
+    errno.ENOSPC: "make room, or name a path on another disk",
+    errno.EDQUOT: "make room, or name a path on another disk",
+    errno.EISDIR: "it is a folder: name a file",
+    errno.ENOTDIR: "a part of the path is a file: name another path",
+}
 
 OPTIONS_BESIDE_SETTINGS = {
     "train": ("--out", "--resume", "--nproc", "--restarts", "--settings", "--help"),
@@ -67,7 +82,12 @@ def _say_error(error: object, code: int) -> int:
 def _parser() -> argparse.ArgumentParser:
     from megakern import __version__
 
-    parser = argparse.ArgumentParser(prog="megakern", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="megakern",
+        description="Train a GPT on one machine or many, and use it: text files to tokens, training, then text.",
+        epilog="Begin with: megakern prepare FOLDER --out data; megakern train CONFIG.toml --out run; megakern "
+        "generate run --prompt TEXT. Exit codes: 0 done, 1 failed, 2 wrong input, 130 stopped by Ctrl-C.",
+    )
     parser.add_argument("--version", action="version", version=f"megakern {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -79,12 +99,16 @@ def _parser() -> argparse.ArgumentParser:
     add("doctor", _doctor, "versions, devices, and every backend: usable, or why not")
 
     prepare = add("prepare", _prepare, "turn text files, folders, .jsonl and .jsonl.gz into token files")
-    prepare.add_argument("inputs", nargs="+", type=Path, metavar="INPUT")
+    prepare.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help="file, or folder with all below it")
     prepare.add_argument("--out", type=Path, required=True, help="folder to make")
-    prepare.add_argument("--tokenizer", default="train", help="train (a BPE on the input), bytes, or a tokenizer.json")
-    prepare.add_argument("--vocab-size", type=int, default=4096, help="size of a trained vocabulary")
-    prepare.add_argument("--validation", type=float, default=0.05, metavar="PART", help="held-out part of documents")
-    prepare.add_argument("--text-key", default="text", help="key of the text in .jsonl lines")
+    prepare.add_argument(
+        "--tokenizer", default="train", help="train (the default: a BPE on the input), bytes, or a tokenizer.json"
+    )
+    prepare.add_argument("--vocab-size", type=int, default=4096, help="size of a trained vocabulary (default 4096)")
+    prepare.add_argument(
+        "--validation", type=float, default=0.05, metavar="PART", help="held-out part of documents (default 0.05)"
+    )
+    prepare.add_argument("--text-key", default="text", help="key of the text in .jsonl lines (default text)")
     prepare.add_argument("--include", nargs="+", metavar="PATTERN", help="only files like these in folders, as '*.py'")
     prepare.add_argument("--exclude", nargs="+", metavar="PATTERN", help="no files or folders named like these")
     prepare.add_argument("--strict", action="store_true", help="stop at a file that is not UTF-8, do not just count it")
@@ -101,9 +125,12 @@ def _parser() -> argparse.ArgumentParser:
         _train,
         "train a model from a TOML file, or go on with a run; any setting: --section.key value",
         usage="megakern train CONFIG.toml --out RUN [--nproc N] [--section.key value ...]\n"
-        "       megakern train --resume RUN [--nproc N] [--section.key value ...]",
+        "       megakern train --resume RUN [--nproc N] [--section.key value ...]\n"
+        "       megakern train --settings",
     )
-    train.add_argument("config", nargs="?", type=Path, metavar="CONFIG.toml")
+    train.add_argument(
+        "config", nargs="?", type=Path, metavar="CONFIG.toml", help="settings; examples/demo.toml is one"
+    )
     train.add_argument("--out", type=Path, metavar="RUN", help="folder of the new run")
     train.add_argument("--resume", type=Path, metavar="RUN", help="go on from the newest valid checkpoint of RUN")
     train.add_argument("--nproc", type=int, help="processes here (default: tp x dp, or one a GPU)")
@@ -118,13 +145,15 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--settings", action="store_true", help="list every setting with its default, and end")
 
     evaluate = add("eval", _eval, "loss of a run's model on held-out tokens")
-    evaluate.add_argument("run", type=Path, metavar="RUN")
+    evaluate.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
     evaluate.add_argument("--data", type=Path, help="another prepared folder (default: the run's)")
     evaluate.add_argument(
         "--answers", type=int, default=0, metavar="N", help="chat: count right ones of N held-out answers"
     )
     evaluate.add_argument("--text", type=Path, metavar="FILE", help="perplexity and bits a byte of this text instead")
-    evaluate.add_argument("--stride", type=int, metavar="N", help="text: tokens from window to window")
+    evaluate.add_argument(
+        "--stride", type=int, metavar="N", help="text: tokens from window to window (default: half a window)"
+    )
     evaluate.add_argument("--batches", type=int, help="stop after this many batches")
 
     from megakern.serve.parser import add_commands
@@ -135,7 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("config", nargs="?", type=Path, metavar="CONFIG.toml", help="default: the default settings")
 
     plot = add("plot", _plot, "draw the loss curve of a run")
-    plot.add_argument("run", type=Path, metavar="RUN")
+    plot.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
     plot.add_argument("--out", type=Path, help="picture to write: .png, .svg, .pdf (default RUN/curve.png)")
 
     bench = add("bench", _bench, "every op and the training step beside their peers on this machine, in tables")
@@ -154,9 +183,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     verify.add_argument("source", nargs="?", type=Path, metavar="CONFIG.toml | RUN", help="default: --preset")
     verify.add_argument("--preset", help="a model on made-up text (default: tiny-llama)")
-    verify.add_argument("--steps", type=int, default=5, help="optimizer steps of each run")
+    verify.add_argument("--steps", type=int, default=5, help="optimizer steps of each run (default 5)")
     verify.add_argument("--layouts", nargs="+", metavar="tp=2,sp", help="default: all that fit model and machine")
-    verify.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], metavar="PRECISION")
+    verify.add_argument(
+        "--precisions", nargs="+", default=["fp32", "bf16"], metavar="PRECISION", help="default: fp32 bf16"
+    )
     verify.add_argument("--backends", nargs="+", metavar="BACKEND", help="kernels to use; auto: the automatic choice")
     verify.add_argument("--full-size", action="store_true", help="do not reduce a model above 20 million parameters")
     verify.add_argument("--json", type=Path, metavar="FILE", help="write the table there too")
@@ -288,6 +319,7 @@ def _verify(options: argparse.Namespace) -> int:
 
     target = options.json
     require(target is None or target.parent.is_dir(), f"--json: there is no folder {target and target.parent}")
+    require(target is None or not target.is_dir(), f"--json: {target} is a folder; name a file in it")
     report = verify(
         options.source,
         preset=options.preset,

@@ -170,8 +170,10 @@ def test_what_is_not_ours_is_refused(merged, tmp_path):
     plain.write_bytes(b"\x80\x04K\x01.")
     with pytest.raises(CheckpointError, match="cannot be read as safetensors"):
         split(plain, tmp_path / "back")
-    with pytest.raises(CheckpointError, match="cannot be read as safetensors"):
+    with pytest.raises(CheckpointError, match=r"nothing: there is no such file; name the \.safetensors file that `meg"):
         split(tmp_path / "nothing", tmp_path / "back")
+    with pytest.raises(CheckpointError, match=r"is a folder; name the \.safetensors file"):
+        split(tmp_path, tmp_path / "back")
     with pytest.raises(CheckpointError, match="--ranks must be from 1 to 100000, got 0"):
         split(merged, tmp_path / "back", ranks=0)
     # A header that has more tensors than its manifest, and one with another shape.

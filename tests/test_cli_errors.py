@@ -8,7 +8,7 @@ import struct
 
 import pytest
 
-from megakern.cli import main
+from megakern.cli import _parser, main
 from megakern.train import supervisor
 
 CONFIG = """
@@ -92,7 +92,35 @@ def test_options_of_train(refused, trained, tmp_path):
     )
     assert "is not a run" in refused("train", "--resume", tmp_path)
     assert "there is no such configuration file" in refused("train", tmp_path / "no.toml", "--out", tmp_path / "x")
+    assert "is a folder; name the .toml file" in refused("train", tmp_path, "--out", tmp_path / "x")
     assert "--nproc must be 1 or more, got -1" in refused(*train_words(trained, tmp_path, "--nproc", -1))
+
+
+def test_a_folder_of_data_does_not_become_a_run(refused, trained, data_copy):
+    held = {path.name: path.read_bytes() for path in data_copy.iterdir()}
+    words = ["train", trained / "config.toml", "--out", data_copy]
+    assert "holds a tokenizer.json of prepared data or of another model; name another --out" in refused(*words)
+    assert {path.name: path.read_bytes() for path in data_copy.iterdir()} == held
+
+
+def test_paths_that_cannot_be_used(refused, trained, tmp_path):
+    run = trained / "run"
+    message = refused("plot", run, "--out", tmp_path / "none" / "x.png", code=1)
+    assert message.endswith("x.png: No such file or directory; make its folder first, or check the path")
+    (tmp_path / "x.svg").mkdir()
+    assert refused("plot", run, "--out", tmp_path / "x.svg", code=1).endswith(
+        "Is a directory; it is a folder: name a file"
+    )
+    assert "is a folder; name a file in it" in refused("verify", "--json", tmp_path)
+    assert "is a folder; name the .toml file" in refused("plan", tmp_path)
+    assert "out.txt: is a file, not a folder" in refused("prepare", run, "--out", _file(tmp_path / "out.txt"))
+    message = refused("bench", "--only", "norm", "--quick", "--out", tmp_path / "out.txt", code=1)
+    assert "out.txt: File exists; name another path" in message
+
+
+def _file(path):
+    path.write_text("mine")
+    return path
 
 
 @pytest.fixture
@@ -157,6 +185,14 @@ def test_flipped_bit_in_the_only_checkpoint(refused, run_copy):
     assert main(["ckpt", "verify", str(run_copy)]) == 1
 
 
+def test_text_that_fills_the_model_says_so(trained, capsys):
+    words = ["generate", str(trained / "run"), "--prompt", "a" * 30, "--max-tokens"]
+    assert main([*words, "9"]) == 0
+    assert "the text ends here: this model reads 32 tokens in all" in capsys.readouterr().err
+    assert main([*words, "2"]) == 0
+    assert "ends here" not in capsys.readouterr().err
+
+
 def test_generation_options(refused, trained):
     run = trained / "run"
     assert "--temperature must be 0 (greedy) or more" in refused("generate", run, "--prompt", "a", "--temperature", -1)
@@ -164,6 +200,20 @@ def test_generation_options(refused, trained):
     assert "--top-p must be in (0, 1]" in refused("generate", run, "--prompt", "a", "--top-p", 1.5)
     assert "this model reads 32 in all" in refused("generate", run, "--prompt", "a" * 40)
     assert "a stop string must not be empty" in refused("generate", run, "--prompt", "a", "--stop", "")
+
+
+def test_options_say_what_they_are_and_what_they_are_without():
+    commands = next(action for action in _parser()._actions if action.dest == "command").choices
+    assert len(commands) == 13
+    for name, command in commands.items():
+        for option in command._actions:
+            what = f"{name}: {option.option_strings or option.metavar}"
+            named = option.choices is not None and not option.option_strings
+            assert option.help or named, f"{what} has no help"
+            if option.default not in (None, False, [], "==SUPPRESS=="):
+                values = option.default if isinstance(option.default, list) else [option.default]
+                shown = " ".join(f"{each:g}" if isinstance(each, float) else str(each) for each in values)
+                assert shown in option.help and "default" in option.help, f"{what}: {shown}"
 
 
 def test_unknown_command_and_option_end_with_2(capsys):
@@ -175,6 +225,11 @@ def test_unknown_command_and_option_end_with_2(capsys):
             main(words)
         assert error.value.code == 2
         assert text in capsys.readouterr().err
+
+
+def test_a_finished_run_has_no_speed(trained, capfd):
+    assert main(["train", "--resume", str(trained / "run")]) == 0
+    assert "  speed            none: the last step was made before" in capfd.readouterr().out
 
 
 def test_commands_on_a_sound_run(trained, capsys, tmp_path):

@@ -199,11 +199,11 @@ def test_a_crash_while_files_are_moved_never_leaves_a_mixed_folder(corpus, tmp_p
 
 def test_a_folder_in_use_is_refused(corpus, tmp_path):
     (tmp_path / "out/.prepare.tmp").mkdir(parents=True)
-    with pytest.raises(DataError, match=r"out: is being prepared .*; if a run was killed there, delete \.prepare\.tmp"):
+    with pytest.raises(DataError, match=r"out: is being prepared \(\.prepare\.tmp exists\); if a run was killed"):
         run(corpus, tmp_path / "out")
     run(corpus, tmp_path / "out", overwrite=True)
     assert sorted(os.listdir(tmp_path / "out")) == FILES
-    with pytest.raises(DataError, match=r"00\.py: is not a folder"):
+    with pytest.raises(DataError, match=r"00\.py: is a file, not a folder; choose another"):
         run(corpus, corpus / "00.py")
     with pytest.raises(DataError, match="cannot make the folder: Not a directory"):
         run(corpus, corpus / "00.py/out")

@@ -120,6 +120,9 @@ def test_a_conversation_that_grows_too_long_loses_its_oldest_turns(loaded):
     assert chat.turns[-2]["content"] == "7" * 60, "the message is forgotten, and nothing else"
     with pytest.raises(ConfigError, match="max_tokens must be 1 to 511 with this model, got 512"):
         Chat(loaded, TEMPLATE, max_tokens=512)
+    half = Chat(loaded, TEMPLATE, max_tokens=256, sampling=Sampling(temperature=1.0))
+    default = Chat(loaded, TEMPLATE, sampling=Sampling(temperature=1.0))
+    assert list(default.answer("x")) == list(half.answer("x")), "half of what the model reads"
 
 
 def test_an_answer_that_is_stopped_stays_as_far_as_it_came(loaded):

@@ -324,7 +324,7 @@ def _staging_folder(out: Path, overwrite: bool) -> Iterator[Path]:
     names = [*(f"{split}.{kind}" for split in SPLITS for kind in kinds), "tokenizer.json", "manifest.json", *CHAT_FILES]
     present = [name for name in names if (out / name).exists()]
     if present and not overwrite:
-        raise DataError(f"{out}: already holds {', '.join(present)}; choose another folder, or pass overwrite")
+        raise DataError(f"{out}: already holds {', '.join(present)}; choose another folder, or pass --overwrite")
     staging = out / _STAGING
     is_new = not out.exists()
     try:
@@ -333,8 +333,11 @@ def _staging_folder(out: Path, overwrite: bool) -> Iterator[Path]:
             shutil.rmtree(staging)
         staging.mkdir()
     except FileExistsError as error:
-        what = "is not a folder" if out.exists() and not out.is_dir() else f"is being prepared ({_STAGING} exists)"
-        raise DataError(f"{out}: {what}; if a run was killed there, delete {_STAGING} or pass overwrite") from error
+        if not out.is_dir():
+            raise DataError(f"{out}: is a file, not a folder; choose another folder") from error
+        raise DataError(
+            f"{out}: is being prepared ({_STAGING} exists); if a run was killed there, delete it or pass --overwrite"
+        ) from error
     except OSError as error:
         raise DataError(f"{out}: cannot make the folder: {error.strerror}") from error
     try:

@@ -23,7 +23,8 @@ class Chat:
     """A conversation with a model: its messages, and what it answers.
 
     When it grows too long for the model, the oldest turns are left out, never the system message; `left_out` counts
-    them. Raises ConfigError for an option out of range.
+    them. max_tokens: of one answer; None: 512, or half of what the model reads where that is less. Raises ConfigError
+    for an option out of range.
     """
 
     def __init__(
@@ -32,11 +33,12 @@ class Chat:
         template: ChatTemplate,
         *,
         system: str | None = None,
-        max_tokens: int = 512,
+        max_tokens: int | None = None,
         sampling: Sampling = Sampling(),  # noqa: B008 - frozen
         stop: Sequence[str] = (),
     ) -> None:
         longest = loaded.config.model.sequence_length
+        max_tokens = min(512, longest // 2) if max_tokens is None else max_tokens
         require(1 <= max_tokens < longest, f"max_tokens must be 1 to {longest - 1} with this model, got {max_tokens}")
         self._loaded, self._template = loaded, template
         self._how = {"max_tokens": max_tokens, "sampling": sampling, "stop": tuple(stop)}

@@ -28,9 +28,14 @@ def write_prompts(
     writer = Writer(loaded, prompts, max_tokens=max_tokens, sampling=sampling, stop=stop)
     if len(prompts) == 1:
         show(prompts[0])
+        finish = None
         for piece in writer:
             show(piece.text)
+            finish = piece.finish
         show("\n")
+        if finish == "length" and writer.tokens < max_tokens:
+            longest = loaded.config.model.sequence_length
+            print(f"the text ends here: this model reads {longest} tokens in all", file=sys.stderr)
     else:
         texts = [""] * len(prompts)
         for piece in writer:

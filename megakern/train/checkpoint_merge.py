@@ -90,6 +90,9 @@ def split(file: str | os.PathLike, folder: str | os.PathLike, *, ranks: int = 1,
     file, folder = Path(file), Path(folder)
     if not 1 <= ranks <= 10**5:
         raise CheckpointError(f"--ranks must be from 1 to 100000, got {ranks}")
+    if not file.is_file():
+        what = "is a folder" if file.is_dir() else "there is no such file"
+        raise CheckpointError(f"{file}: {what}; name the .safetensors file that `megakern ckpt merge` made")
     try:
         with safe_open(file, framework="pt") as opened:
             manifest = _manifest_in(opened, file)

@@ -114,6 +114,8 @@ def new_run(config: RunConfig, run: Path, nproc: int, *, rank: int = 0) -> NewRu
     """
     if rank == 0 and (run / "config.toml").exists():
         raise ConfigError(f"{run} is a run already; go on with: megakern train --resume {run}, or name another --out")
+    if rank == 0 and (run / "tokenizer.json").exists() and not (run / "ckpt").exists():  # not what a killed start left
+        raise ConfigError(f"{run} holds a tokenizer.json of prepared data or of another model; name another --out")
     if config.train.init_from:
         base = find_base(config, PreparedData(config.data.path).tokenizer)
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, init_from=base))

@@ -119,11 +119,7 @@ class Summary:
             *self.held_out.lines(),
             ("model", f"{self.parameters / 1e6:.1f} M parameters, {self.precision}, {processes}"),
             ("trained on", f"{self.tokens / 1e6:.2f} M tokens in {self.steps} steps"),
-            (
-                "speed",
-                f"{self.tokens_per_second:,.0f} tokens/s, MFU {self.mfu_causal:.1%} (causal attention half counted) "
-                f"or {self.mfu_full:.1%} (full), of {quantity(self.peak, 'FLOP/s')} ({self.peak_source})",
-            ),
+            ("speed", self._speed()),
             ("peak memory", f"{self.memory / 2**30:.2f} GiB, all processes"),
             ("checkpoint", self.checkpoint),
             ("curve", curve),
@@ -132,6 +128,14 @@ class Summary:
         if self.tensor_parallel:
             rows.insert(len(self.held_out.lines()) + 1, ("tensor parallel", self.tensor_parallel))
         print("\n".join(f"  {name:<16} {value}" for name, value in rows), flush=True)
+
+    def _speed(self) -> str:
+        if not self.tokens_per_second:
+            return "none: the last step was made before, and no more were wanted"
+        return (
+            f"{self.tokens_per_second:,.0f} tokens/s, MFU {self.mfu_causal:.1%} (causal attention half counted) "
+            f"or {self.mfu_full:.1%} (full), of {quantity(self.peak, 'FLOP/s')} ({self.peak_source})"
+        )
 
 
 def _tensor_parallel(parallel: ParallelContext) -> str:
