@@ -15,6 +15,8 @@ BIN := .venv/bin
 WORKERS := -n 3 --dist loadfile --no-loadscope-reorder
 CSRC := $(wildcard csrc/*.* csrc/device/* csrc/simt/*)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+NO_PIP := { echo "megakern: pip could not install them; is there a network, or an index (pip config list)? Then run the \
+same make again" >&2; exit 1; }
 
 .PHONY: help setup demo simt test test-all faults gates asan race gpu sanitize lint bench clean
 help:
@@ -27,13 +29,16 @@ setup: .venv/runtime
 	$(PYTHON) -m venv .venv
 
 .venv/runtime: .venv/bin/python requirements.txt pyproject.toml setup.py csrc/build.py $(wildcard csrc/cpu/*)
-	$(PIP) -r requirements.txt
-	$(PIP) --no-deps --no-build-isolation --editable .
+	@echo "installing PyTorch and what else requirements.txt has: half a minute, or as long as its download takes"
+	@$(PIP) -r requirements.txt || $(NO_PIP)
+	@echo "installing megakern; where there is a C++ compiler its kernels for CPUs are compiled: less than a minute"
+	@$(PIP) --no-deps --no-build-isolation --editable .
 	@$(BIN)/python -m megakern.kernels.torch.native
 	@touch $@
 
 .venv/dev: .venv/runtime .venv/simt requirements-dev.txt
-	$(PIP) -r requirements-dev.txt
+	@echo "installing what the tests need: requirements-dev.txt"
+	@$(PIP) -r requirements-dev.txt || $(NO_PIP)
 	@touch $@
 
 # The CUDA kernels for CPU tensors, which the tests run. Without a C++ compiler the tests leave them out.

@@ -275,10 +275,8 @@ def _train(options: argparse.Namespace) -> int:
     nproc = int(world["WORLD_SIZE"]) if world else options.nproc or launch.default_processes(config.parallel)
     require(options.restarts >= 0, f"--restarts must be 0 or more, got {options.restarts}")
     require(nproc >= 1, f"--nproc must be 1 or more, got {nproc}")
-    if options.resume:
-        new = run.resumed_run(config, folder, nproc)
-    else:
-        new = run.new_run(config, folder, nproc, rank=int(world["RANK"]) if world else 0)
+    rank = int(world["RANK"]) if world else 0
+    new = (run.resumed_run if options.resume else run.new_run)(config, folder, nproc, rank=rank)
     if world:
         from megakern.train.worker import work
 

@@ -10,6 +10,8 @@ import pytest
 
 from megakern.cli import _parser, main
 from megakern.train import supervisor
+from megakern.train.config import load_config
+from megakern.train.run import new_run
 
 CONFIG = """
 [model]
@@ -225,6 +227,14 @@ def test_unknown_command_and_option_end_with_2(capsys):
             main(words)
         assert error.value.code == 2
         assert text in capsys.readouterr().err
+
+
+def test_the_first_rank_alone_says_which_precision_was_chosen(trained, tmp_path, capsys):
+    config = load_config(trained / "config.toml", ["--train.precision", "auto"])
+    for rank, lines in ((0, 1), (1, 0)):
+        made = new_run(config, tmp_path / "new", 1, rank=rank)
+        assert made.config.train.precision in ("fp32", "bf16")
+        assert len(re.findall(r"^precision (?:fp32|bf16): .*\n", capsys.readouterr().out)) == lines
 
 
 def test_a_finished_run_has_no_speed(trained, capfd):

@@ -67,9 +67,10 @@ class NewRun:
             raise ConfigError(f"cannot make the run folder {self.run}: {error.strerror}") from error
 
 
-def check_run(config: RunConfig, nproc: int) -> RunConfig:
+def check_run(config: RunConfig, nproc: int, *, rank: int = 0) -> RunConfig:
     """Everything that can be wrong is found here, before any worker starts; returns the resolved settings.
 
+    `rank`: of a world that was joined; the first one alone says which precision was chosen, and all take what it wrote.
     Raises ConfigError, or DataError for unusable data.
     """
     parallel = config.parallel.over(nproc)
@@ -98,7 +99,8 @@ def check_run(config: RunConfig, nproc: int) -> RunConfig:
     if precision == "auto":
         # Not in this process: after a multiplication on several threads it could not fork its workers.
         precision, reason = apart(lambda: machine.choose_precision(torch.device(machine.device_type())))
-        print(f"precision {precision}: {reason}", flush=True)
+        if rank == 0:
+            print(f"precision {precision}: {reason}", flush=True)
     return dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, path=str(Path(config.data.path).resolve())),
@@ -119,10 +121,10 @@ def new_run(config: RunConfig, run: Path, nproc: int, *, rank: int = 0) -> NewRu
     if config.train.init_from:
         base = find_base(config, PreparedData(config.data.path).tokenizer)
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, init_from=base))
-    return NewRun(check_run(config, nproc), run)
+    return NewRun(check_run(config, nproc, rank=rank), run)
 
 
-def resumed_run(config: RunConfig, run: Path, nproc: int) -> NewRun:
+def resumed_run(config: RunConfig, run: Path, nproc: int, *, rank: int = 0) -> NewRun:
     """The run at `run` with `config`, which may differ from what it was started with. Raises ConfigError."""
     saved = next((manifest for _, manifest, _ in by_age(run / "ckpt") if manifest), None)
     require(
@@ -130,7 +132,7 @@ def resumed_run(config: RunConfig, run: Path, nproc: int) -> NewRun:
         f"{run} holds weights alone, with no optimizer states to go on from, as megakern convert and ckpt merge-lora "
         f"make it; start a new run from its weights: megakern train CONFIG.toml --train.init_from {run} --out NEW",
     )
-    new = NewRun(check_run(config, nproc), run)
+    new = NewRun(check_run(config, nproc, rank=rank), run)
     wanted, found = Tokenizer.load(run / "tokenizer.json"), PreparedData(config.data.path).tokenizer
     require(wanted.sha256 == found.sha256, other_tokenizer(config.data.path, found, run, wanted))
     return new
