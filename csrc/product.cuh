@@ -42,7 +42,9 @@ struct ProductTile {
   static constexpr int chunks = 2;              // for each of 8 consumer warps
   static constexpr int sums = fragments * Cols / 2;  // of a consumer's thread
   static constexpr int area = Rows * Cols;
-  static constexpr int shared = 1024 + Stages * (a_bytes + b_bytes) + 8 * chunks * chunk_bytes + 2 * Stages * 16;
+  // Where things lie behind one aligned address: an address each would be computed anew in each step.
+  static constexpr int b = Stages * a_bytes, pieces = b + Stages * b_bytes, barriers = pieces + 8 * chunks * chunk_bytes;
+  static constexpr int bytes = barriers + 2 * Stages * 8, shared = 1024 + round_up(bytes, 16);
   static_assert(shared <= 227 * 1024, "shared memory of a block on sm_90");
   static_assert(fragments * Cols <= 384, "accumulators of a consumer thread: half of this");
 };
@@ -71,8 +73,8 @@ struct Schedule {
         steps(ceil_div(p.K, Tile::depth)), whole(p.whole), splits(p.splits),
         count(whole + (down * across - whole) * splits) {}
 
-  // Steps of K before part `part` of `splits`.
-  MK_DEVICE int before(int part) const { return int(std::int64_t(steps) * part / splits); }
+  // Steps of K before part `part` of `splits`: of at most 2^25 steps (K < 2^31), and 32 parts.
+  MK_DEVICE int before(int part) const { return steps * part / splits; }
 
   MK_DEVICE int steps_of(int index) const {
     if (!kSplits<Tile, L> || index < whole) return steps;
@@ -169,14 +171,13 @@ struct RowSums {
   }
 };
 
-// A warp's sums over one part of K go to memory. The warp that completes the parts of its rows of a tile gets where they are,
-// the others null: its epilogue adds them in the order of K, so the bits do not depend on who comes last, and nobody waits
-// for anybody. What follows the product follows there as for a whole tile; a second kernel would have to repeat all of it.
+// A warp's sums over one part of K go to memory, to `parts` of its rows of a tile. -> whether it completes the parts: then
+// its epilogue adds them in the order of K, so the bits do not depend on who comes last, and nobody waits for anybody. What
+// follows the product follows there as for a whole tile; a second kernel would have to repeat all of it.
 template <class Tile>
-MK_DEVICE const float* complete(const float (&d)[Tile::fragments][Tile::cols / 2], const Product& p, const Task& task,
-                                int warp, int lane) {
+MK_DEVICE bool complete(const float (&d)[Tile::fragments][Tile::cols / 2], float* parts, const Product& p, const Task& task,
+                        int warp, int lane) {
   static_assert(Tile::cluster == 1);
-  float* parts = p.parts + std::int64_t(task.tile) * p.splits * Tile::area + warp * 32 * Tile::sums + lane;
   float* to = parts + task.part * Tile::area;
 #pragma unroll
   for (int m = 0; m < Tile::fragments; ++m) {
@@ -187,9 +188,11 @@ MK_DEVICE const float* complete(const float (&d)[Tile::fragments][Tile::cols / 2
   sync_warp();
   int before = 0;
   if (lane == 0) before = atomic_add(p.arrivals + task.tile * 4 + warp, 1);
-  const bool last = shuffle(before, 0) == p.splits - 1;
+  // A vote: after a branch on another value the compiler would take the warp for divided, and keep the main loop's
+  // addresses and descriptors in each thread.
+  const bool last = any(before == p.splits - 1);
   fence_device();
-  return last ? parts : nullptr;
+  return last;
 }
 
 // --- the kernel ---
@@ -205,13 +208,11 @@ MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
   constexpr bool a_major_m = L == Layout::tn, b_major_n = L == Layout::nn || L == Layout::tn;
   constexpr int stages = Tile::stages, fragments = Tile::fragments;
   SharedMemory shared;
-  unsigned char* a_tiles = shared.take<unsigned char>(stages * Tile::a_bytes, 1024);
-  unsigned char* b_tiles = shared.take<unsigned char>(stages * Tile::b_bytes, 1024);
-  unsigned char* chunks = shared.take<unsigned char>(8 * Tile::chunks * Tile::chunk_bytes, 1024);
-  MBarrier* full = shared.take<MBarrier>(stages);
-  MBarrier* empty = shared.take<MBarrier>(stages);
+  unsigned char* const a_tiles = shared.take<unsigned char>(Tile::bytes, 1024);
+  unsigned char *b_tiles = a_tiles + Tile::b, *chunks = a_tiles + Tile::pieces;
+  MBarrier *full = reinterpret_cast<MBarrier*>(a_tiles + Tile::barriers), *empty = full + stages;
 
-  const int warpgroup = int(threadIdx.x) / 128, thread = int(threadIdx.x) % 128;
+  const int warpgroup = warpgroup_index(), thread = int(threadIdx.x) % 128;
   const int rank = Tile::cluster == 1 ? 0 : cluster_rank();
   const int first = int(blockIdx.x) / Tile::cluster, programs = int(gridDim.x) / Tile::cluster;
   const Schedule<Tile, L> schedule(p);
@@ -230,7 +231,7 @@ MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
   Ring<stages> ring;
   if (warpgroup == 0) {
     registers_shrink<kProducerRegisters>();
-    if (thread == 0) {
+    if (thread < kWarp && elect_lane()) {
       for (int index = first; index < schedule.count; index += programs) {
         const Task task = schedule.task(index, rank);
 #pragma unroll 1
@@ -254,11 +255,17 @@ MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
         else mbar_arrive_at(&empty[stage], lane);
       }
     };
+    // 64 rows of K-major A and a slab of MN-major A are both 8 KB. What a shuffle made is kept, not computed in each step.
+    const std::uint64_t a_first = shuffle(matrix_descriptor(a_tiles, top * 128, 64 * 128), 0);
+    const std::uint64_t b_first = shuffle(matrix_descriptor(b_tiles, 0, 64 * 128), 0);
     const bool ahead = !Tile::ping_pong && p.head_start > 0 && consumer == 0;
     if (!Tile::ping_pong && p.head_start > 0 && consumer == 1) barrier_sync<1>(256);
-    if (Tile::ping_pong && consumer == 1) ring.advance(schedule.steps_of(first));
-    const int stride = Tile::ping_pong ? 2 * programs : programs;
-    for (int index = first + (Tile::ping_pong ? consumer * programs : 0); index < schedule.count; index += stride) {
+    int turn = 0;
+    for (int index = first; index < schedule.count; index += programs, turn ^= 1) {
+      if (Tile::ping_pong && turn != consumer) {
+        ring.advance(schedule.steps_of(index));
+        continue;
+      }
       // In turn: a phase of `full` is told from the one two before only by who has already waited for the one between.
       if (Tile::ping_pong && index >= programs) {
         if (consumer == 0) barrier_sync<1>(256);
@@ -274,21 +281,20 @@ MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
 #pragma unroll 1
       for (int step = 0; step < steps; ++step, ring.advance()) {
         mbar_wait(&full[ring.stage], ring.phase);
-        const unsigned char* a = a_tiles + ring.stage * Tile::a_bytes;
-        const unsigned char* b = b_tiles + ring.stage * Tile::b_bytes;
+        const std::uint64_t a = descriptor_behind(a_first, ring.stage * Tile::a_bytes);
+        const std::uint64_t b = descriptor_behind(b_first, ring.stage * Tile::b_bytes);
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < Tile::depth / 16; ++k) {
-          const std::uint64_t b_part = matrix_descriptor(b, b_major_n ? k * 2048 : k * 32, 64 * 128);
+          const std::uint64_t b_part = descriptor_behind(b, b_major_n ? k * 2048 : k * 32);
 #pragma unroll
           for (int m = 0; m < fragments; ++m) {
-            const int a_row = (top + 64 * m) * 128;  // 64 rows of K-major A and a slab of MN-major A are both 8 KB
-            const std::uint64_t a_part = matrix_descriptor(a, a_row + (a_major_m ? k * 2048 : k * 32), 64 * 128);
+            const std::uint64_t a_part = descriptor_behind(a, 64 * m * 128 + (a_major_m ? k * 2048 : k * 32));
             wgmma_ss<T, Tile::cols, a_major_m, b_major_n>(d[m], a_part, b_part, step > 0 || k > 0);
           }
         }
         wgmma_commit();
-        if (a_major_m && summing) sums.add(a + top * 128, thread);  // while the products run
+        if (a_major_m && summing) sums.add(a_tiles + ring.stage * Tile::a_bytes + top * 128, thread);  // while the products run
         if (ahead && index == first && step == min(p.head_start, steps) - 1) barrier_arrive<1>(256);
         wgmma_wait<1>();  // the step before: its stage is free
         if (previous >= 0) release(previous);
@@ -302,7 +308,6 @@ MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
       if constexpr (fragments == 1) wgmma_wait<0>(d[0]);
       else wgmma_wait<0>(d[0], d[1]);
       release(previous);
-      if (Tile::ping_pong) ring.advance(schedule.steps_of(index + programs));  // the other consumer's
 
       if (a_major_m && summing) sums.write(p.sums + std::int64_t(4 * max(task.part, 0) + warp) * p.M, row, p.M, lane);
       if (!kSplits<Tile, L> || task.part < 0) {
@@ -311,7 +316,8 @@ MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
           epilogue.fragment(HeldSums<Tile::cols / 2>{d[m]}, row + 64 * m, col);
         }
       } else if constexpr (kSplits<Tile, L>) {  // a second copy of the epilogue: in one for both, registers run out
-        if (const float* parts = complete<Tile>(d, p, task, warp, lane)) {
+        float* parts = p.parts + std::int64_t(task.tile) * p.splits * Tile::area + warp * 32 * Tile::sums + lane;
+        if (complete<Tile>(d, parts, p, task, warp, lane)) {
 #pragma unroll 1
           for (int m = 0; m < fragments; ++m) {
             epilogue.fragment(StoredSums<Tile::area>{parts + m * 16 * Tile::cols, p.splits}, row + 64 * m, col);
@@ -319,7 +325,7 @@ MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
         }
       }
     }
-    if (lane == 0) tma_wait<0>();
+    if (elect_lane()) tma_wait<0>();
   }
   // No block leaves while another may still write to its shared memory or arrive at its barriers.
   if constexpr (Tile::cluster > 1) cluster_arrive(), cluster_wait();

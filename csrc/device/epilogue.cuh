@@ -128,7 +128,7 @@ struct Epilogue {
   }
 
   MK_DEVICE unsigned char* begin() {
-    if (lane == 0) tma_wait_read<Tile::chunks - 1>();  // the store that last used this chunk has read it
+    if (elect_lane()) tma_wait_read<Tile::chunks - 1>();  // the store that last used this chunk has read it
     sync_warp();
     return chunks + turn * Tile::chunk_bytes;
   }
@@ -137,11 +137,13 @@ struct Epilogue {
     fence_async();
     sync_warp();
     row += 16 * warp;
-    if (lane == 0 && row < p.M && col < p.N) {
-      if (wide && p.accumulate) tma_add_2d(map, chunk, col, row);
-      else tma_store_2d(map, chunk, col, row);
+    if (elect_lane()) {
+      if (row < p.M && col < p.N) {
+        if (wide && p.accumulate) tma_add_2d(map, chunk, col, row);
+        else tma_store_2d(map, chunk, col, row);
+      }
+      tma_commit();
     }
-    if (lane == 0) tma_commit();
     turn = (turn + 1) % Tile::chunks;
   }
 
@@ -191,7 +193,7 @@ struct Epilogue {
     static_assert(Tile::chunks == 2);
     std::uint32_t ups[16];
     load_beside(1, ups, row, col);
-    if (lane == 0) tma_wait_read<0>();
+    if (elect_lane()) tma_wait_read<0>();
     sync_warp();
     unsigned char *dup_chunk = chunks + turn * Tile::chunk_bytes, *dgate_chunk = chunks + (1 - turn) * Tile::chunk_bytes;
 #pragma unroll

@@ -13,7 +13,10 @@ template <int Stages>
 struct Ring {
   int stage = 0, phase = 0;
 
-  MK_DEVICE void advance(int steps = 1) {
+  MK_DEVICE void advance() {
+    if (++stage == Stages) stage = 0, phase ^= 1;
+  }
+  MK_DEVICE void advance(int steps) {
     stage += steps;
     if (stage >= Stages) {
       phase ^= (stage / Stages) & 1;
@@ -21,6 +24,10 @@ struct Ring {
     }
   }
 };
+
+// Of this thread. Of a lane's own index the compiler could not know that it is the same for all, and what follows from it
+// (descriptors, addresses of barriers) would be computed and kept by every thread.
+MK_DEVICE int warpgroup_index() { return shuffle(int(threadIdx.x) / 128, 0); }
 
 // Barrier First + consumer, for 2 or 3 consumers: its number is part of the instruction.
 template <int First, int Consumers = 2>

@@ -84,6 +84,18 @@ MK_DEVICE void cp_async_arrive(MBarrier* b) {
 // has told the thread that starts them.
 MK_DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// One lane of the warp, the same at each call; all 32 call. The compiler knows that it is one: for a lane that a comparison
+// finds it writes a loop over the lanes around each copy, which waits until the copy engine has read its registers.
+MK_DEVICE bool elect_lane() {
+  std::uint32_t chosen;
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "elect.sync _|p, 0xFFFFFFFF;\n"
+      "selp.u32 %0, 1, 0, p;\n}"
+      : "=r"(chosen));
+  return chosen != 0;
+}
+
 // --- TMA: boxes between global and shared memory. One thread issues; coordinates in elements, innermost first ---
 
 MK_DEVICE void prefetch_map(const TensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
@@ -362,3 +374,13 @@ MK_DEVICE void wgmma_rs(float (&d)[N / 2], const std::uint32_t (&a)[4], std::uin
 }  // namespace megakern
 
 #endif
+
+namespace megakern {
+
+// Of a part of a tile in shared memory: the descriptor of what begins `bytes` behind it. The address is in the low bits,
+// in units of 16 bytes, and does not carry.
+MK_DEVICE std::uint64_t descriptor_behind(std::uint64_t descriptor, int bytes) {
+  return (descriptor >> 32 << 32) | (std::uint32_t(descriptor) + std::uint32_t(bytes >> 4));
+}
+
+}  // namespace megakern

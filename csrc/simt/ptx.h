@@ -62,6 +62,11 @@ inline void mbar_expect(MBarrier* b, int bytes, MK_SITE) { simt::mbar_expect(b, 
 inline bool mbar_try_wait(MBarrier* b, int parity, MK_SITE) { return simt::mbar_try_wait(b, parity, site); }
 inline void mbar_wait(MBarrier* b, int parity, MK_SITE) { simt::mbar_wait(b, parity, site); }
 inline void fence_async() { simt::fence_async(); }
+// Not lane 0: code that takes the two for the same fails.
+inline bool elect_lane(MK_SITE) {
+  simt::meet("elect_lane", site, nullptr);
+  return simt::self->lane == 31;
+}
 
 // --- TMA ---
 
