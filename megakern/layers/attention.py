@@ -23,12 +23,11 @@ from torch import nn
 
 from megakern.layers.cache import LayerCache
 from megakern.layers.dropout import DropoutKey, checked_key
+from megakern.layers.hooks import watched
 from megakern.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megakern.layers.norm import RMSNorm
-from megakern.layers.parameter import local
 from megakern.layers.recompute import run_again
 from megakern.ops.attention import attention, attention_qkv
-from megakern.ops.norm import rms_norm
 from megakern.ops.rope import rope as apply_rope
 from megakern.parallel.context import ParallelContext
 
@@ -89,8 +88,8 @@ class ParallelAttention(nn.Module):
             init_std=init_std,
             **how,
         )
-        self.q_norm = RMSNorm(self.head_dim, eps=norm_eps, **how) if qk_norm else None
-        self.k_norm = RMSNorm(self.head_dim, eps=norm_eps, **how) if qk_norm else None
+        self.q_norm = RMSNorm(self.head_dim, eps=norm_eps, per_rank=True, **how) if qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, eps=norm_eps, per_rank=True, **how) if qk_norm else None
         self.proj = RowParallelLinear(
             heads * self.head_dim,
             width,
@@ -129,11 +128,11 @@ class ParallelAttention(nn.Module):
         q, k, v = rows.split((n, 1, 1), dim=3)  # one concatenation in the backward
         k, v = k.squeeze(3), v.squeeze(3)
         if self.q_norm is not None:
-            q_weight, k_weight = local(self.q_norm.weight, partial=True), local(self.k_norm.weight, partial=True)
-            q, k = rms_norm(q, q_weight, self.q_norm.eps), rms_norm(k, k_weight, self.k_norm.eps)
+            q, k = self.q_norm(q), self.k_norm(k)
         q = q.reshape(B, T, self.heads, self.head_dim)
         if rope is not None:
-            own = self.q_norm is not None and not torch.is_grad_enabled()  # nobody else holds what the norms made
+            # Nobody else holds what the norms made.
+            own = self.q_norm is not None and not torch.is_grad_enabled() and not watched(self.q_norm, self.k_norm)
             q, k = apply_rope(q, k, *rope, positions=positions, in_place=own)
         if qkv.requires_grad and self.q_norm is None and (rope is not None or n > 1):
             k, v = k.contiguous(), v.contiguous()  # a view would keep all of qkv for backward, beside the new q

@@ -23,6 +23,7 @@ from megakern.config import GPTConfig
 from megakern.layers.attention import ParallelAttention
 from megakern.layers.cache import LayerCache
 from megakern.layers.dropout import DropoutKey, checked_key, drop_branch
+from megakern.layers.hooks import watched
 from megakern.layers.mlp import ParallelMLP
 from megakern.layers.norm import LayerNorm, RMSNorm
 from megakern.layers.recompute import made_again, run_again
@@ -133,6 +134,8 @@ class TransformerBlock(nn.Module):
         if torch.compiler.is_compiling() or any(each is not None and each.adapter is not None for each in linears):
             return None
         norms = (self.norm1, self.norm2, attention.q_norm, attention.k_norm)
+        if watched(attention, mlp, *linears, *norms):
+            return None
         weights = BlockWeights(
             *(None if each is None else _parameters(each) for each in (*norms, *linears)),
             heads=attention.heads,
@@ -152,6 +155,6 @@ class TransformerBlock(nn.Module):
         self, norm: nn.Module, hidden: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, AbstractContextManager]:
         """norm(hidden), hidden, and the context in which to read the two."""
-        normed, stream = norm.of_stream(hidden)
+        normed, stream = (norm(hidden), hidden) if watched(norm) else norm.of_stream(hidden)
         again = made_again(normed, norm, hidden) if "norm" in self.recompute else nullcontext()
         return normed, stream, again

@@ -30,6 +30,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from megakern.layers.hooks import watched
 from megakern.layers.lora import LowRank
 from megakern.layers.parallel_linear import column_parallel_activated, column_parallel_linear, row_parallel_linear
 from megakern.layers.parameter import Constant, Normal, add_parameter, initialize_standalone, local
@@ -102,12 +103,12 @@ def column_activated(
 ) -> torch.Tensor | Activated:
     """The input of a row-parallel layer: what one layer with `activation` gives, or silu(gate) * up of two ("swiglu").
 
-    As `Activated` where nothing stands between: an adapter adds to what the activation sees, and torch's fused
-    collectives have no epilogue.
+    As `Activated` where nothing stands between: an adapter adds to what the activation sees, torch's fused collectives
+    have no epilogue, and a layer with hooks is called.
     """
-    region = layers[0].region
-    if region.fused_collectives or any(layer.adapter is not None for layer in layers):
-        outputs = column_outputs(x, layers)
+    region, hooked = layers[0].region, watched(*layers)
+    if hooked or region.fused_collectives or any(layer.adapter is not None for layer in layers):
+        outputs = [layer(x) for layer in layers] if hooked else column_outputs(x, layers)
         return swiglu(*outputs) if activation == "swiglu" else outputs[0]
     pairs = [(local(layer.weight), local(layer.bias)) for layer in layers]
     return column_parallel_activated(x, pairs, region, activation)

@@ -59,6 +59,7 @@ class RMSNorm(nn.Module):
     """RMSNorm over the last dim of size `width`.
 
     `forward(x, residual=None)`: x (..., C) -> y like x; with residual `(y, x + residual)`.
+    `per_rank`: each tp rank norms rows of its own (heads, say), so that its gradient of weight is a part of the sum.
     """
 
     def __init__(
@@ -66,21 +67,22 @@ class RMSNorm(nn.Module):
         width: int,
         *,
         eps: float = 1e-6,
+        per_rank: bool = False,
         parallel: ParallelContext | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
         parallel = parallel or ParallelContext()
-        self.eps, self.region = eps, parallel.tensor_region
+        self.eps, self.per_rank, self.region = eps, per_rank, parallel.tensor_region
         add_parameter(self, "weight", (width,), Constant(1.0), parallel, device=device, dtype=dtype)
         initialize_standalone(self)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None):
-        weight = local(self.weight, partial=self.region.shards_sequence)
+        weight = local(self.weight, partial=self.per_rank or self.region.shards_sequence)
         return rms_norm(x, weight, self.eps, residual=residual)
 
     def of_stream(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """self(x), and x to go on with: its gradient is added in the norm's backward."""
-        weight = local(self.weight, partial=self.region.shards_sequence)
+        weight = local(self.weight, partial=self.per_rank or self.region.shards_sequence)
         return norm_of_stream(x, weight, None, self.eps, centre=False)
