@@ -44,7 +44,12 @@ struct AttentionTile {
   static constexpr int width = 64 * slabs;
   static constexpr int q_slab = rows * 128, kv_slab = keys * 128;
   static constexpr int q_bytes = slabs * q_slab, kv_bytes = slabs * kv_slab;
-  static constexpr int shared = 1024 + q_bytes + 2 * stages * kv_bytes + 16 * (2 + 4 * stages);
+  static constexpr int most = 227 * 1024 - 2048;  // of a block on sm_90, without barriers and alignment
+  static constexpr int q_stages = 2 * q_bytes + 2 * stages * kv_bytes <= most ? 2 : 1;
+  // Where things lie behind one aligned address: an address each would be computed anew for each tile of keys.
+  static constexpr int q = 0, k = q_stages * q_bytes, v = k + stages * kv_bytes, barriers = v + stages * kv_bytes;
+  static constexpr int bytes = barriers + 8 * (2 * q_stages + 4 * stages);
+  static constexpr int shared = 1024 + round_up(bytes, 16);
   static_assert(shared <= 227 * 1024, "shared memory of a block on sm_90");
   static_assert(keys / 2 + keys / 4 + width / 2 <= consumer_registers - 28, "scores, probabilities and sums of a thread");
 };
@@ -113,22 +118,22 @@ struct AttentionRows {
     sum[0] = sum[1] = 0;
   }
 
-  // s = q k^T.
-  MK_DEVICE void scores(const unsigned char* q, const unsigned char* k) {
+  // s = q k^T. Descriptors of a stage.
+  MK_DEVICE void scores(std::uint64_t q, std::uint64_t k) {
 #pragma unroll
     for (int step = 0; step < Tile::depth / 16; ++step) {
-      const std::uint64_t rows = matrix_descriptor(q, step / 4 * Tile::q_slab + step % 4 * 32);
-      const std::uint64_t keys = matrix_descriptor(k, step / 4 * Tile::kv_slab + step % 4 * 32);
+      const std::uint64_t rows = descriptor_behind(q, step / 4 * Tile::q_slab + step % 4 * 32);
+      const std::uint64_t keys = descriptor_behind(k, step / 4 * Tile::kv_slab + step % 4 * 32);
       wgmma_ss<T, Tile::keys, false, false>(s, rows, keys, step > 0);
     }
     wgmma_commit();
   }
 
   // o += p v.
-  MK_DEVICE void weigh(const unsigned char* v) {
+  MK_DEVICE void weigh(std::uint64_t v) {
 #pragma unroll
     for (int step = 0; step < Tile::keys / 16; ++step) {
-      wgmma_rs<T, Tile::width, true>(o, p[step], matrix_descriptor(v, step * 2048, Tile::kv_slab), true);
+      wgmma_rs<T, Tile::width, true>(o, p[step], descriptor_behind(v, step * 2048), true);
     }
     wgmma_commit();
   }
@@ -147,20 +152,18 @@ MK_KERNEL void __launch_bounds__(Tile::threads, 1)
                              const MK_GRID_CONSTANT AttentionPlan plan) {
 #if MK_SM90A
   SharedMemory shared;
-  unsigned char* q = shared.take<unsigned char>(Tile::q_bytes, 1024);
-  unsigned char* k = shared.take<unsigned char>(Tile::stages * Tile::kv_bytes, 1024);
-  unsigned char* v = shared.take<unsigned char>(Tile::stages * Tile::kv_bytes, 1024);
-  MBarrier* q_full = shared.take<MBarrier>(1);
-  MBarrier* q_empty = shared.take<MBarrier>(1);
-  MBarrier* k_full = shared.take<MBarrier>(Tile::stages);
-  MBarrier* k_empty = shared.take<MBarrier>(Tile::stages);
-  MBarrier* v_full = shared.take<MBarrier>(Tile::stages);
-  MBarrier* v_empty = shared.take<MBarrier>(Tile::stages);
+  unsigned char* const base = shared.take<unsigned char>(Tile::bytes, 1024);
+  unsigned char *q = base + Tile::q, *k = base + Tile::k, *v = base + Tile::v;
+  MBarrier* q_full = reinterpret_cast<MBarrier*>(base + Tile::barriers);
+  MBarrier *q_empty = q_full + Tile::q_stages, *k_full = q_empty + Tile::q_stages, *k_empty = k_full + Tile::stages;
+  MBarrier *v_full = k_empty + Tile::stages, *v_empty = v_full + Tile::stages;
 
-  const int warpgroup = int(threadIdx.x) / 128, thread = int(threadIdx.x) % 128;
+  const int warpgroup = warpgroup_index(), thread = int(threadIdx.x) % 128;
   const bool packed = plan.q_offsets != nullptr;
   if (threadIdx.x == 0) {
-    mbar_init(q_full, 1, "q full"), mbar_init(q_empty, Tile::consumers, "q empty");
+    for (int s = 0; s < Tile::q_stages; ++s) {
+      mbar_init(&q_full[s], 1, "q full"), mbar_init(&q_empty[s], Tile::consumers, "q empty");
+    }
     for (int s = 0; s < Tile::stages; ++s) {
       mbar_init(&k_full[s], 1, "k full"), mbar_init(&v_full[s], 1, "v full");
       mbar_init(&k_empty[s], 4 * Tile::consumers, "k empty"), mbar_init(&v_empty[s], 4 * Tile::consumers, "v empty");
@@ -171,7 +174,7 @@ MK_KERNEL void __launch_bounds__(Tile::threads, 1)
   sync_block();
 
   Ring<Tile::stages> ring;
-  int q_phase = 0;
+  Ring<Tile::q_stages> q_ring;
   if (warpgroup == 0) {
     registers_shrink<Tile::producer_registers>();
     if (thread == 0) {
@@ -185,18 +188,27 @@ MK_KERNEL void __launch_bounds__(Tile::threads, 1)
         if (of_block.index < 0) continue;
         const AttentionPlace at(plan, of_block, Tile::rows, Tile::keys);
         if (!at.exists()) continue;
-        mbar_wait(q_empty, q_phase ^ 1);
-        q_phase ^= 1;
-        fetch(q, &q_map, q_full, Tile::q_slab, {packed, at.sample, at.head, at.q_start, at.T, at.row, Tile::rows});
         const int head = at.head / plan.group;
 #pragma unroll 1
-        for (int j = at.end - 1; j >= at.first; --j, ring.advance()) {
+        for (int j = at.end - 1; j >= at.first || j == at.end - 1; --j) {  // once at least: q is fetched in any case
           const int stage = ring.stage;
+          const bool keys = at.first < at.end;
           const HeadBox box(packed, at.sample, head, at.k_start, at.mask.S, j * Tile::keys, Tile::keys);
-          mbar_wait(&k_empty[stage], ring.phase ^ 1);
-          fetch(k + stage * Tile::kv_bytes, &k_map, &k_full[stage], Tile::kv_slab, box);
-          mbar_wait(&v_empty[stage], ring.phase ^ 1);
-          fetch(v + stage * Tile::kv_bytes, &v_map, &v_full[stage], Tile::kv_slab, box);
+          if (keys) {
+            mbar_wait(&k_empty[stage], ring.phase ^ 1);
+            fetch(k + stage * Tile::kv_bytes, &k_map, &k_full[stage], Tile::kv_slab, box);
+          }
+          if (j == at.end - 1) {  // behind k, whose stage is free before q's is
+            mbar_wait(&q_empty[q_ring.stage], q_ring.phase ^ 1);
+            fetch(q + q_ring.stage * Tile::q_bytes, &q_map, &q_full[q_ring.stage], Tile::q_slab,
+                  {packed, at.sample, at.head, at.q_start, at.T, at.row, Tile::rows});
+            q_ring.advance();
+          }
+          if (keys) {
+            mbar_wait(&v_empty[stage], ring.phase ^ 1);
+            fetch(v + stage * Tile::kv_bytes, &v_map, &v_full[stage], Tile::kv_slab, box);
+            ring.advance();
+          }
         }
       }
     }
@@ -204,7 +216,6 @@ MK_KERNEL void __launch_bounds__(Tile::threads, 1)
     registers_grow<Tile::consumer_registers>();
     const int consumer = warpgroup - 1, lane = thread % 32;
     const int own = consumer * 64 + thread / 32 * 16 + lane / 4;  // row of s[0] in the tile
-    unsigned char* q_own = q + consumer * 64 * 128;
     const AttentionScoring& scoring = plan.scoring;
     const float unit = Featured ? 1.0f : scoring.scale;
     const auto release = [&](MBarrier* empty) {
@@ -215,6 +226,8 @@ MK_KERNEL void __launch_bounds__(Tile::threads, 1)
     const auto take_turn = [&] { consumer_sync<4, n>(consumer, 256); };
     const auto give_turn = [&] { consumer_arrive<4, n>(consumer == n - 1 ? 0 : consumer + 1, 256); };
     if (consumer == n - 1) give_turn();
+    const std::uint64_t of_q = matrix_descriptor(q + consumer * 64 * 128), of_k = matrix_descriptor(k);
+    const std::uint64_t of_v = matrix_descriptor(v, 0, Tile::kv_slab);
     AttentionRows<T, Tile> rows;
 #pragma unroll 1
     for (AttentionRound of_block; of_block.next(plan);) {
@@ -244,41 +257,46 @@ MK_KERNEL void __launch_bounds__(Tile::threads, 1)
         }
       };
       rows.start();
-      mbar_wait(q_full, q_phase);
-      q_phase ^= 1;
+      const int q_stage = q_ring.stage;
+      mbar_wait(&q_full[q_stage], q_ring.phase);
+      q_ring.advance();
       if (at.first < at.end) {
+        const std::uint64_t q_now = descriptor_behind(of_q, q_stage * Tile::q_bytes);
         mbar_wait(&k_full[ring.stage], ring.phase);
         take_turn();
         wgmma_fence(rows.s);
-        rows.scores(q_own, k + ring.stage * Tile::kv_bytes);
+        rows.scores(q_now, descriptor_behind(of_k, ring.stage * Tile::kv_bytes));
         give_turn();
         wgmma_wait<0>(rows.s);
         release(&k_empty[ring.stage]);
         soften(at.end - 1);
-        pack_fragment<T>(rows.p, rows.s);
+        int j = at.end - 2;  // the tile of keys whose scores come next; ring: of the one before
+        // The softmax is the end of the loop's body and the wait for the product with v its beginning: within one piece of
+        // code without branches ptxas moves that wait to the softmax's front, and nothing runs beside it.
 #pragma unroll 1
-        for (int j = at.end - 2; j >= at.first; --j) {
+        for (;; --j) {
+          wgmma_wait<0>(rows.o, rows.s);
+          if (j < at.end - 2) release(&v_empty[ring.stage ^ 1]);
+          if (any(fade[0] != 1.0f || fade[1] != 1.0f)) rows.scale_rows(fade);
+          pack_fragment<T>(rows.p, rows.s);
+          if (j < at.first) break;
           const int stage = ring.stage, phase = ring.phase;
           ring.advance();
           mbar_wait(&k_full[ring.stage], ring.phase);
           take_turn();
           wgmma_fence(rows.s);
-          rows.scores(q_own, k + ring.stage * Tile::kv_bytes);
+          rows.scores(q_now, descriptor_behind(of_k, ring.stage * Tile::kv_bytes));
           mbar_wait(&v_full[stage], phase);
           wgmma_fence(rows.o, rows.p);
-          rows.weigh(v + stage * Tile::kv_bytes);
+          rows.weigh(descriptor_behind(of_v, stage * Tile::kv_bytes));
           give_turn();
           wgmma_wait<1>(rows.s);
           release(&k_empty[ring.stage]);
           soften(j);
-          wgmma_wait<0>(rows.o, rows.s);
-          release(&v_empty[stage]);
-          rows.scale_rows(fade);
-          pack_fragment<T>(rows.p, rows.s);
         }
         mbar_wait(&v_full[ring.stage], ring.phase);
         wgmma_fence(rows.o, rows.p);
-        rows.weigh(v + ring.stage * Tile::kv_bytes);
+        rows.weigh(descriptor_behind(of_v, ring.stage * Tile::kv_bytes));
         wgmma_wait<0>(rows.o);
         release(&v_empty[ring.stage]);
         ring.advance();
@@ -298,10 +316,11 @@ MK_KERNEL void __launch_bounds__(Tile::threads, 1)
         }
       }
       rows.scale_rows(factor);
+      unsigned char* const own_q = q + q_stage * Tile::q_bytes + consumer * 64 * 128;
       consumer_sync<1, n>(consumer, 128);  // all products that read this part of q are done
 #pragma unroll
       for (int i = 0; i < Tile::slabs; ++i) {
-        write_fragment<T>(q_own + i * Tile::q_slab + thread / 32 * 16 * 128, rows.o + 32 * i, lane);
+        write_fragment<T>(own_q + i * Tile::q_slab + thread / 32 * 16 * 128, rows.o + 32 * i, lane);
       }
       fence_async();
       consumer_sync<1, n>(consumer, 128);
@@ -310,12 +329,12 @@ MK_KERNEL void __launch_bounds__(Tile::threads, 1)
           const HeadBox box(packed, at.sample, at.head, at.q_start, at.T, top, 64);
 #pragma unroll
           for (int i = 0; i < Tile::slabs; ++i) {
-            tma_store_4d(&out_map, q_own + i * Tile::q_slab, 64 * i, box.y, box.z, box.w);
+            tma_store_4d(&out_map, own_q + i * Tile::q_slab, 64 * i, box.y, box.z, box.w);
           }
           tma_commit();
           tma_wait_read<0>();
         }
-        mbar_arrive(q_empty);
+        mbar_arrive(&q_empty[q_stage]);
       }
     }
     if (consumer == 0) take_turn();  // the one that nobody took

@@ -81,25 +81,33 @@ MK_DEVICE void score_fragment(float (&s)[N], const AttentionScoring& f, const in
   }
 }
 
-// Keys outside of [first, behind) of each of the two rows get -inf.
+// The lowest n bits, of which up to 31 count.
+MK_DEVICE std::uint32_t low_bits(int n) { return (1u << min(max(n, 0), 31)) - 1; }
+
+// Keys outside of [first, behind) of each of the two rows get -inf. A bit for every eighth column: tests of bits are half
+// the instructions of comparisons with two ends.
 template <int N>
 MK_DEVICE void mask_fragment(float (&s)[N], const int (&first)[2], const int (&behind)[2], int key) {
+  static_assert(N / 4 < 32);
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const int from = first[h] - key, to = behind[h] - key;
 #pragma unroll
-    for (int i = 0; i < N / 4; ++i) {
+    for (int j = 0; j < 2; ++j) {
+      const std::uint32_t seen = low_bits((behind[h] - key - j + 7) >> 3) & ~low_bits((first[h] - key - j + 7) >> 3);
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const int column = 8 * i + j;
-        if (column >= to || column < from) s[4 * i + 2 * h + j] = -INFINITY;
+      for (int i = 0; i < N / 4; ++i) {
+        if ((seen >> i & 1) == 0) s[4 * i + 2 * h + j] = -INFINITY;
       }
     }
   }
 }
 
-// One step of the softmax of two rows: s = 2^(s unit - maximum), the maxima and sums so far (sums of this thread's columns
-// alone), and the factors of what was made under the maximum before.
+// A maximum is kept until one is found that is 2^8 times larger, as probabilities of up to 256 are as exact as those up to
+// 1: then sums are seldom to be scaled (FlashAttention-4's idea). Each row decides for itself.
+constexpr float kSlack = 8;
+
+// One step of the softmax of two rows: s = 2^(s unit - most), the base and the sum so far (sums of this thread's columns
+// alone), and the factors of what was made under the base before, exactly 1 where it is kept.
 template <int N>
 MK_DEVICE void soften_fragment(float (&s)[N], float unit, float (&most)[2], float (&sum)[2], float (&fade)[2]) {
 #pragma unroll
@@ -109,9 +117,10 @@ MK_DEVICE void soften_fragment(float (&s)[N], float unit, float (&most)[2], floa
     for (int i = 0; i < N / 4; ++i) peak = fmaxf(peak, fmaxf(s[4 * i + 2 * h], s[4 * i + 2 * h + 1]));
     peak = fmaxf(peak, shuffle_xor(peak, 1));
     peak = fmaxf(peak, shuffle_xor(peak, 2));
-    const float base = peak == -INFINITY ? 0.0f : peak * unit;
-    fade[h] = exp2_approx(most[h] * unit - base);
-    most[h] = peak;
+    const bool rises = (peak - most[h]) * unit > kSlack;  // from -inf too; not where both are -inf
+    const float next = rises ? peak : most[h], base = next == -INFINITY ? 0.0f : next * unit;
+    fade[h] = rises ? exp2_approx(most[h] * unit - base) : 1.0f;
+    most[h] = next;
     float total = 0;
 #pragma unroll
     for (int i = 0; i < N / 4; ++i) {
