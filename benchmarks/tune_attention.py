@@ -81,8 +81,8 @@ def cuda_calls(role: str, shape: str, dtype: str):
         call = partial(cuda_attention.attention_forward, q, k, v, *how, True)
         found.append(("plain grid", with_value(cuda_attention, "multiprocessors", lambda device: 1 << 16, call)))
         most = next(most for most in cuda_attention.TILES if q.shape[-1] <= most)
-        for tile in cuda_attention.TILES[most][1:]:
-            found.append((str(tile), with_value(cuda_attention, "tile_for", lambda D, tile=tile: tile, call)))
+        for tile in cuda_attention.TILES[most]:
+            found.append((str(tile), with_value(cuda_attention, "tile_for", lambda *problem, tile=tile: tile, call)))
     for size in CACHES:
         if role == "forward":
             call = partial(cuda_attention.attention_forward, q, k, v, *how, True)

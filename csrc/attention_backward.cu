@@ -112,6 +112,7 @@ MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
   using Tile = BackwardTile<D>;
   constexpr int rows = Tile::rows, stages = Tile::stages, dout_stages = Tile::dout_stages;
   constexpr bool late = Featured && D > 64;  // dp after p: with both under way registers run out
+  constexpr bool ahead = !late && !Tile::split;  // dp of the next queries behind their scores: the tensor cores never wait
   const BackwardPlace<Tile> at(plan, int(blockIdx.x));
   if (at.key >= at.S) return;
   const bool packed = plan.q_offsets != nullptr;
@@ -127,7 +128,7 @@ MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
   MBarrier* kv_full = reinterpret_cast<MBarrier*>(base + Tile::barriers);
   MBarrier *q_full = kv_full + 1, *q_empty = q_full + stages, *dout_full = q_empty + stages, *dout_empty = dout_full + dout_stages;
 
-  const int warpgroup = int(threadIdx.x) / 128, thread = int(threadIdx.x) % 128, lane = thread % 32;
+  const int warpgroup = warpgroup_index(), thread = int(threadIdx.x) % 128, lane = thread % 32;
   if (threadIdx.x == 0) {
     mbar_init(kv_full, 1, "k, v full");
     for (int s = 0; s < stages; ++s) {
@@ -187,18 +188,28 @@ MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
     };
     using Keys = BackwardKeys<T, D>;
     Keys own;
-    own.k.rows = k + below * 128, own.v.rows = v + below * 128;
 #pragma unroll
     for (int i = 0; i < Keys::columns / 2; ++i) own.dk[i] = own.dv[i] = 0;
     if (steps > 0) {
       mbar_wait(kv_full, 0);
-      own.k.hold(warp, lane), own.v.hold(warp, lane);
+      own.k.hold(k + below * 128, warp, lane), own.v.hold(v + below * 128, warp, lane);
+      // Rows of queries as B of products over D, and as B of dv and dk over queries; ds and k as operands of dq.
+      const std::uint64_t of_q = matrix_descriptor(q), of_dout = matrix_descriptor(dout);
+      const std::uint64_t q_columns = matrix_descriptor(q + slab * Tile::q_slab, 0, Tile::q_slab);
+      const std::uint64_t dout_columns = matrix_descriptor(dout + slab * Tile::q_slab, 0, Tile::q_slab);
+      const std::uint64_t of_ds = matrix_descriptor(ds + (D == 128 ? 0 : consumer * Tile::ds_slab));
+      const std::uint64_t of_k = matrix_descriptor(k + (D == 64 ? 0 : Tile::pieces * consumer * Tile::kv_slab));
       int tile = at.first, head = at.head * plan.group;
       float slope = Featured ? plan.scoring.slope(at.sample, head) : 0.0f;
-      float next[32];  // scores of the next queries, under way; split: registers do not suffice
+      float next[32], dp[32];  // next: scores of the next queries, under way; split: registers do not suffice
       if (!Tile::split) {
         mbar_wait(&q_full[0], 0);
-        own.multiply(next, own.k, q);
+        own.multiply(next, own.k, of_q);
+      }
+      if (ahead) {
+        mbar_wait(&dout_full[0], 0);
+        own.multiply(dp, own.v, of_dout);
+        wgmma_wait<1>(next);
       }
 #pragma unroll 1
       for (int step = 0; step < steps; ++step) {
@@ -209,58 +220,62 @@ MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
         typename Keys::Operand p, change;  // here: the products that read them run on when a half is done
 #pragma unroll
         for (int half = 0; half < rows / 64; ++half) {  // 64 queries
-          const unsigned char *q_now = q + stage * Tile::q_bytes + half * 64 * 128;
-          const unsigned char* dout_now = dout + dout_stage * Tile::q_bytes + half * 64 * 128;
-          float now[32], dp[32];
+          const int q_place = stage * Tile::q_bytes + half * 64 * 128;
+          const int dout_place = dout_stage * Tile::q_bytes + half * 64 * 128;
+          float now[32];
           float(&s)[32] = Tile::split ? now : next;
           if (Tile::split) {
             mbar_wait(&q_full[stage], phase);
-            own.multiply(s, own.k, q_now);
+            own.multiply(s, own.k, descriptor_behind(of_q, q_place));
           }
-          if (half == 0) mbar_wait(&dout_full[dout_stage], dout_phase);
+          if (!ahead) mbar_wait(&dout_full[dout_stage], dout_phase);
 
           const int row = tile * rows + half * 64, column = lane % 4 * 2;  // this thread's first query: row + column
-          const int of_q = stage * rows + half * 64 + column, of_dout = dout_stage * rows + half * 64 + column;
+          const int lse_place = stage * rows + half * 64 + column, delta_place = dout_stage * rows + half * 64 + column;
           const bool masked = from + 64 > at.mask.behind_key(row) || from < at.mask.first_key(row + 63);
           const int distance = key - (row + column + at.mask.offset);
-          const std::uint64_t* keys = plan.row_keys == nullptr ? nullptr : row_keys + of_dout;
+          const std::uint64_t* keys = plan.row_keys == nullptr ? nullptr : row_keys + delta_place;
           std::uint32_t kept = 0;
           if (Tile::split && !late) {
-            own.multiply(dp, own.v, dout_now);
+            own.multiply(dp, own.v, descriptor_behind(of_dout, dout_place));
             wgmma_wait<1>(s);
-          } else {
+          } else if (!ahead) {
             wgmma_wait<0>(s, own.dv, own.dk);
-            if (!late) own.multiply(dp, own.v, dout_now);
           }
           if constexpr (Featured) {
-            kept = own.featured(s, p, plan.scoring, lse + of_q, keys, at.mask, key, distance, slope);
+            kept = own.featured(s, p, plan.scoring, lse + lse_place, keys, at.mask, key, distance, slope);
           } else if (masked) {
-            own.template probabilities<true>(s, p, plan.scoring.scale, lse + of_q, at.mask, key, distance);
+            own.template probabilities<true>(s, p, plan.scoring.scale, lse + lse_place, at.mask, key, distance);
           } else {
-            own.template probabilities<false>(s, p, plan.scoring.scale, lse + of_q, at.mask, key, distance);
+            own.template probabilities<false>(s, p, plan.scoring.scale, lse + lse_place, at.mask, key, distance);
           }
-          if (late) own.multiply(dp, own.v, dout_now);
+          if (late) own.multiply(dp, own.v, descriptor_behind(of_dout, dout_place));
+          if (ahead) wgmma_wait<0>(dp);
           wgmma_fence(own.dv, p);
-          own.accumulate(own.dv, p, dout_now + slab * Tile::q_slab);
-          wgmma_wait<1>(dp);
-          own.template differences<Featured>(change, s, dp, kept, delta + of_dout, plan.scoring.kept);
+          own.accumulate(own.dv, p, descriptor_behind(dout_columns, dout_place));
+          if (!ahead) wgmma_wait<1>(dp);
+          own.template differences<Featured>(change, s, dp, kept, delta + delta_place, plan.scoring.kept);
           wgmma_fence(own.dk, change);
-          own.accumulate(own.dk, change, q_now + slab * Tile::q_slab);
+          own.accumulate(own.dk, change, descriptor_behind(q_columns, q_place));
           own.share(change, ds_now + (Tile::split ? consumer : half) * Tile::ds_slab + (below + warp * 16) * 128, lane);
           fence_async();
           if (half + 1 < rows / 64) {
-            own.multiply(next, own.k, q_now + 64 * 128);
+            own.multiply(next, own.k, descriptor_behind(of_q, q_place + 64 * 128));
+            if (ahead) {
+              own.multiply(dp, own.v, descriptor_behind(of_dout, dout_place + 64 * 128));
+              wgmma_wait<1>(next, own.dv, own.dk);
+            }
           }
         }
         if (Tile::split) consumer_sync<1>(consumer, 128);
         else barrier_sync<7>(256);  // ds of both consumers
-        const unsigned char* ds_part = ds_now + (D == 128 ? 0 : consumer * Tile::ds_slab);
-        const unsigned char* k_part = k + (D == 64 ? 0 : Tile::pieces * consumer * Tile::kv_slab);
+        const std::uint64_t ds_part = descriptor_behind(of_ds, step % 2 * Tile::ds_bytes);
         const bool last = step + 1 == steps;
+        const int after = last ? stage : ring.stage;
         // The next scores run beside the store of dq. The last step computes its own again, and nobody reads them.
         const auto next_scores = [&] {
-          if (!last) mbar_wait(&q_full[ring.stage], ring.phase);
-          own.multiply(next, own.k, q + (last ? stage : ring.stage) * Tile::q_bytes);
+          if (!last) mbar_wait(&q_full[after], ring.phase);
+          own.multiply(next, own.k, descriptor_behind(of_q, after * Tile::q_bytes));
         };
         const auto put = [&](const float (&part)[32]) {
           consumer_sync<5>(consumer, 160);  // the part before has been read
@@ -277,18 +292,23 @@ MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
         };
         float part[32];
         wgmma_fence(part);
-        own.weigh_queries(part, ds_part, k_part);
+        own.weigh_queries(part, ds_part, of_k);
         wgmma_wait<1>(own.dv, own.dk);
         if constexpr (Tile::pieces == 1) {
           next_scores();
           release(&q_empty[stage]), release(&dout_empty[dout_stage]);
           wgmma_wait<1>(part);
           put(part);
+          if (ahead) {
+            if (!last) mbar_wait(&dout_full[after], ring.phase);
+            own.multiply(dp, own.v, descriptor_behind(of_dout, after * Tile::q_bytes));
+            wgmma_wait<1>(next);
+          }
         } else {
           float other[32];
           wgmma_wait<0>(part);
           wgmma_fence(other);
-          own.weigh_queries(other, ds_part, k_part + Tile::kv_slab);
+          own.weigh_queries(other, ds_part, descriptor_behind(of_k, Tile::kv_slab));
           release(&dout_empty[dout_stage]);
           put(part);
           release(&q_empty[stage]);
@@ -300,7 +320,7 @@ MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
           if (Featured && step + 1 < steps) slope = plan.scoring.slope(at.sample, head);
         }
       }
-      if (!Tile::split) wgmma_wait<0>(next);
+      if (!Tile::split) wgmma_wait<0>(next, dp);
     }
 
 #pragma unroll

@@ -16,15 +16,17 @@ struct BackwardKeys {
   // wait for its operands as long as it computes.
   struct Own {
     static constexpr bool held = D == 64;
-    const unsigned char* rows;
+    std::uint64_t rows;  // descriptor
     std::uint32_t a[held ? D / 16 : 1][4];
 
-    MK_DEVICE void hold(int warp, int lane) {
+    // `from`: this consumer's 64 of them.
+    MK_DEVICE void hold(const unsigned char* from, int warp, int lane) {
+      rows = matrix_descriptor(from);
       if constexpr (held) {
         const int r = lane % 16;
 #pragma unroll
         for (int step = 0; step < D / 16; ++step) {
-          ldmatrix_x4(a[step], rows + (16 * warp + r) * 128 + ((2 * step + lane / 16) ^ (r % 8)) * 16);
+          ldmatrix_x4(a[step], from + (16 * warp + r) * 128 + ((2 * step + lane / 16) ^ (r % 8)) * 16);
         }
       }
     }
@@ -34,36 +36,46 @@ struct BackwardKeys {
   float dk[columns / 2], dv[columns / 2];
   Own k, v;
 
-  // d = a b^T over D: s = k q^T, dp = v dout^T.
-  static MK_DEVICE void multiply(float (&d)[32], Own& a, const unsigned char* b) {
+  // The same. What follows from it stays in no register from one step of the loop to the next.
+  static MK_DEVICE std::uint64_t fresh(std::uint64_t descriptor) {
+    unsigned low = unsigned(descriptor);
+    forget_uses(low);
+    return (descriptor >> 32 << 32) | low;
+  }
+
+  // d = a b^T over D: s = k q^T, dp = v dout^T. b here and below: descriptors.
+  static MK_DEVICE void multiply(float (&d)[32], Own& a, std::uint64_t b) {
     if constexpr (Own::held) wgmma_fence(d, a.a);
     else wgmma_fence(d);
+    const std::uint64_t rows = fresh(a.rows);
 #pragma unroll
     for (int step = 0; step < D / 16; ++step) {
-      const std::uint64_t of_b = matrix_descriptor(b, step / 4 * Tile::q_slab + step % 4 * 32);
+      const std::uint64_t of_b = descriptor_behind(b, step / 4 * Tile::q_slab + step % 4 * 32);
       if constexpr (Own::held) {
         wgmma_rs<T, 64, false>(d, a.a[step], of_b, step > 0);
       } else {
-        wgmma_ss<T, 64, false, false>(d, matrix_descriptor(a.rows, step / 4 * Tile::kv_slab + step % 4 * 32), of_b, step > 0);
+        const std::uint64_t of_a = descriptor_behind(rows, step / 4 * Tile::kv_slab + step % 4 * 32);
+        wgmma_ss<T, 64, false, false>(d, of_a, of_b, step > 0);
       }
     }
     wgmma_commit();
   }
 
   // d += a b: dv with p and dout, dk with ds and q.
-  static MK_DEVICE void accumulate(float (&d)[columns / 2], const Operand& a, const unsigned char* b) {
+  static MK_DEVICE void accumulate(float (&d)[columns / 2], const Operand& a, std::uint64_t b) {
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
-      wgmma_rs<T, columns, true>(d, a[step], matrix_descriptor(b, step * 2048, Tile::q_slab), true);
+      wgmma_rs<T, columns, true>(d, a[step], descriptor_behind(b, step * 2048), true);
     }
     wgmma_commit();
   }
 
   // dq = ds^T k, of 64 queries and 64 columns, over all keys.
-  static MK_DEVICE void weigh_queries(float (&dq)[32], const unsigned char* ds, const unsigned char* k) {
+  static MK_DEVICE void weigh_queries(float (&dq)[32], std::uint64_t ds, std::uint64_t k) {
+    k = fresh(k);
 #pragma unroll
     for (int step = 0; step < Tile::keys / 16; ++step) {
-      wgmma_ss<T, 64, true, true>(dq, matrix_descriptor(ds, step * 2048), matrix_descriptor(k, step * 2048), step > 0);
+      wgmma_ss<T, 64, true, true>(dq, descriptor_behind(ds, step * 2048), descriptor_behind(k, step * 2048), step > 0);
     }
     wgmma_commit();
   }

@@ -292,6 +292,7 @@ MK_KERNEL void __launch_bounds__(Tile::threads, 1)
           give_turn();
           wgmma_wait<1>(rows.s);
           release(&k_empty[ring.stage]);
+          if (Featured && Tile::depth > 128) wgmma_wait<0>(rows.o);  // the features need the registers of p
           soften(j);
         }
         mbar_wait(&v_full[ring.stage], ring.phase);
@@ -382,7 +383,7 @@ template <class T>
 static void launch_tile(const AttentionForward& p, Place place) {
   const auto is = [&](int D, int rows, int keys) { return p.sizes.D <= D && p.tile_rows == rows && p.tile_keys == keys; };
   if (is(64, 128, 128)) launch_attention<T, AttentionTile<64, 128, 128>, true>(p, place);
-  else if (is(64, 192, 80)) launch_attention<T, AttentionTile<64, 192, 80>, false>(p, place);
+  else if (is(64, 192, 128)) launch_attention<T, AttentionTile<64, 192, 128>, false>(p, place);
   else if (is(96, 128, 128)) launch_attention<T, AttentionTile<96, 128, 128>, true>(p, place);
   else if (is(128, 128, 128)) launch_attention<T, AttentionTile<128, 128, 128>, true>(p, place);
   else if (is(128, 128, 176)) launch_attention<T, AttentionTile<128, 128, 176>, false>(p, place);

@@ -35,36 +35,38 @@ FIRST = """
 mbar_wait(&k_full[ring.stage], ring.phase);
 take_turn();
 wgmma_fence(rows.s);
-rows.scores(q_own, k + ring.stage * Tile::kv_bytes);
+rows.scores(q_now, descriptor_behind(of_k, ring.stage * Tile::kv_bytes));
 give_turn();
 wgmma_wait<0>(rows.s);
 release(&k_empty[ring.stage]);
-soften(at.end - 1);
+soften(at.end - 1);"""
+SUMS = """
+wgmma_wait<0>(rows.o, rows.s);
+if (j < at.end - 2) release(&v_empty[ring.stage ^ 1]);
+if (any(fade[0] != 1.0f || fade[1] != 1.0f)) rows.scale_rows(fade);
 pack_fragment<T>(rows.p, rows.s);"""
 SCORES = """
 ring.advance();
 mbar_wait(&k_full[ring.stage], ring.phase);
 take_turn();
 wgmma_fence(rows.s);
-rows.scores(q_own, k + ring.stage * Tile::kv_bytes);
+rows.scores(q_now, descriptor_behind(of_k, ring.stage * Tile::kv_bytes));
 mbar_wait(&v_full[stage], phase);
 wgmma_fence(rows.o, rows.p);
-rows.weigh(v + stage * Tile::kv_bytes);"""
+rows.weigh(descriptor_behind(of_v, stage * Tile::kv_bytes));"""
 SOFTEN = """
 wgmma_wait<1>(rows.s);
 release(&k_empty[ring.stage]);
-soften(j);
-wgmma_wait<0>(rows.o, rows.s);
-release(&v_empty[stage]);
-rows.scale_rows(fade);
-pack_fragment<T>(rows.p, rows.s);"""
+if (Featured && Tile::depth > 128) wgmma_wait<0>(rows.o);  // the features need the registers of p
+soften(j);"""
 LAST = """
 mbar_wait(&v_full[ring.stage], ring.phase);
 wgmma_fence(rows.o, rows.p);
-rows.weigh(v + ring.stage * Tile::kv_bytes);
+rows.weigh(descriptor_behind(of_v, ring.stage * Tile::kv_bytes));
 wgmma_wait<0>(rows.o);
 release(&v_empty[ring.stage]);
 ring.advance();"""
+RISES = "(peak - most[h]) * unit > kSlack"
 BUGS = _of(
     "forward",
     "attention_forward.cu",
@@ -85,18 +87,21 @@ BUGS = _of(
         "scores without a fence": _without(SCORES, 3),
         "v without a wait": _without(SCORES, 5),
         "v waited for with the other phase": (SCORES, SCORES.replace("[stage], phase)", "[stage], phase ^ 1)")),
-        "v of the next stage": (SCORES, SCORES.replace("v + stage *", "v + ring.stage *")),
+        "v of the next stage": (SCORES, SCORES.replace("of_v, stage *", "of_v, ring.stage *")),
         "no fence before the product with v": _without(SCORES, 6),
         "scores not waited for": _without(SOFTEN, 0),
-        "sums not waited for": _without(SOFTEN, 3),
+        "sums not waited for": _without(SUMS, 0),
         "v released before it is read": (
-            SOFTEN,
-            SOFTEN.replace(
-                "wgmma_wait<0>(rows.o, rows.s);\nrelease(&v_empty[stage]);",
-                "release(&v_empty[stage]);\nwgmma_wait<0>(rows.o, rows.s);",
+            SUMS,
+            SUMS.replace(
+                "wgmma_wait<0>(rows.o, rows.s);\nif (j < at.end - 2) release(&v_empty[ring.stage ^ 1]);",
+                "if (j < at.end - 2) release(&v_empty[ring.stage ^ 1]);\nwgmma_wait<0>(rows.o, rows.s);",
             ),
         ),
-        "sums not scaled": _without(SOFTEN, 5),
+        "v of the tile that comes next released": (SUMS, SUMS.replace("ring.stage ^ 1", "ring.stage")),
+        "v released that nobody has read yet": (SUMS, SUMS.replace("if (j < at.end - 2) ", "")),
+        "sums not scaled": _without(SUMS, 2),
+        "sums of one row scaled alone": (SUMS, SUMS.replace(" || fade[1] != 1.0f", "")),
         "probabilities packed while the product reads them": (
             SOFTEN,
             SOFTEN.replace("soften(j);", "soften(j);\npack_fragment<T>(rows.p, rows.s);"),
@@ -106,9 +111,20 @@ BUGS = _of(
         "last sums not waited for": _without(LAST, 3),
         "last v never released": _without(LAST, 4),
         "the ring stands still between tiles": _without(LAST, 5),
-        "q without a wait": ("mbar_wait(q_full, q_phase);", ";"),
-        "q waited for with one phase": ("mbar_wait(q_full, q_phase);\nq_phase ^= 1;", "mbar_wait(q_full, q_phase);"),
-        "q fetched before it is free": ("mbar_wait(q_empty, q_phase ^ 1);", ";"),
+        "q without a wait": ("mbar_wait(&q_full[q_stage], q_ring.phase);", ";"),
+        "q waited for with the other phase": (
+            "mbar_wait(&q_full[q_stage], q_ring.phase);",
+            "mbar_wait(&q_full[q_stage], q_ring.phase ^ 1);",
+        ),
+        "q of the other stage": (
+            "descriptor_behind(of_q, q_stage * Tile::q_bytes)",
+            "descriptor_behind(of_q, (Tile::q_stages - 1 - q_stage) * Tile::q_bytes)",
+        ),
+        "q fetched before it is free": ("mbar_wait(&q_empty[q_ring.stage], q_ring.phase ^ 1);", ";"),
+        "q not fetched where there are no keys": (
+            "j >= at.first || j == at.end - 1",
+            "j >= at.first",
+        ),
         "k fetched before its stage is free": ("mbar_wait(&k_empty[stage], ring.phase ^ 1);", ";"),
         "v fetched before its stage is free": ("mbar_wait(&v_empty[stage], ring.phase ^ 1);", ";"),
         "k fetched with the other phase": (
@@ -127,9 +143,9 @@ BUGS = _of(
             "fence_async();\nconsumer_sync<1, n>(consumer, 128);",
             "fence_async();",
         ),
-        "q given back while out is being read": ("@tma_wait_read<0>();@\n}\nmbar_arrive(q_empty);", ";"),
-        "out in no group": ("@tma_commit();@\ntma_wait_read<0>();\n}\nmbar_arrive(q_empty);", ";"),
-        "q never given back to the producer": ("mbar_arrive(q_empty);", ";"),
+        "q given back while out is being read": ("@tma_wait_read<0>();@\n}\nmbar_arrive(&q_empty[q_stage]);", ";"),
+        "out in no group": ("@tma_commit();@\ntma_wait_read<0>();\n}\nmbar_arrive(&q_empty[q_stage]);", ";"),
+        "q never given back to the producer": ("mbar_arrive(&q_empty[q_stage]);", ";"),
         "the last turn not taken": ("if (consumer == 0) take_turn();", ";"),
         "keys before the window not masked": (
             "key + Tile::keys > at.mask.behind_key(top) || key < at.mask.first_key(top + 63)",
@@ -153,6 +169,14 @@ BUGS = _of(
     "device/attention.cuh",
     (*FORWARD, *BACKWARD),
     {
+        "sums that have no base yet": (RISES, f"most[h] != -INFINITY && {RISES}"),
+        "a maximum that never rises": (RISES, f"most[h] == -INFINITY && {RISES}"),
+        "sums faded where the maximum stays": (
+            "rises ? exp2_approx(most[h] * unit - base) : 1.0f",
+            "exp2_approx((most[h] - peak) * unit)",
+        ),
+        "bits of the columns before": ("(behind[h] - key - j + 7) >> 3", "(behind[h] - key - j) >> 3"),
+        "odd columns as even ones": ("(behind[h] - key - j + 7) >> 3", "(behind[h] - key + 7) >> 3"),
         "boxes that do not end with their sequence": ("min(rows, length - row)", "rows"),
         "the other sequence of packed ones": (
             "offsets[middle] / size + middle <= block",
@@ -162,12 +186,13 @@ BUGS = _of(
 )
 
 STEP = """
+if (ahead) wgmma_wait<0>(dp);
 wgmma_fence(own.dv, p);
-own.accumulate(own.dv, p, dout_now + slab * Tile::q_slab);
-wgmma_wait<1>(dp);
-own.template differences<Featured>(change, s, dp, kept, delta + of_dout, plan.scoring.kept);
+own.accumulate(own.dv, p, descriptor_behind(dout_columns, dout_place));
+if (!ahead) wgmma_wait<1>(dp);
+own.template differences<Featured>(change, s, dp, kept, delta + delta_place, plan.scoring.kept);
 wgmma_fence(own.dk, change);
-own.accumulate(own.dk, change, q_now + slab * Tile::q_slab);
+own.accumulate(own.dk, change, descriptor_behind(q_columns, q_place));
 own.share(change, ds_now + (Tile::split ? consumer : half) * Tile::ds_slab + (below + warp * 16) * 128, lane);
 fence_async();"""
 SHARED = """
@@ -177,6 +202,9 @@ PUT = """
 fence_async();
 if (consumer == 0) barrier_arrive<3>(160);
 else barrier_arrive<4>(160);"""
+NEXT = """
+own.multiply(dp, own.v, descriptor_behind(of_dout, after * Tile::q_bytes));
+wgmma_wait<1>(next);"""
 WHOLE = """
 next_scores();
 release(&q_empty[stage]), release(&dout_empty[dout_stage]);
@@ -185,7 +213,7 @@ put(part);"""
 SPLIT = """
 wgmma_wait<0>(part);
 wgmma_fence(other);
-own.weigh_queries(other, ds_part, k_part + Tile::kv_slab);
+own.weigh_queries(other, ds_part, descriptor_behind(of_k, Tile::kv_slab));
 release(&dout_empty[dout_stage]);
 put(part);
 release(&q_empty[stage]);
@@ -203,21 +231,27 @@ BUGS += _of(
     {
         "k and v without a wait": ("mbar_wait(kv_full, 0);", ";"),
         "first q without a wait": ("mbar_wait(&q_full[0], 0);", ";"),
-        "next q without a wait": ("if (!last) mbar_wait(&q_full[ring.stage], ring.phase);", ";"),
+        "next q without a wait": ("if (!last) mbar_wait(&q_full[after], ring.phase);", ";"),
+        "first dout without a wait": ("mbar_wait(&dout_full[0], 0);", ";"),
+        "next dout without a wait": ("if (!last) mbar_wait(&dout_full[after], ring.phase);", ";"),
         "q of halved columns without a wait": ("mbar_wait(&q_full[stage], phase);", ";"),
-        "dout without a wait": ("if (half == 0) mbar_wait(&dout_full[dout_stage], dout_phase);", ";"),
+        "dout without a wait": ("if (!ahead) mbar_wait(&dout_full[dout_stage], dout_phase);", ";"),
         "dout waited for with the other phase": (
-            "if (half == 0) mbar_wait(&dout_full[dout_stage], dout_phase);",
-            "if (half == 0) mbar_wait(&dout_full[dout_stage], dout_phase ^ 1);",
+            "if (!ahead) mbar_wait(&dout_full[dout_stage], dout_phase);",
+            "if (!ahead) mbar_wait(&dout_full[dout_stage], dout_phase ^ 1);",
         ),
+        "scores of the next step not waited for": (NEXT, NEXT.replace("wgmma_wait<1>(next);", ";")),
+        "scores of the second half not waited for": ("wgmma_wait<1>(next, own.dv, own.dk);", ";"),
+        "dout of the same step again": (NEXT, NEXT.replace("after *", "stage *")),
         "q fetched before its stage is free": ("mbar_wait(&q_empty[s], ring.phase ^ 1);", ";"),
         "dout fetched before its stage is free": ("mbar_wait(&dout_empty[d], d_phase ^ 1);", ";"),
         "scores not waited for": ("wgmma_wait<0>(s, own.dv, own.dk);", ";"),
         "scores of halved columns not waited for": ("wgmma_wait<1>(s);", ";"),
-        "no fence before the product with dout": _without(STEP, 0),
-        "dp not waited for": _without(STEP, 2),
-        "no fence before the product with q": _without(STEP, 4),
-        "ds not shown to the tensor cores": _without(STEP, 7),
+        "dp that is ahead not waited for": _without(STEP, 0),
+        "no fence before the product with dout": _without(STEP, 1),
+        "dp not waited for": _without(STEP, 3),
+        "no fence before the product with q": _without(STEP, 5),
+        "ds not shown to the tensor cores": _without(STEP, 8),
         "ds read before all have written it": _without(SHARED, 0, 1),
         "ds read before the other consumer has written it": (SHARED, "consumer_sync<1>(consumer, 128);"),
         "one buffer for ds": ("ds + step % 2 * Tile::ds_bytes", "ds"),
@@ -231,7 +265,7 @@ BUGS += _of(
         "dq of halved columns not waited for": _without(SPLIT, 0),
         "second half of dq not waited for": _without(SPLIT, 6),
         "second half of dq without a fence": _without(SPLIT, 1),
-        "second half of dq is the first": (SPLIT, SPLIT.replace("k_part + Tile::kv_slab", "k_part")),
+        "second half of dq is the first": (SPLIT, SPLIT.replace("descriptor_behind(of_k, Tile::kv_slab)", "of_k")),
         "dq written over a part that is being added": ("consumer_sync<5>(consumer, 160);", ";"),
         "dq not shown to the copy engine": _without(PUT, 0),
         "dq of one consumer never added": ("add(1, piece);", ";"),

@@ -152,7 +152,7 @@ OTHERS = [(D, tile) for D, tiles in launchers.TILES.items() for tile in tiles[1:
 @pytest.mark.parametrize("D, tile", OTHERS, ids=str)
 def test_other_tiles(D, tile, backend, device, monkeypatch):
     """Several tiles of queries and keys, one block for two; they refuse what they have no code for."""
-    monkeypatch.setattr(launchers, "tile_for", lambda D: tile)
+    monkeypatch.setattr(launchers, "tile_for", lambda *problem: tile)
     monkeypatch.setattr(launchers, "multiprocessors", lambda device: 2)
     inputs = make(1, 400, 390, 2, 1, D, torch.bfloat16, device)
     check(inputs, backend)
@@ -162,8 +162,15 @@ def test_other_tiles(D, tile, backend, device, monkeypatch):
         attention(**inputs, softcap=1.0, backend=backend)
 
 
+def test_the_tile_of_a_problem():
+    """Three consumers where sequences are long and scores plain; 128 queries elsewhere, and at all other head dims."""
+    assert launchers.tile_for(64, 2048, True).queries == launchers.tile_for(40, 5000, True).queries == 192
+    others = [(64, 2047, True), (64, 2048, False), (72, 9000, True), (128, 9000, True), (256, 9000, False)]
+    assert {launchers.tile_for(*problem).queries for problem in others} == {128}
+
+
 def test_a_tile_that_there_is_not(backend, device, monkeypatch):
-    monkeypatch.setattr(launchers, "tile_for", lambda D: launchers.Tile(64, 40))
+    monkeypatch.setattr(launchers, "tile_for", lambda *problem: launchers.Tile(64, 40))
     with pytest.raises(ValueError, match="there is no tile of 64 queries and 40 keys for D 72"):
         attention(**make(1, 8, 8, 1, 1, 72, torch.bfloat16, device), backend=backend)
 
@@ -193,6 +200,18 @@ def test_the_order_of_threads_does_not_matter(schedule, backend, device):
             assert torch.equal(one, other)
     finally:
         _simt.set_schedule("forward")
+
+
+@pytest.mark.parametrize("way", [1, -1])
+@pytest.mark.parametrize("causal", [True, False])
+def test_scores_that_rise_from_tile_to_tile(causal, way, backend, device):
+    """By less and by more than a row's base bears before it follows, and by more than fp32 could: from the last keys,
+    where a kernel begins, to the first, or the other way; every second row less than its neighbours."""
+    inputs = make(1, 150, 700, 2, 1, 64, torch.bfloat16, device)
+    level = torch.tensor([0, 3, 9, 40, 400, 800], device=device).repeat_interleave(128)[:700].flip(0)
+    inputs["k"][..., 0] = (level if way == 1 else 800 - level).bfloat16()[:, None]
+    inputs["q"][..., 0] = torch.tensor([8.0, 1.0], device=device).repeat(75)[:, None].bfloat16()
+    check(inputs, backend, causal=causal)
 
 
 def test_strided_views_and_nan_around_them(backend, device):

@@ -37,21 +37,26 @@ class Tile:
 TILES = {
     64: (
         Tile(128, 128, "429 TFLOP/s causal, 432 full on an H200 (1 x 16384 x 32 x 32, commit 519726e)"),
-        Tile(192, 80, "three consumers, for plain scores, not yet measured; with 96 keys 4 bytes spill"),
+        Tile(192, 128, "three consumers, for plain scores of long sequences, as FlashAttention-3; not yet measured"),
     ),
     96: (Tile(128, 128, "as head dim 128"),),
     128: (
         Tile(128, 128, "566 TFLOP/s causal, 589 full on an H200 (2 x 8192 x 64 x 8, commit 519726e)"),
-        Tile(128, 176, "for plain scores and full masks, whose last tiles it does not cut; not yet measured"),
+        Tile(128, 176, "for plain scores; no room to fetch the next tile's queries ahead; not yet measured"),
     ),
     192: (Tile(128, 112, "the most keys whose two stages fit shared memory"),),
     256: (Tile(128, 80, "the most keys whose two stages fit shared memory"),),
 }
-"""Up to a head dim. The first is taken; `python -m benchmarks.tune_attention --backend cuda` times all."""
+"""Up to a head dim. `python -m benchmarks.tune_attention --backend cuda` times all."""
+
+LONG = 2048
+"""Queries of a head, from which tiles of 192 are at most 4.5 % empty in their last row of tiles."""
 
 
-def tile_for(D: int) -> Tile:
-    return TILES[next(most for most in TILES if most >= D)][0]
+def tile_for(D: int, T: int, plain: bool) -> Tile:
+    """plain: a scale above 0, no cap, ALiBi or dropout, for which alone there is code for tiles but the first."""
+    tiles = TILES[next(most for most in TILES if most >= D)]
+    return next((tile for tile in tiles if tile.queries == 192 and plain and T >= LONG), tiles[0])
 
 
 def attention_forward(
@@ -72,7 +77,7 @@ def attention_forward(
         q_offsets, k_offsets, sequences = q_offsets.contiguous(), k_offsets.contiguous(), q_offsets.shape[0] - 1
     strides = [x.stride(dim) for x in (q, k, v) for dim in (0, 1, 2)]
     slopes, features = features_of(slopes, softcap, dropout_p, dropout_key)
-    tile = tile_for(D)
+    tile = tile_for(D, T, slopes is None and softcap == 0 and dropout_p == 0 and scale > 0)
     call(
         "attention_forward", q, q.data_ptr(), k.data_ptr(), v.data_ptr(), pointer(q_offsets), pointer(k_offsets),
         out.data_ptr(), lse.data_ptr(), DTYPES[q.dtype], q.shape[0], T, S, H, Hkv, D, sequences, *strides, *window,
