@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+import operator
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
+import megakern
 from benchmarks import tables
 from megakern.cli import OPTIONS_BESIDE_SETTINGS, _parser, _split_settings
+from megakern.config import known_keys
 from megakern.model.presets import presets
+from megakern.train.config import RunConfig
 
 PAGES = {page.relative_to(tables.ROOT): page.read_text() for page in tables.readers_pages()}
 TRAINING = PAGES[Path("docs/training.md")]
@@ -81,6 +87,45 @@ def test_presets_are_all_named():
         family = first.rsplit("-", 1)[0] if more else ""
         named |= {first, *(family + suffix for suffix in more)}
     assert named == set(presets)
+
+
+MIGRATE = PAGES[Path("docs/migrate.md")]
+
+
+def cells(column: int) -> list[str]:
+    """The code in one column of the tables of calls: 0 theirs, 1 ours, 2 remarks."""
+    rows = [line.strip("|").split("|") for line in MIGRATE.split("## What runs")[0].splitlines() if line[:2] == "| "]
+    assert {len(row) for row in rows} == {3}
+    return [span for row in rows for span in re.findall(r"`([^`]+)`", row[column])]
+
+
+def test_our_calls_in_the_page_for_others_can_be_made():
+    found = 0
+    for call in [span for span in cells(1) + cells(2) if span.startswith("mk.")]:
+        tree = ast.parse(call, mode="eval")
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "mk":
+                getattr(megakern, node.attr)
+            if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("mk."):
+                function = operator.attrgetter(ast.unparse(node.func)[3:])(megakern)
+                starred = any(isinstance(each, ast.Starred) for each in node.args)
+                names = {keyword.arg: None for keyword in node.keywords}
+                if function != megakern.ParallelContext.create:  # it takes the fields of its class too
+                    inspect.signature(function).bind(*([None] * (3 if starred else len(node.args))), **names)
+                found += 1
+    assert found >= 30
+
+
+def test_settings_in_the_page_for_others_exist():
+    named = [span for span in cells(1) if re.fullmatch(r"[a-z]+\.[a-z_0-9]+", span)]
+    assert len(named) >= 45 and set(named) <= set(known_keys(RunConfig))
+
+
+def test_commands_in_the_page_for_others_parse():
+    shown = [span for span in cells(1) + cells(2) if span.startswith("megakern ")]
+    assert len(shown) >= 5
+    for command in shown:
+        assert _parser().parse_args(shlex.split(command)[1:]).command in command
 
 
 @pytest.mark.parametrize("page", PAGES, ids=str)
