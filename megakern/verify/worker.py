@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -155,6 +156,8 @@ class _Comparison:
             missing = set(expected.keys()) ^ set(tensors)
             if missing:
                 raise KeyError(f"parameters that only one of run and reference has: {', '.join(sorted(missing))}")
+            # Each rank's PyTorch says of tp with dp that two gathers are slow. They are, once a tensor of a comparison.
+            logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
             for name, tensor in tensors.items():
                 whole = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
                 if self.first:
