@@ -359,6 +359,8 @@ def test_explains_itself():
         (dict.fromkeys("kv", torch.ones(2, 5, 2, 8)), ValueError, "q and k must have the same batch size, got 1 and 2"),
         ({"window": (-1, 2)}, ValueError, r"window must be \(left, right\), each None or at least 0, got \(-1, 2\)"),
         ({"window": (1, 2, 3)}, ValueError, r"window must be \(left, right\)"),
+        ({"window": 4}, ValueError, r"window must be \(left, right\), each None or at least 0, got 4"),
+        ({"v": None}, ValueError, r"v must have shape \(B, T, H, D\), got NoneType"),
         ({"softcap": -1.0}, ValueError, "softcap must be at least 0"),
         ({"softcap": float("nan")}, ValueError, "softcap must be at least 0"),
         (

@@ -82,5 +82,8 @@ def test_single_process_is_the_identity():
     context, x = mk.ParallelContext(), torch.ones(2)
     assert (context.tp_size, context.tp_rank, context.tp_group, context.world_size) == (1, 0, None, 1)
     assert all(getattr(collectives, name)(x, None) is x for name in OPERATORS)
+    for size in ({"pp": 2}, {"cp": 2}):
+        with pytest.raises(ValueError, match="pipeline and context parallel are not in this version: pp and cp are 1"):
+            mk.ParallelContext.create(**size)
     with pytest.raises(ValueError, match="parallel sizes must be 1 or more"):
         mk.ParallelContext.create(tp=0)

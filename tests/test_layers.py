@@ -259,6 +259,9 @@ def test_wrong_use_is_named():
         mk.ParallelAttention(C, 8, kv_heads=3)
     with pytest.raises(ValueError, match="width = 32 is not divisible by heads = 5; pass head_dim"):
         mk.ParallelAttention(C, 5)
+    for make_layer in (mk.ColumnParallelLinear, mk.ParallelMLP):
+        with pytest.raises(ValueError, match=r"activation must be .*one of gelu, gelu_tanh, .*, got 'relu'"):
+            make_layer(C, C, activation="relu")
     with pytest.raises(ValueError, match=r"tokens must be in \[0, 50\), got 51"):
         make("embedding", None)(torch.tensor([0, 51]))
     with pytest.raises(ValueError, match=r"tokens must be in \[0, 50\), got -1"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -111,6 +112,8 @@ def test_repeats_are_bit_identical():
         ({"residual": torch.ones(3, 4).half()}, TypeError, "residual must have the dtype of x"),
         ({"weight": torch.ones(4).double()}, TypeError, "weight must be float32 or have the dtype of x"),
         ({"x": torch.ones(3, 4).int()}, TypeError, "x must be float16, bfloat16, float32 or float64"),
+        ({"x": np.ones((3, 4))}, TypeError, "x must be float16, .*, got a numpy.ndarray; make a tensor of it"),
+        ({"weight": None}, ValueError, r"weight must have shape \(C,\) = \(4,\), got None; pass one weight"),
         ({"x": torch.ones(3, 0)}, ValueError, r"x must have shape \(\.\.\., C\) with C > 0"),
         ({"weight": torch.ones(4, device="meta")}, ValueError, "weight must be on the device of x"),
         ({"backend": "cuda"}, ValueError, "backend 'cuda' was asked for, but"),

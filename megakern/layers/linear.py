@@ -34,7 +34,7 @@ from megakern.layers.hooks import watched
 from megakern.layers.lora import LowRank
 from megakern.layers.parallel_linear import column_parallel_activated, column_parallel_linear, row_parallel_linear
 from megakern.layers.parameter import Constant, Normal, add_parameter, initialize_standalone, local
-from megakern.ops.activation import activate, swiglu
+from megakern.ops.activation import KINDS, activate, swiglu
 from megakern.ops.mlp import Activated, linear_after
 from megakern.parallel.collectives import gather_from_tensor_parallel, scatter_to_tensor_parallel
 from megakern.parallel.context import ParallelContext
@@ -46,7 +46,7 @@ class ColumnParallelLinear(nn.Module):
     `forward(x)`: x (..., K) in the residual stream's layout, the same on every rank or a rank's tokens -> (..., N/R) of
     all tokens, or (..., N) on every rank with `gather_output`.
     activation: None, "gelu", "gelu_tanh", "relu_squared" or "silu". adapter: a LowRank, or None.
-    Raises ValueError when tp does not divide N.
+    Raises ValueError when tp does not divide N, and for another activation.
     """
 
     row_parallel = False
@@ -66,6 +66,8 @@ class ColumnParallelLinear(nn.Module):
     ):
         super().__init__()
         parallel = parallel or ParallelContext()
+        if activation is not None and activation not in KINDS:
+            raise ValueError(f"linear: activation must be None or one of {', '.join(KINDS)}, got {activation!r}")
         self.region, self.gather_output, self.activation = parallel.tensor_region, gather_output, activation
         how = {"shard": 0, "device": device, "dtype": dtype}
         add_parameter(self, "weight", (out_features, in_features), Normal(init_std), parallel, **how)

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from megakern.layers.linear import ColumnParallelLinear, RowParallelLinear, column_activated
+from megakern.ops.activation import KINDS
 from megakern.parallel.context import ParallelContext
 
 
@@ -25,7 +26,8 @@ class ParallelMLP(nn.Module):
 
     `forward(x, residual=None)`: x (B, T, C) -> (B, T, C), plus residual (B, T, C) when given; all are
     (B, T/R, C) under sequence parallelism.
-    `output_init_std` is that of fc2; None: `init_std`. Raises ValueError when tp does not divide `ffn_size`.
+    `output_init_std` is that of fc2; None: `init_std`. Raises ValueError when tp does not divide `ffn_size`, and
+    for another activation.
     """
 
     def __init__(
@@ -44,6 +46,9 @@ class ParallelMLP(nn.Module):
         super().__init__()
         parallel = parallel or ParallelContext()
         parallel.shard(ffn_size, "ffn_size")
+        kinds = (*KINDS, "swiglu")
+        if activation not in kinds:
+            raise ValueError(f"mlp: activation must be one of {', '.join(kinds)}, got {activation!r}")
         self.activation, self.gated = activation, activation == "swiglu"
         how = {"bias": bias, "parallel": parallel, "device": device, "dtype": dtype}
         if self.gated:

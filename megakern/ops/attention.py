@@ -73,8 +73,9 @@ def _problem(
 def _check(q, k, v, window, softcap, alibi_slopes, dropout_p, seed, dropout_offset, cu_seqlens) -> None:
     rank, letters = (4, "(B, T, H, D)") if cu_seqlens is None else (3, "(T, H, D) with cu_seqlens")
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.ndim != rank:
-            raise ValueError(f"attention: {name} must have shape {letters}, got {tuple(tensor.shape)}")
+        if getattr(tensor, "ndim", None) != rank:
+            found = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+            raise ValueError(f"attention: {name} must have shape {letters}, got {found}")
     checks.floating("attention", q=q, k=k, v=v)
     D, H, Hkv = q.shape[-1], q.shape[-2], k.shape[-2]
     if D == 0 or k.shape[-1] != D:
@@ -97,7 +98,8 @@ def _check(q, k, v, window, softcap, alibi_slopes, dropout_p, seed, dropout_offs
 
 
 def check_window_and_cap(op: str, window, softcap) -> None:
-    if window is not None and (len(window) != 2 or any(side is not None and side < 0 for side in window)):
+    pair = window is None or (isinstance(window, (tuple, list)) and len(window) == 2)
+    if not pair or any(side is not None and side < 0 for side in window or ()):
         raise ValueError(f"{op}: window must be (left, right), each None or at least 0, got {window}")
     if not softcap >= 0.0:
         raise ValueError(f"{op}: softcap must be at least 0 (0: none), got {softcap}")

@@ -11,8 +11,11 @@ def floating(op: str, **tensors: torch.Tensor | None) -> None:
     """All given tensors are fp16, bf16, fp32 or fp64, and of one dtype and device."""
     present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     first_name, first = next(iter(present.items()))
-    if first.dtype not in FLOATS:
-        raise TypeError(f"{op}: {first_name} must be float16, bfloat16, float32 or float64, got {first.dtype}")
+    if first.dtype not in FLOATS:  # also of numpy arrays, whose dtypes are others
+        kind = type(first)
+        foreign = f"a {kind.__module__}.{kind.__name__}; make a tensor of it"
+        found = first.dtype if isinstance(first, torch.Tensor) else foreign
+        raise TypeError(f"{op}: {first_name} must be float16, bfloat16, float32 or float64, got {found}")
     for name, tensor in present.items():
         if tensor.dtype != first.dtype:
             raise TypeError(
@@ -45,10 +48,10 @@ def same_device(op: str, first_name: str, first: torch.Tensor, name: str, tensor
 
 def shape(op: str, name: str, tensor: torch.Tensor, wanted: tuple[int, ...], meaning: str, hint: str = "") -> None:
     """`tensor` has the shape `wanted`; `meaning` is that shape in letters, as "(N, K)"."""
-    if tuple(tensor.shape) != tuple(wanted):
+    found = None if tensor is None else tuple(tensor.shape)
+    if found != tuple(wanted):
         raise ValueError(
-            f"{op}: {name} must have shape {meaning} = {tuple(wanted)}, got {tuple(tensor.shape)}"
-            + (f"; {hint}" if hint else "")
+            f"{op}: {name} must have shape {meaning} = {tuple(wanted)}, got {found}" + (f"; {hint}" if hint else "")
         )
 
 

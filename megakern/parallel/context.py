@@ -68,6 +68,8 @@ class ParallelContext:
         rest = tp * cp * pp
         if min(tp, cp, pp) < 1 or (dp is not None and dp < 1):
             raise ValueError(f"parallel sizes must be 1 or more, got pp={pp} dp={dp} cp={cp} tp={tp}")
+        if pp > 1 or cp > 1:
+            raise ValueError(f"pipeline and context parallel are not in this version: pp and cp are 1, got {pp}, {cp}")
         if world % rest or (dp is not None and rest * dp != world):
             raise ValueError(
                 f"pp={pp} x dp={dp or 'rest'} x cp={cp} x tp={tp} does not give the {world} processes "
