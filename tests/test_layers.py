@@ -270,3 +270,27 @@ def test_wrong_use_is_named():
     with pytest.raises(ValueError, match=r"dropout = 0.1 in training mode needs a dropout_key, got None; pass"):
         attention(torch.zeros(1, 2, C))
     attention.eval()(torch.zeros(1, 2, C))
+
+
+def test_a_printed_layer_says_its_sizes():
+    block = mk.TransformerBlock(GPTConfig(width=96, heads=6, kv_heads=3, window=7, bias=False))
+    text = repr(torch.nn.ModuleList([block, mk.VocabParallelEmbedding(50, C), mk.RMSNorm(C), mk.ParallelMLP(C, 64)]))
+    for shown in (
+        "(norm1): LayerNorm(96, eps=1e-05, bias=False)",
+        "heads=6, kv_heads=3 of this rank, head_dim=16, window=7",
+        "(qkv): ColumnParallelLinear(in_features=96, out_features=192, bias=False)",
+        "(fc1): ColumnParallelLinear(in_features=96, out_features=384, bias=False, activation=gelu_tanh)",
+        "(1): VocabParallelEmbedding(50, 32, rows=128)",
+        "(2): RMSNorm(32, eps=1e-06)",
+        "(fc2): RowParallelLinear(in_features=64, out_features=32, bias=True)",
+    ):
+        assert shown in text, text
+
+
+def repr_of_two() -> str:
+    return repr(mk.ParallelMLP(C, 64, parallel=mk.ParallelContext.create(tp=2)))
+
+
+def test_a_printed_layer_of_two_ranks_says_the_whole_sizes(ranks):
+    for text in ranks.run(repr_of_two, 2):
+        assert "(fc2): RowParallelLinear(in_features=64, out_features=32, bias=True, tp=2)" in text

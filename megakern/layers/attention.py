@@ -98,6 +98,10 @@ class ParallelAttention(nn.Module):
             **how,
         )
 
+    def extra_repr(self) -> str:
+        window = "" if self.window is None else f", window={self.window[0]}"
+        return f"heads={self.heads}, kv_heads={self.kv_heads} of this rank, head_dim={self.head_dim}{window}"
+
     def forward(
         self,
         x: torch.Tensor,

@@ -83,6 +83,10 @@ class VocabParallelEmbedding(nn.Module):
         add_parameter(self, "weight", (padded, width), initializer, parallel, shard=0, device=device, dtype=dtype)
         initialize_standalone(self)
 
+    def extra_repr(self) -> str:
+        rows, width = self.weight.shape
+        return f"{self.vocab_size}, {width}, rows={rows}" + (f", tp={self.region.size}" if self.region.size > 1 else "")
+
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         self._check(tokens)
         weight = local(self.weight)
@@ -127,6 +131,9 @@ class PositionEmbedding(nn.Module):
         self.region = parallel.tensor_region
         add_parameter(self, "weight", (length, width), Normal(init_std), parallel, device=device, dtype=dtype)
         initialize_standalone(self)
+
+    def extra_repr(self) -> str:
+        return ", ".join(map(str, self.weight.shape))
 
     def forward(self, positions: torch.Tensor) -> torch.Tensor:
         own = self.region.own_tokens(positions, -1)

@@ -82,6 +82,16 @@ class ColumnParallelLinear(nn.Module):
         (y,) = column_outputs(x, [self])
         return gather_from_tensor_parallel(y, self.region.group) if self.gather_output else y
 
+    def extra_repr(self) -> str:
+        return _sizes(self) + (f", activation={self.activation}" if self.activation else "")
+
+
+def _sizes(layer: ColumnParallelLinear | RowParallelLinear) -> str:
+    """Of the whole layer, for `print(model)`."""
+    N, K = layer.weight.shape
+    split = f", tp={layer.region.size}" if layer.region.size > 1 else ""
+    return f"in_features={K}, out_features={N}, bias={layer.bias is not None}{split}"
+
 
 def column_outputs(x: torch.Tensor, layers: Sequence[ColumnParallelLinear]) -> list[torch.Tensor]:
     """activation(x W^T + b), with what adapters add, of layers that read one x: they share its gathered copy."""
@@ -149,6 +159,9 @@ class RowParallelLinear(nn.Module):
             self.register_parameter("bias", None)
         self.adapter: LowRank | None = None
         initialize_standalone(self)
+
+    def extra_repr(self) -> str:
+        return _sizes(self)
 
     def forward(self, x: torch.Tensor | Activated, residual: torch.Tensor | None = None) -> torch.Tensor:
         if not self.input_is_parallel:

@@ -48,6 +48,9 @@ class LayerNorm(nn.Module):
         weight, bias = local(self.weight, partial=partial), local(self.bias, partial=partial)
         return layer_norm(x, weight, bias, self.eps, residual=residual)
 
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps}, bias={self.bias is not None}"
+
     def of_stream(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """self(x), and x to go on with: its gradient is added in the norm's backward."""
         partial = self.region.shards_sequence
@@ -81,6 +84,9 @@ class RMSNorm(nn.Module):
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None):
         weight = local(self.weight, partial=self.per_rank or self.region.shards_sequence)
         return rms_norm(x, weight, self.eps, residual=residual)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps}"
 
     def of_stream(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """self(x), and x to go on with: its gradient is added in the norm's backward."""
