@@ -38,12 +38,27 @@ def test_pages_have_snippets():
     assert found["README.md"] and found["docs/models.md"] and found["docs/api.md"] >= 4
 
 
+TEXT = "\n".join(PAGES.values())
+
+
 def commands() -> list[str]:
-    shown = re.findall(r"^\$ megakern ((?:[^\n]*\\\n)*[^\n]*)", "\n".join(PAGES.values()), re.M)
+    """Those shown with their output."""
+    shown = re.findall(r"^\$ megakern ((?:[^\n]*\\\n)*[^\n]*)", TEXT, re.M)
     return [re.sub(r"\\\n\s*", "", command) for command in shown]
 
 
-@pytest.mark.parametrize("command", commands())
+def named_commands() -> list[str]:
+    """Those in text, tables and examples that are whole: no choices, optional parts or repetitions."""
+    spans = re.findall(r"`megakern ([^`]+)`", TEXT) + re.findall(r"^    megakern ([^\n#&]+)", TEXT, re.M)
+    whole = [span.strip() for span in spans if not re.search(r"[|\[]|\.\.\.|COMMAND|FOLDER$|^\w+$", span)]
+    return sorted({span.replace(" N", " 2") for span in whole} - set(commands()))
+
+
+def test_commands_are_found():
+    assert len(commands()) >= 12 and len(named_commands()) >= 20
+
+
+@pytest.mark.parametrize("command", commands() + named_commands())
 def test_commands_that_are_shown_exist(command):
     words = shlex.split(command)
     if words[0] in OPTIONS_BESIDE_SETTINGS:
