@@ -75,6 +75,8 @@ def test_kernels_without_a_planted_bug(library, schedule):
     [
         ("reverse", [96, 1], r"thread \(\d+, 0, 0\).*planted.cu:\d+: the warp diverges: one lane is at sync_block"),
         ("reverse", [96, 2], "have left the kernel before it|leaves the kernel while others wait"),
+        ("reverse", [96, 4], "an instruction for global memory at an address in shared memory; load and store_shared"),
+        ("reverse", [96, 5], "an instruction for global memory at an address in shared memory"),
         ("uninitialised", [96, 2], "the kernel wrote behind the end of shared memory"),
         ("uninitialised", [96, 3], "uninitialised_kernel: access outside of shared memory"),
         ("chain", [3, 1], r"(?s)deadlock, (no|a) block.*[12] threads wait at memory \(yield_thread\), .*planted.cu:"),

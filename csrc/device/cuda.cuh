@@ -111,6 +111,7 @@ MK_DEVICE unsigned char* dynamic_shared_memory() {
   return start;
 }
 MK_DEVICE void check_shared_end(const unsigned char*) {}
+MK_DEVICE void check_global(const void*) {}  // the emulator's: instructions for global memory alone
 
 template <int bytes>
 using Piece = std::conditional_t<
@@ -125,7 +126,7 @@ MK_DEVICE void access(void* to, const void* from, Move move) {
   for (int i = 0; i < bytes / int(sizeof(P)); ++i) move(static_cast<P*>(to) + i, static_cast<const P*>(from) + i);
 }
 
-// Data that nobody reads or writes again soon: the first to leave the caches.
+// Data that nobody reads or writes again soon: the first to leave the caches. In global memory, as for all three here.
 template <class P>
 MK_DEVICE P load_streaming(const P* address) {
   return __ldcs(address);

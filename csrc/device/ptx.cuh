@@ -309,8 +309,8 @@ MK_DEVICE void wgmma_wait(D&... d) {
 
 #define MK_PLACES_OF_64 MK_PLACES_0
 #define MK_PLACES_OF_80 MK_PLACES_0 ", %32, %33, %34, %35, %36, %37, %38, %39"
-#define MK_PLACES_OF_96 MK_PLACES_OF_80 ", %40, %41, %42, %43, %44, %45, %46, %47"
-#define MK_PLACES_OF_112 MK_PLACES_OF_96 ", %48, %49, %50, %51, %52, %53, %54, %55"
+#define MK_PLACES_OF_112 \
+  MK_PLACES_OF_80 ", %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55"
 #define MK_PLACES_OF_128 MK_PLACES_0 ", " MK_PLACES_32
 #define MK_PLACES_OF_176                                                                          \
   MK_PLACES_OF_128 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
@@ -319,30 +319,24 @@ MK_DEVICE void wgmma_wait(D&... d) {
 #define MK_PLACES_OF_256 MK_PLACES_OF_192 ", " MK_PLACES_96
 #define MK_D_OF_64 MK_D32(0)
 #define MK_D_OF_80 MK_D32(0), MK_D8(32)
-#define MK_D_OF_96 MK_D32(0), MK_D8(32), MK_D8(40)
 #define MK_D_OF_112 MK_D32(0), MK_D8(32), MK_D8(40), MK_D8(48)
 #define MK_D_OF_128 MK_D32(0), MK_D32(32)
 #define MK_D_OF_176 MK_D32(0), MK_D32(32), MK_D8(64), MK_D8(72), MK_D8(80)
 #define MK_D_OF_192 MK_D32(0), MK_D32(32), MK_D32(64)
 #define MK_D_OF_256 MK_D32(0), MK_D32(32), MK_D32(64), MK_D32(96)
 
-template <int N>
-constexpr bool kWgmmaWidth = N == 64 || N == 80 || N == 96 || N == 112 || N == 128 || N == 176 || N == 192 || N == 256;
-
 // T bf16 or fp16. Both operands in shared memory; not accumulate: D = A B.
 template <class T, int N, bool AMajorM, bool BMajorN>
 MK_DEVICE void wgmma_ss(float (&d)[N / 2], std::uint64_t a_tile, std::uint64_t b_tile, bool accumulate) {
-  static_assert(kWgmmaWidth<N>);
+  static_assert(N == 64 || N == 80 || N == 112 || N == 128 || N == 176 || N == 256);
 #define MK_TYPES(N, ...)                                                                        \
   if constexpr (std::is_same_v<T, bf16>) MK_SS(N, "bf16", MK_PLACES_OF_##N, MK_D_OF_##N, __VA_ARGS__); \
   else MK_SS(N, "f16", MK_PLACES_OF_##N, MK_D_OF_##N, __VA_ARGS__)
   if constexpr (N == 64) MK_TYPES(64, "%32", "%33", "%34", "%35", "%36");
   if constexpr (N == 80) MK_TYPES(80, "%40", "%41", "%42", "%43", "%44");
-  if constexpr (N == 96) MK_TYPES(96, "%48", "%49", "%50", "%51", "%52");
   if constexpr (N == 112) MK_TYPES(112, "%56", "%57", "%58", "%59", "%60");
   if constexpr (N == 128) MK_TYPES(128, "%64", "%65", "%66", "%67", "%68");
   if constexpr (N == 176) MK_TYPES(176, "%88", "%89", "%90", "%91", "%92");
-  if constexpr (N == 192) MK_TYPES(192, "%96", "%97", "%98", "%99", "%100");
   if constexpr (N == 256) MK_TYPES(256, "%128", "%129", "%130", "%131", "%132");
 #undef MK_TYPES
 }
@@ -351,14 +345,11 @@ MK_DEVICE void wgmma_ss(float (&d)[N / 2], std::uint64_t a_tile, std::uint64_t b
 // and the next.
 template <class T, int N, bool BMajorN>
 MK_DEVICE void wgmma_rs(float (&d)[N / 2], const std::uint32_t (&a)[4], std::uint64_t b_tile, bool accumulate) {
-  static_assert(kWgmmaWidth<N>);
+  static_assert(N == 64 || N == 128 || N == 192 || N == 256);
 #define MK_TYPES(N, ...)                                                                        \
   if constexpr (std::is_same_v<T, bf16>) MK_RS(N, "bf16", MK_PLACES_OF_##N, MK_D_OF_##N, __VA_ARGS__); \
   else MK_RS(N, "f16", MK_PLACES_OF_##N, MK_D_OF_##N, __VA_ARGS__)
   if constexpr (N == 64) MK_TYPES(64, "%32", "%33", "%34", "%35", "%36", "%37", "%38");
-  if constexpr (N == 80) MK_TYPES(80, "%40", "%41", "%42", "%43", "%44", "%45", "%46");
-  if constexpr (N == 96) MK_TYPES(96, "%48", "%49", "%50", "%51", "%52", "%53", "%54");
-  if constexpr (N == 112) MK_TYPES(112, "%56", "%57", "%58", "%59", "%60", "%61", "%62");
   if constexpr (N == 128) MK_TYPES(128, "%64", "%65", "%66", "%67", "%68", "%69", "%70");
   if constexpr (N == 192) MK_TYPES(192, "%96", "%97", "%98", "%99", "%100", "%101", "%102");
   if constexpr (N == 256) MK_TYPES(256, "%128", "%129", "%130", "%131", "%132", "%133", "%134");

@@ -1,7 +1,7 @@
 // Vector<T, N>: N neighbours in the registers of one thread, moved in pieces of up to 16 bytes.
 //
 // load and store want addresses on a multiple of min(16, N sizeof(T)) bytes. The *_once versions are for data which
-// this kernel touches once: they leave the caches first.
+// this kernel touches once: they leave the caches first. They and store are for global memory alone.
 #pragma once
 
 #include "device/platform.cuh"
@@ -39,6 +39,7 @@ MK_DEVICE Vector<T, N> load(const T* address) {
 
 template <int N, class T>
 MK_DEVICE Vector<T, N> load_once(const T* address) {
+  check_global(address);
   Vector<T, N> v;
   access<Vector<T, N>::bytes>(v.values, address, [](auto* to, const auto* from) { *to = load_streaming(from); });
   return v;
@@ -47,6 +48,7 @@ MK_DEVICE Vector<T, N> load_once(const T* address) {
 // To global memory; store_shared to shared memory.
 template <class T, int N>
 MK_DEVICE void store(T* address, const Vector<T, N>& v) {
+  check_global(address);
   access<Vector<T, N>::bytes>(address, v.values, [](auto* to, const auto* from) { store_whole(to, *from); });
 }
 
@@ -57,6 +59,7 @@ MK_DEVICE void store_shared(T* address, const Vector<T, N>& v) {
 
 template <class T, int N>
 MK_DEVICE void store_once(T* address, const Vector<T, N>& v) {
+  check_global(address);
   access<Vector<T, N>::bytes>(address, v.values, [](auto* to, const auto* from) { store_streaming(to, *from); });
 }
 
@@ -98,6 +101,7 @@ struct Packed {
 // To be read once by this kernel, from a multiple of 16 bytes.
 template <class T>
 MK_DEVICE Packed<T> load_packed_once(const T* address) {
+  check_global(address);
   Packed<T> p;
   access<16>(p.words, address, [](auto* to, const auto* from) { *to = load_streaming(from); });
   return p;
@@ -105,6 +109,7 @@ MK_DEVICE Packed<T> load_packed_once(const T* address) {
 
 template <class T>
 MK_DEVICE void store(T* address, const Packed<T>& p) {
+  check_global(address);
   access<16>(address, p.words, [](auto* to, const auto* from) { store_whole(to, *from); });
 }
 

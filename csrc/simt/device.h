@@ -129,6 +129,7 @@ T atomic_max(T* address, T value) {
 
 inline unsigned char* dynamic_shared_memory() { return simt::self->block->shared; }
 inline void check_shared_end(const unsigned char* end) { simt::check_shared_end(end); }
+inline void check_global(const void* address) { simt::check_global(address); }
 
 // Moves `bytes` in pieces of up to 16, each of which must be aligned.
 template <int bytes, class Move>

@@ -68,6 +68,12 @@ void check_shared_end(const unsigned char* end) {
            std::to_string(self->block->shared_end - self->block->shared), {});
 }
 
+void check_global(const void* address) {
+  const auto* p = static_cast<const unsigned char*>(address);
+  if (p < self->block->shared || p >= self->block->shared_end) return;
+  fail("an instruction for global memory at an address in shared memory; load and store_shared are for both", {});
+}
+
 // Who waits for what: "128 threads wait for mbarrier 'full' phase 1 (x.cu:40), first block (0, 0, 0) thread (0, 0, 0)".
 static std::string waiters() {
   struct Group {

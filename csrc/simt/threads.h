@@ -123,6 +123,7 @@ void barrier_sync(int id, int threads, Site site);
 void barrier_arrive(int id, int threads, Site site);
 
 void check_shared_end(const unsigned char* end);
+void check_global(const void* address);
 
 struct Launch {
   const char* text;  // of MK_LAUNCH

@@ -2,6 +2,7 @@
 // against a formula, in the emulator and on a GPU. All values are whole numbers that fp32 sums exactly.
 #include "device/ptx.cuh"
 #include "device/reduce.cuh"
+#include "device/vector.cuh"
 #include "simt/tests/cases.h"
 
 namespace megakern {
@@ -275,7 +276,25 @@ MK_KERNEL void lanes_kernel(const int* x, int* out, int* counters) {
   atomic_max(counters + 1, v);
 }
 
-// y (5, count): approximations of x.
+// y (5, threads N): x, as loads and stores of N neighbours move it, through caches, past them and through shared memory.
+template <int N>
+MK_KERNEL void vectors_kernel(const std::uint16_t* x, std::uint16_t* y) {
+  SharedMemory shared;
+  std::uint16_t* rows = shared.take<std::uint16_t>(int(blockDim.x) * N);
+  const int at = int(threadIdx.x) * N, count = int(blockDim.x) * N;
+  store(y + at, load<N>(x + at));
+  store_once(y + count + at, load_once<N>(x + at));
+  store_shared(rows + at, load<N>(x + at));
+  sync_block();
+  const int other = count - N - at;
+  store(y + 2 * count + other, load<N>(rows + other));
+  if constexpr (N == 8) {
+    store(y + 3 * count + at, load_packed_once(x + at));
+    store(y + 4 * count + at, packed(load<N>(x + at)));
+  }
+}
+
+// y (7, count): approximations of x.
 MK_KERNEL void math_kernel(const float* x, float* y, int count) {
   const int i = int(blockIdx.x * blockDim.x + threadIdx.x);
   if (i >= count) return;
@@ -284,6 +303,8 @@ MK_KERNEL void math_kernel(const float* x, float* y, int count) {
   y[2 * count + i] = rcp_approx(x[i]);
   y[3 * count + i] = rsqrt(x[i]);
   y[4 * count + i] = tanh_approx(x[i]);
+  y[5 * count + i] = exp_approx(x[i]);
+  y[6 * count + i] = log_approx(x[i]);
 }
 
 // numbers: dtype, swizzle, rank, for each dimension four, the bytes by which the map begins before `base`
@@ -367,6 +388,19 @@ MK_CASE(mma) {  // a, b, d; dtype
 
 MK_CASE(lanes) {  // x, out, counters; threads
   MK_LAUNCH(lanes_kernel, 1, unsigned(a.number(0)), 0, a.place, a.tensor<int>(0), a.tensor<int>(1), a.tensor<int>(2));
+}
+
+MK_CASE(vectors) {  // x, y of 2 bytes; N, threads
+  const auto run = [&](auto n) {
+    constexpr int N = decltype(n)::value;
+    MK_LAUNCH(vectors_kernel<N>, 1, unsigned(a.number(1)), 2 * std::size_t(N) * std::size_t(a.number(1)), a.place,
+              a.tensor<std::uint16_t>(0), a.tensor<std::uint16_t>(1));
+  };
+  if (a.number(0) == 1) run(std::integral_constant<int, 1>());
+  if (a.number(0) == 2) run(std::integral_constant<int, 2>());
+  if (a.number(0) == 4) run(std::integral_constant<int, 4>());
+  if (a.number(0) == 8) run(std::integral_constant<int, 8>());
+  if (a.number(0) == 16) run(std::integral_constant<int, 16>());
 }
 
 MK_CASE(approximations) {  // x, y; count

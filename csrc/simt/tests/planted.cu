@@ -6,22 +6,24 @@
 namespace megakern {
 namespace {
 
-enum Bug : int { kNone = 0, kFirst = 1, kSecond = 2, kThird = 3 };
+enum Bug : int { kNone = 0, kFirst = 1, kSecond = 2, kThird = 3, kFourth = 4, kFifth = 5 };
 
 // y[i] = x[threads - 1 - i], through shared memory.
-// 1: half of a warp skips the barrier's branch. 2: the last warp leaves before it. 3: no barrier.
+// 1: half of a warp skips the barrier's branch. 2: the last warp leaves before it. 3: no barrier. 4, 5: an instruction for
+// global memory writes, reads shared memory.
 MK_KERNEL void reverse_kernel(const float* x, float* y, int bug) {
   SharedMemory shared;
   const int threads = int(blockDim.x), i = int(threadIdx.x);
   float* row = shared.take<float>(threads);
-  row[i] = x[i];
+  if (bug == kFourth) store(row + i, load<1>(x + i));
+  else row[i] = x[i];
   if (bug == kSecond && i >= threads - kWarp) return;
   if (bug == kFirst && i % kWarp < 16) {
     sync_block();
   } else if (bug != kThird) {
     sync_block();
   }
-  y[i] = row[threads - 1 - i];
+  y[i] = bug == kFifth ? load_once<1>(row + threads - 1 - i)[0] : row[threads - 1 - i];
 }
 
 // y[i] = the sum of x over the block. 1: the last value is never written. 2: it is written outside of what was launched.

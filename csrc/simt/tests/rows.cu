@@ -26,7 +26,7 @@ MK_KERNEL void __launch_bounds__(1024) normalize_kernel(NormalizeRows p) {
   float sum = 0.0f;
   for (int c = int(threadIdx.x) * N; c < p.C; c += int(blockDim.x) * N) {
     const Vector<float, N> v = to_float(load_once<N>(x + c));
-    store(row + c, v);
+    store_shared(row + c, v);
 #pragma unroll
     for (int i = 0; i < N; ++i) sum += v[i];
   }
