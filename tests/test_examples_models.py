@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 import random
 import re
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 
-from examples import code_model, conversation, shared, translation
+from examples import code_model, conversation, demo, shared, translation
 from tests import commands
 
 PROMISED = {"translation": 0.9, "conversation": 0.9}
@@ -31,6 +32,35 @@ def run_example(name: str, out: Path, monkeypatch, capsys, *options: str) -> str
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "--out", str(out), *options])
     importlib.import_module(f"examples.{name}").main()
     return capsys.readouterr().out
+
+
+def test_the_demo_begins_and_goes_on(tmp_path, monkeypatch, capsys):
+    """All of `make demo` on the sources of one folder, with a narrow model; started again, nothing is made twice."""
+    small = "--train.steps 4 --train.save_every 2 --train.eval_every 0 --model.width 32 --model.sequence_length 32"
+    ran: list[list[str]] = []
+
+    def megakern(*words: object) -> None:
+        ran.append([str(word) for word in words])
+        more = [*small.split(), "--data.path", str(demo.DATA)] if words[0] == "train" else []
+        print(commands.finish(commands.start(*words, *more), timeout=600))
+
+    (tmp_path / "examples").mkdir()
+    shutil.copy(demo.HERE / "demo.toml", tmp_path / "examples")
+    library = str(demo.HERE.parent / "megakern" / "data")
+    for name, value in (("HERE", tmp_path / "examples"), ("DATA", tmp_path / "data"), ("RUN", tmp_path / "run")):
+        monkeypatch.setattr(demo, name, value)
+    monkeypatch.setattr(demo, "megakern", megakern)
+    monkeypatch.setattr(demo.sysconfig, "get_paths", lambda: {"stdlib": library})
+    demo.main()
+    shown = capsys.readouterr().out
+    assert [words[0] for words in ran] == ["prepare", "train", "ckpt", "generate"]
+    for text in ("held-out loss", "2 processes", "step-00000004", "import os", "tokens/s, prompts included"):
+        assert text in shown, shown
+    assert shown.rstrip().endswith("look at run/curve.png") and (tmp_path / "run/curve.png").exists()
+    ran.clear()
+    demo.main()
+    assert ran[0][:2] == ["train", "--resume"] and len(ran) == 3
+    assert "resumed from" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["translation", "conversation", "code_model"])
