@@ -30,11 +30,14 @@ from triton.compiler import ASTSource
 
 from benchmarks import budget
 from benchmarks.compile_cases import CASES
+from megakern.kernels.triton.configs import Config
 from megakern.kernels.triton.launch import Launch, recording
 
 BUDGET = Path(__file__).with_name("compile_budget.json")
 ARCHITECTURES = (80, 90, 100)
 SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}  # bytes that one block may have
+SHARED_OF_SM = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}  # each block takes 1 KB of it beyond its own
+REGISTERS_OF_SM, WARPS_OF_SM, BLOCKS_OF_SM = 65536, 64, 32
 TENSOR_MEMORY = 512  # columns that an SM of sm_100 has; with more, ptxas makes an empty kernel
 TENSOR_CORE = re.compile(r"\b(HGMMA|UTC[A-Z]*MMA|HMMA|QGMMA|IMMA|DMMA)\b")
 TYPES = {
@@ -60,6 +63,12 @@ class Need:
     """Bytes a block."""
     tensor_core: str
     """The matrix instruction in the machine code, "" for none."""
+
+    def resident(self, warps: int, arch: int) -> int:
+        """Blocks of so many warps that fit a multiprocessor at once. Registers are handed out 8 a thread at a time."""
+        registers = -(-self.registers // 8) * 8 * 32 * warps
+        shared = SHARED_OF_SM[arch] // (self.shared + 1024)
+        return min(REGISTERS_OF_SM // registers, shared, WARPS_OF_SM // warps, BLOCKS_OF_SM)
 
 
 def launches(only: str | None, arch: int = 90) -> dict[str, Launch]:
@@ -161,28 +170,29 @@ def measure(only: str | None, architectures: tuple[int, ...]) -> dict[str, dict[
     return needs
 
 
-def reason_to_spill(arch: str, name: str) -> str:
-    """What the configuration says of spilled registers; "" where they are not tolerated."""
-    return _LAUNCHES[name, int(arch[3:])].config.spills
+def config_of(arch: str, name: str) -> Config:
+    """The configuration that a kernel of the report was compiled with."""
+    return _LAUNCHES[name, int(arch[3:])].config
 
 
 def complaints(
-    needs: dict[str, dict[str, Need]], allowed: dict, partial: bool, reason: Callable[[str, str], str] = reason_to_spill
+    needs: dict[str, dict[str, Need]], allowed: dict, partial: bool, config: Callable[[str, str], Config] = config_of
 ) -> list[str]:
-    """Why these needs do not keep to the budget; empty when they do."""
+    """Why these needs do not keep to the budget, or to what configurations say of them; empty when they do."""
     plain = {arch: {name: asdict(need) for name, need in kernels.items()} for arch, kernels in needs.items()}
-    found = [
-        f"{arch} {name}: {need.shared} bytes of shared memory, more than a block may have"
-        for arch, kernels in needs.items()
-        for name, need in kernels.items()
-        if need.shared > SHARED_LIMIT[int(arch[3:])]
-    ]
-    found += [
-        f"{arch} {name}: spills {need.spill} bytes, and its configuration does not say why that is tolerable"
-        for arch, kernels in needs.items()
-        for name, need in kernels.items()
-        if need.spill and not reason(arch, name)
-    ]
+    found = []
+    for arch, kernels in needs.items():
+        number = int(arch[3:])
+        for name, need in kernels.items():
+            chosen = config(arch, name)
+            if need.shared > SHARED_LIMIT[number]:
+                found.append(f"{arch} {name}: {need.shared} bytes of shared memory, more than a block may have")
+            if need.spill and not chosen.spills:
+                found.append(f"{arch} {name}: spills {need.spill} bytes, and its configuration does not say why")
+            if (fit := need.resident(chosen.warps, number)) < chosen.resident:
+                found.append(
+                    f"{arch} {name}: {fit} programs fit a multiprocessor, its configuration needs {chosen.resident}"
+                )
     return found + budget.complaints(allowed, "triton", triton.__version__, plain, partial)
 
 
@@ -201,7 +211,7 @@ def show(needs: dict[str, dict[str, Need]]) -> None:
     for arch, kernels in needs.items():
         print(f"\n{arch:<{width}} registers  spill B  shared B  tensor core")
         for name, need in kernels.items():
-            why = f"  spills: {reason_to_spill(arch, name)}" if need.spill else ""
+            why = f"  spills: {config_of(arch, name).spills}" if need.spill else ""
             line = f"{name:<{width}}{need.registers:>10}{need.spill:>9}{need.shared:>10}  {need.tensor_core}{why}"
             print(line.rstrip())
 

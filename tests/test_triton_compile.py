@@ -26,10 +26,10 @@ from megakern.ops.dispatch import Problem
 NEED = Need(registers=40, spill=0, shared=1024, tensor_core="HGMMA")
 
 
-def judged(need: Need, *, name="kernel", budget_name="kernel", triton_version=triton.__version__, reason="known"):
-    kernels = {"sm_90": {budget_name: vars(NEED)}}
+def judged(need: Need, *, name="kernel", budget_name="kernel", triton_version=triton.__version__, **config):
+    kernels, config = {"sm_90": {budget_name: vars(NEED)}}, configs.Config("a", {}, 4, **{"spills": "known", **config})
     return compile_report.complaints(
-        {"sm_90": {name: need}}, {"triton": triton_version, "kernels": kernels}, False, lambda arch, name: reason
+        {"sm_90": {name: need}}, {"triton": triton_version, "kernels": kernels}, False, lambda arch, name: config
     )
 
 
@@ -38,7 +38,7 @@ def test_a_budget_is_kept_or_the_rise_is_named():
     assert judged(Need(39, 0, 512, "HGMMA")) == []
     assert judged(Need(41, 0, 1024, "HGMMA")) == ["sm_90 kernel: registers rose from 40 to 41"]
     assert judged(Need(40, 8, 1024, "HGMMA")) == ["sm_90 kernel: spill rose from 0 to 8"]
-    assert "spills 8 bytes, and its configuration does not say why" in judged(Need(40, 8, 1024, "HGMMA"), reason="")[0]
+    assert "spills 8 bytes, and its configuration does not say why" in judged(Need(40, 8, 1024, "HGMMA"), spills="")[0]
     assert judged(Need(40, 0, 1040, "HGMMA")) == ["sm_90 kernel: shared rose from 1024 to 1040"]
     assert judged(Need(40, 0, 1024, "HMMA")) == ["sm_90 kernel: tensor core 'HMMA', was 'HGMMA'"]
     assert "more than a block may have" in judged(Need(40, 0, 300000, "HGMMA"))[0]
@@ -47,6 +47,16 @@ def test_a_budget_is_kept_or_the_rise_is_named():
         "sm_90 kernel: in the budget, but gone; --update",
     ]
     assert "install that one" in judged(NEED, triton_version="3.5.0")[0]
+
+
+def test_programs_that_share_a_multiprocessor_must_fit_it():
+    need = Need(65, 0, 1024, "")  # 72 registers of each of 128 threads
+    assert [need.resident(4, arch) for arch in (80, 90)] == [7, 7]
+    assert Need(32, 0, 0, "").resident(1, 90) == 32 and Need(32, 0, 0, "").resident(4, 90) == 16
+    assert [Need(32, 0, 80 << 10, "").resident(4, arch) for arch in (80, 90)] == [2, 2]
+    assert [Need(32, 0, 55 << 10, "").resident(4, arch) for arch in (80, 90)] == [2, 4]
+    assert judged(NEED, resident=12) == []
+    assert judged(NEED, resident=13) == ["sm_90 kernel: 12 programs fit a multiprocessor, its configuration needs 13"]
 
 
 def test_a_kernel_compiles_for_each_architecture_and_is_read():

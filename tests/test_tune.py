@@ -212,7 +212,16 @@ def test_classes_of_attention_are_those_that_explain_names(options, kind, monkey
     choices = configs.OPS["attention"].choices(problem)
     assert {choice.key for choice in seen} == {choice.key for choice in choices.values()} and len(seen) == 3
     assert all(choice.key.endswith(f"T<=512 S<=512 {kind}") for choice in seen)
-    assert all(choice.options == configs.ATTENTION[role, 64] for role, choice in choices.items())
+    for role, choice in choices.items():
+        assert choice.options == tuple(config for config in configs.ATTENTION[role, 64] if 9 in config.generations)
+
+
+def test_names_of_attention_tiles_are_one_configuration_each_on_every_generation():
+    """Tuning remembers them by name."""
+    for (role, BD), listed in configs.ATTENTION.items():
+        for generation in configs.MULTIPROCESSORS:
+            names = [config.name for config in listed if generation in config.generations]
+            assert names and len(set(names)) == len(names), (role, BD, generation)
 
 
 def test_the_table_of_attention_launches_each_kernel_with_each_configuration():

@@ -44,7 +44,7 @@ def few_programs(backend, monkeypatch):
     if backend == "triton":
         from megakern.kernels.triton import configs
 
-        monkeypatch.setattr(configs, "norm_programs", lambda cols: 3)
+        monkeypatch.setattr(configs, "persistent", lambda config: 3)
         yield
         return
     cuda_configs.Rows.of.cache_clear()

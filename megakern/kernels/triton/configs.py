@@ -2,7 +2,7 @@
 
 A figure says where it was measured; other reasons are counts of registers and bytes, checked by
 `benchmarks/compile_report.py`.
-A configuration depends on sizes and dtype alone, never on the machine or the clock, so results repeat everywhere.
+A configuration depends on sizes, dtype and the GPU's generation alone, never on the clock, so that results repeat.
 Rule of thumb: 16 elements a thread are two 16-byte loads of bf16: enough in flight, without filling the registers.
 """
 
@@ -28,6 +28,9 @@ class Config:
     """Why spilled registers are tolerated on some architecture; "" where they are not."""
     generations: tuple[int, ...] = (8, 9, 10)
     """Of GPUs that it is for, see `generation`."""
+    resident: int = 0
+    """Programs that fit a multiprocessor at once, for a kernel whose programs walk through the rows, see `persistent`.
+    `benchmarks/compile_report.py` holds registers and shared memory against it. 0: one program a tile."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,16 @@ def _own_generation() -> int:
     return min(10, torch.cuda.get_device_capability()[0]) if torch.cuda.is_available() else 9
 
 
+MULTIPROCESSORS = {8: 108, 9: 132, 10: 148}  # of the largest GPU of a generation
+
+
+def persistent(config: Config) -> int:
+    """Programs of a launch that walk through all rows: as many as a GPU of this generation runs at once, so that none
+    waits for another to end. Never the GPU's own count: the sums that they leave must be the same on all of its kind.
+    """
+    return config.resident * MULTIPROCESSORS[generation()]
+
+
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
@@ -77,15 +90,6 @@ def power_of_two(n: int) -> int:
 NARROWEST = 128  # narrower rows are padded to this: fewer variants to compile
 WIDEST_FORWARD = 32768  # a row and its weight in the registers of 32 warps, 32 elements of each a thread
 WIDEST_BACKWARD = 8192  # the row, its gradient and two fp32 sums: 16384 columns of that fill the register file (256 KB)
-
-
-def norm_programs(cols: int) -> int:
-    """Programs of the backward pass, each with one fp32 row of weight-gradient sums.
-
-    Up to 8 for each of about 132 SMs, as many as fit there: one, of 16 warps, for wide rows. So the sums stay below 5 %
-    of the bytes moved. Never the GPU's own count of SMs: sums must be the same on every GPU.
-    """
-    return min(1024, max(128, (1 << 20) // cols))
 
 
 def norm_forward(C: int) -> tuple[Config, ...]:
@@ -108,32 +112,41 @@ def norm_forward(C: int) -> tuple[Config, ...]:
     return (*options, *more)
 
 
-def norm_backward(C: int) -> tuple[Config, ...]:
-    """STAGES: tiles of rows on their way, this one included; 0: the next one, in registers. On an H200, LayerNorm |
-    RMSNorm in us, stages 3, 2, 1: 65536 x 1024 131, 175, 169 | 103, 115, 113; 32768 x 4096 200, 269, 255 |
-    200, 251, 238; 8192 x 8192, stages 2, 1: 170, 153 | 156, 136. With 0 stages, not yet measured, the only program of
-    an SM loads a row while it computes another, and the statistics of a row once, not for each column of a thread.
+def norm_backward(C: int, column_bytes: int) -> tuple[Config, ...]:
+    """Rows of 16 elements a thread: their values and two sums each take the 128 registers of 512 threads an SM. STAGES:
+    tiles on their way, this one included; of three, 64 KB of bf16 are in flight on an SM, at any width.
+
+    On an H200, us of LayerNorm | RMSNorm before both sums were one reduction and statistics came a tile ahead:
+    32768 x 4096, stages 3, 2, 1: 200, 269, 255 | 200, 251, 238; 8192 x 8192, stages 2, 1: 170, 153 | 156, 136;
+    65536 x 1024 of 4 warps, 924 of whose 1024 programs fit: 131, 175, 169 | 103, 115, 113; 4096 x 32768 in chunks of
+    4096, whose rows on all SMs, 84 MB, are more than L2 has: 511 | 455. With today's kernel: not yet measured.
     """
     cols = max(NARROWEST, power_of_two(C))
     few = "48 bytes or less, in a loop that waits for memory: ptxas prefers fewer registers, so that more programs fit"
     if cols > WIDEST_BACKWARD:
-        why = "a row in chunks; its second reading comes from L2"
-        return (Config("backward-chunks", {"COLS": 4096}, 8, why=why, spills=few),)
-    rows, warps = max(1, 1024 // cols), {2048: 4, 4096: 8, 8192: 16}.get(cols, 4)
-    name = f"backward-row-{warps}" if cols > 1024 else "backward-rows"
-    why = f"{rows * cols // warps // 32} elements of four a thread"
+        return tuple(
+            Config(f"backward-chunks-{chunk}", {"COLS": chunk}, chunk // 512, spills=few, why=why)
+            for chunk, why in (
+                (16384, "one row an SM at a time, so that all of them stay in L2 for their second reading"),
+                (8192, "one or two rows an SM at a time, as registers allow"),
+                (4096, "three to five rows an SM, which go beyond L2"),
+            )
+        )
+    rows, warps = max(1, 512 // cols), max(1, cols // 512)
+    name = f"backward-row-{warps}" if rows == 1 else f"backward-rows-{rows}"
 
-    def staged(stages: int) -> Config:
+    def staged(stages: int, why: str) -> Config:
         tiles = {"ROWS": rows, "COLS": cols, "STAGES": stages}
-        return Config(name if stages == 2 else f"{name}-stages-{stages}", tiles, warps, why=why, spills=few)
+        return Config(f"{name}-stages-{stages}", tiles, warps, why=why, spills=few, resident=16 // warps)
 
-    if cols == 8192:
-        return staged(0), staged(1), staged(2)
-    return staged(3), staged(2), staged(1)
+    at_once = staged(1, "16 elements of four a thread; other programs load while one computes")
+    if column_bytes > 8:  # of all that is read: fp32 with a residual. Two tiles ahead are 192 KB, which sm_80 has not
+        return staged(2, "16 elements of four a thread; 96 KB an SM on their way"), at_once
+    return staged(3, "16 elements of four a thread; two tiles on their way, also where one program fits an SM"), at_once
 
 
 WEIGHT_GRADIENT_CHUNKS = Config(
-    "weight-chunks", {"ROWS": 8, "COLS": 256, "STAGES": 3}, 4,
+    "weight-chunks", {"ROWS": 8, "COLS": 256, "STAGES": 3}, 4, resident=4,
     why="512 bytes of bf16 a row: whole sectors; 16 elements a thread",
 )  # fmt: skip
 SUM_PARTS = Config(
@@ -150,7 +163,8 @@ def norm(which: str, C: int, dtype: torch.dtype, centre: bool, residual: bool) -
 @functools.lru_cache(maxsize=256)
 def _norm_choice(which, C, dtype, centre, residual) -> Choice:
     kind = f"{'layer' if centre else 'rms'}_norm{' residual' if residual else ''}"
-    options = norm_forward(C) if which == "forward" else norm_backward(C)
+    column_bytes = dtype.itemsize * (3 if residual else 2)
+    options = norm_forward(C) if which == "forward" else norm_backward(C, column_bytes)
     return Choice(options, f"{kind} {which} {str(dtype).removeprefix('torch.')} C={C}")
 
 
@@ -193,11 +207,18 @@ def _rope(problem) -> dict[str, Config]:
 
 # --- cross-entropy ---
 
+
+def _vocabulary_config(steps: int, lanes: int, warps: int, why: str) -> Config:
+    return Config(f"vocabulary-{steps}x{lanes}-{warps}", {"STEPS": steps, "LANES": lanes}, warps, why=why)
+
+
+# With a maximum of the whole row for each piece, for which all threads of a program waited, an H200 took 605 us of
+# 8192 x 131072 (83 % of its copy rate; three stages 621, pieces twice as long 670). With one a lane: not yet measured.
 CROSS_ENTROPY = (
-    Config("vocabulary-4096-at-once", {"COLS": 4096, "STAGES": 1}, 8, why="605 us of 8192 x 131072 on an H200"),
-    Config("vocabulary-4096", {"COLS": 4096, "STAGES": 3}, 8, why="two more pieces on their way: 621 us"),
-    Config("vocabulary-8192", {"COLS": 8192, "STAGES": 3}, 16, why="twice as much for each maximum: 670 us"),
-    Config("vocabulary-2048", {"COLS": 2048, "STAGES": 3}, 4, why="half as many threads wait for each maximum"),
+    _vocabulary_config(4, 1024, 4, "four 16-byte loads of bf16 a thread on their way; 1.25 exponentials a column"),
+    _vocabulary_config(4, 2048, 8, "the same a thread; half as many programs, which take turns less often"),
+    _vocabulary_config(2, 2048, 8, "two loads a thread, of more threads; 1.5 exponentials a column"),
+    _vocabulary_config(8, 1024, 4, "eight loads a thread; 1.12 exponentials a column"),
 )
 CROSS_ENTROPY_GRADIENT = tuple(  # 95 % of an H200's copy rate with the first
     Config(f"gradient-{cols}", {"COLS": cols}, cols // 512, why="16 elements a thread") for cols in (4096, 8192, 2048)
@@ -343,33 +364,47 @@ def _attention_tile(
 
 # (role, BD) -> the configuration of 16-bit dtypes, first, and the others that are worth a measurement.
 # Figures of head dim 128: benchmarks/tune_attention.py on an H200, triton 3.6, bf16, causal, 2x8192x64x8x128, each
-# kernel alone. Other head dims are not yet measured.
+# kernel alone. Other head dims, and other generations than 9, are not yet measured: there, what does not spill comes
+# first. Counts of spilled bytes are those of `compile_report` with triton 3.7.
 ATTENTION: dict[tuple[str, int], tuple[Config, ...]] = {
     ("forward", 64): (
-        _attention_tile("128x64", 128, 64, 4, 3, "64 fp32 scores and 64 sums a thread; three programs an SM"),
-        _attention_tile("128x128", 128, 128, 8, 3, "64 scores and 32 sums a thread, half the steps"),
+        _attention_tile("128x64", 128, 64, 4, 3, "64 fp32 scores and 64 sums a thread; three programs an SM", (9, 10)),
+        _attention_tile("128x64-8-warps", 128, 64, 8, 3, "of 4 warps on sm_80 48 bytes spill, in the loop", (8,)),
+        _attention_tile(
+            "128x128", 128, 128, 8, 3,
+            "64 scores and 32 sums a thread, half the steps; on sm_100 80 bytes spill, in the loop", (9,),
+        ),
     ),
     ("forward", 128): (
-        _attention_tile("128x128", 128, 128, 8, 3, "495 TFLOP/s; two stages 419, one 343"),
-        _attention_tile("128x64", 128, 64, 8, 3, "453; two stages 417, four 446"),
+        _attention_tile("128x128", 128, 128, 8, 3, "495 TFLOP/s; two stages 419, one 343", (9,)),
+        _attention_tile("128x64", 128, 64, 8, 3, "453; two stages 417, four 446; spills nothing on sm_80 and sm_100"),
     ),
     ("forward", 256): (
         _attention_tile("128x64", 128, 64, 8, 2, "32 fp32 scores and 128 sums a thread; 192 KB of shared memory"),
         _attention_tile("64x64", 64, 64, 4, 2, "the same a thread; 160 KB"),
     ),
+    # What spills in this pass, with triton 3.6 on sm_90 some 400 bytes, are addresses of the next head's first tiles:
+    # read once for each head of a group, outside of the loops.
     ("key-value gradient", 64): (
-        _attention_tile("64x128", 64, 128, 8, 3, "32 + 32 fp32 scores, 32 + 32 sums a thread"),
-        _attention_tile("128x128", 128, 128, 8, 2, "64 + 64 scores, 32 + 32 sums a thread, half the steps"),
+        _attention_tile("64x128", 64, 128, 8, 3, "32 + 32 fp32 scores, 32 + 32 sums a thread", (9,)),
+        _attention_tile("64x128-2-stages", 64, 128, 8, 2, "spills nothing with triton 3.7", (9,)),
+        _attention_tile(
+            "32x128", 32, 128, 8, 2, "16 + 16 scores, spills nothing; 64 rows 640 bytes on sm_100, 96 on sm_80", (8, 10)
+        ),
+        _attention_tile("64x64", 64, 64, 8, 2, "spills nothing either, with half of the 128 rows of tcgen05", (10,)),
     ),
     ("key-value gradient", 128): (
         # 16 bytes spill on sm_90, once for each head of a group; when it was measured, 144.
-        _attention_tile("32x128", 32, 128, 8, 4, "339 TFLOP/s; three stages 308; 64x128, which spills, 301"),
-        _attention_tile("32x64", 32, 64, 4, 3, "329; two stages 281"),
+        _attention_tile("32x128", 32, 128, 8, 4, "339 TFLOP/s; three stages 308; 64x128, which spills, 301", (9,)),
+        _attention_tile("32x64", 32, 64, 4, 3, "329; two stages 281", (9,)),
+        _attention_tile("32x64-8-warps", 32, 64, 8, 2, "spills nothing; with 128 keys 40 bytes", (8,)),
+        _attention_tile("32x128-2-stages", 32, 128, 8, 2, "480 bytes spill, none in a loop; four stages 696", (10,)),
+        _attention_tile("32x128-1-stage", 32, 128, 8, 1, "spills nothing, and loads nothing ahead", (10,)),
     ),
     ("key-value gradient", 256): (
         # Counted, not measured: with 32 keys products are mma, and a step of 32 x 32 reads 390 KB of shared memory; of
         # 64 keys they are wgmma, and a step of twice the work reads 350 KB.
-        _attention_tile("32x64", 32, 64, 8, 2, "wgmma, 128 sums a thread", generations=(9,)),
+        _attention_tile("32x64", 32, 64, 8, 2, "wgmma, 128 sums a thread", (9,)),
         _attention_tile(
             "32x32", 32, 32, 8, 2,
             "sums of 64 keys do not fit beside the scores: neither in registers nor in the tensor memory of sm_100",
@@ -377,10 +412,10 @@ ATTENTION: dict[tuple[str, int], tuple[Config, ...]] = {
     ),
     ("query gradient", 64): (
         _attention_tile("128x64", 128, 64, 8, 3, "32 + 32 fp32 scores, 32 sums a thread"),
-        _attention_tile("128x128", 128, 128, 8, 2, "64 + 64 scores, 32 sums a thread, half the steps"),
+        _attention_tile("128x128", 128, 128, 8, 2, "64 + 64 scores, 32 sums a thread, half the steps", (9, 10)),
     ),
     ("query gradient", 128): (
-        _attention_tile("128x64", 128, 64, 8, 3, "381 TFLOP/s; two stages 362, one 291"),
+        _attention_tile("128x64", 128, 64, 8, 3, "381 TFLOP/s; two stages 362, one 291; sm_80 spills 32", (9, 10)),
         _attention_tile("64x64", 64, 64, 4, 2, "377; three stages 329"),
     ),
     ("query gradient", 256): (

@@ -21,7 +21,15 @@ from megakern.parallel.collectives import all_reduce_in_place
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # of fp32: the maximum of a row of -inf, or of nothing but padding
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+
 # --- kernels ---
+
+
+@triton.jit
+def exp(x):
+    """`tl.exp` keeps results below 1e-38, at three instructions more; they count nothing beside the maximum's 1."""
+    return tl.exp2(x * LOG2_E)
 
 
 @triton.jit
@@ -37,32 +45,56 @@ def _loss(log_sum, peak, at_target, total, target, ignore_index, vocab_size, smo
 
 
 @triton.jit
+def _meet_logits(peaks, sums, totals, value, inside, seen, SMOOTH: tl.constexpr):
+    """Lanes (1, LANES) with a maximum, and sums relative to it, take in `value` (STEPS, LANES); -inf counts nothing.
+
+    A lane's columns are in one thread, whatever their alignment: none waits for another before the row has ended, and
+    there is one exponential more for STEPS columns. seen: columns that a lane has taken in so far, for SMOOTH.
+    """
+    higher = tl.maximum(peaks, tl.max(value, 0, keep_dims=True))
+    value -= higher
+    sums = sums * exp(peaks - higher) + tl.sum(exp(value), 0, keep_dims=True)
+    if SMOOTH:  # what a lane has seen moves with its maximum
+        if inside is not None:
+            value = tl.where(inside, value, 0.0)
+        totals += (peaks - higher) * seen + tl.sum(value, 0, keep_dims=True)
+    return higher, sums, totals
+
+
+@triton.jit
 def _cross_entropy_forward(
     logits, targets, loss, lse, peaks, sums, M, V, stride, start, real, vocab_size, ignore_index, smoothing, z_loss,
-    SMOOTH: tl.constexpr, FINISH: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr,
+    SMOOTH: tl.constexpr, FINISH: tl.constexpr, STEPS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Program i: row i. FINISH: its loss and lse; else its maximum and (2 or 3, M) sums relative to it."""
     row = tl.program_id(0).to(tl.int64)
-    lane = tl.arange(0, COLS)
+    lane = tl.arange(0, STEPS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     target = tl.load(targets + row)
-    peak = LOWEST
-    sums_of_lanes = tl.zeros((COLS,), tl.float32)
-    totals = tl.zeros((COLS,), tl.float32)
     own = target - start
     owned = (own >= 0) & (own < real) & (target != ignore_index)
     at_target = tl.load(logits + row * stride + own, owned, 0.0).to(tl.float32)  # before the loop: nobody waits for it
-    for first in tl.range(0, real, COLS, num_stages=STAGES):
-        cols = first + lane
-        value = tl.load(logits + row * stride + cols, cols < real, float("-inf")).to(tl.float32)
-        higher = tl.maximum(peak, tl.max(value))
-        sums_of_lanes = sums_of_lanes * tl.exp(peak - higher) + tl.exp(value - higher)
-        if SMOOTH:
-            # Each lane's sum is kept relative to the maximum so far: `seen` columns of the lane move with it.
-            totals += (peak - higher) * (first // COLS) + tl.where(cols < real, value - higher, 0.0)
-        peak = higher
+    lane_peaks = tl.full((1, LANES), LOWEST, tl.float32)
+    lane_sums = tl.zeros((1, LANES), tl.float32)
+    lane_totals = tl.zeros((1, LANES), tl.float32)
+    whole = real // (STEPS * LANES)
+    here = logits + row * stride + lane
+    for piece in range(0, whole):
+        value = tl.load(here + piece * (STEPS * LANES)).to(tl.float32)
+        lane_peaks, lane_sums, lane_totals = _meet_logits(
+            lane_peaks, lane_sums, lane_totals, value, None, piece * STEPS, SMOOTH
+        )
+    inside = whole * (STEPS * LANES) + lane < real
+    value = tl.load(here + whole * (STEPS * LANES), inside, float("-inf")).to(tl.float32)
+    lane_peaks, lane_sums, lane_totals = _meet_logits(
+        lane_peaks, lane_sums, lane_totals, value, inside, whole * STEPS, SMOOTH
+    )
+    peak = tl.max(lane_peaks)
     at_target = tl.where(owned, at_target - peak, 0.0)
-    log_sum = tl.sum(sums_of_lanes)
-    total = tl.sum(totals)
+    log_sum = tl.sum(lane_sums * exp(lane_peaks - peak))
+    total = 0.0
+    if SMOOTH:
+        seen = whole * STEPS + tl.sum(inside.to(tl.int32), 0, keep_dims=True)
+        total = tl.sum(lane_totals + tl.where(seen > 0, (lane_peaks - peak) * seen, 0.0))
     if FINISH:
         value, row_lse = _loss(
             tl.log(log_sum), peak, at_target, total, target, ignore_index, vocab_size, smoothing, z_loss, SMOOTH

@@ -165,7 +165,7 @@ def _column_sum(rows):
     M, N = rows.shape
     config = configs.WEIGHT_GRADIENT_CHUNKS
     columns = cdiv(N, config.tiles["COLS"])
-    P = min(cdiv(M, config.tiles["ROWS"]), cdiv(configs.norm_programs(1024), columns))
+    P = min(cdiv(M, config.tiles["ROWS"]), max(1, configs.persistent(config) // columns))
     parts = empty((P, N), torch.float32, rows.device)
     launch(_column_sums, (columns, P), rows, parts, M, N, rows.stride(0), config=config)
     return sum_parts(parts, torch.float32)[0]

@@ -101,48 +101,48 @@ def _norm_backward_rows(
 ):  # fmt: skip
     """Program i of P: row tiles i, i + P, ...; row i of the parts gets its sums over these rows."""
     program = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, ROWS)[:, None]
     cols = tl.arange(0, COLS)[None, :]
     scale = tl.load(weight + cols, cols < C, 0.0).to(tl.float32)
-    dweight = tl.zeros((1, COLS), tl.float32)
-    dbias = tl.zeros((1, COLS), tl.float32)
-    # The next tiles come from memory while this one is computed: of wide rows an SM holds one program alone. Through
-    # shared memory, or (STAGES 0, one row a tile) the next row alone into registers, two 16-bit values in each.
-    if STAGES == 0:
-        next_gradient = tl.load(dy + program * dy_stride + cols, (program < M) & (cols < C), 0.0)
-        next_normed = tl.load(h + program * h_stride + cols, (program < M) & (cols < C), 0.0)
-    for tile in tl.range(program, tl.cdiv(M, ROWS), tl.num_programs(0), num_stages=STAGES if STAGES > 0 else 1):
-        rows = tile * ROWS + tl.arange(0, ROWS)[:, None]
+    share = 1.0 / C
+    # A sum for each row of a tile and column: what threads add up between them is added once, behind the loop.
+    dweight = tl.zeros((ROWS, COLS), tl.float32)
+    dbias = tl.zeros((ROWS, COLS), tl.float32)
+    # Tiles of the next rows are on their way through shared memory; their statistics, a few bytes, come a tile ahead
+    # in registers: a load within the tile would make it wait for memory once more.
+    rows = program * ROWS + lane
+    next_inverse = tl.load(rstd + rows, rows < M, 0.0)
+    if CENTRE:
+        next_centre = tl.load(mean + rows, rows < M, 0.0)
+    for tile in tl.range(program, tl.cdiv(M, ROWS), tl.num_programs(0), num_stages=STAGES):
+        rows = tile * ROWS + lane
         mask = (rows < M) & (cols < C)
-        if STAGES == 0:
-            gradient = next_gradient.to(tl.float32)
-            normed = next_normed.to(tl.float32)
-            ahead = tile + tl.num_programs(0)
-            next_gradient = tl.load(dy + ahead * dy_stride + cols, (ahead < M) & (cols < C), 0.0)
-            next_normed = tl.load(h + ahead * h_stride + cols, (ahead < M) & (cols < C), 0.0)
-            inverse = tl.load(rstd + tile)  # a scalar: a tile of one row is loaded once for each of a thread's columns
-            if CENTRE:
-                normed -= tl.load(mean + tile)
-        else:
-            gradient = tl.load(dy + rows * dy_stride + cols, mask, 0.0).to(tl.float32)
-            normed = tl.load(h + rows * h_stride + cols, mask, 0.0).to(tl.float32)
-            inverse = tl.load(rstd + rows, rows < M, 0.0)
-            if CENTRE:
-                normed -= tl.load(mean + rows, rows < M, 0.0)
-        normed *= inverse
-        dweight += tl.sum(gradient * normed, 0, keep_dims=True)
-        if dbias_parts is not None:
-            dbias += tl.sum(gradient, 0, keep_dims=True)
-        gradient *= scale
-        out = gradient - normed * (tl.sum(gradient * normed, 1, keep_dims=True) / C)
+        gradient = tl.load(dy + rows * dy_stride + cols, mask, 0.0).to(tl.float32)
+        normed = tl.load(h + rows * h_stride + cols, mask, 0.0).to(tl.float32)
+        inverse = next_inverse
+        ahead = (tile + tl.num_programs(0)) * ROWS + lane
+        next_inverse = tl.load(rstd + ahead, ahead < M, 0.0)
         if CENTRE:
-            out -= tl.sum(gradient, 1, keep_dims=True) / C
-        out *= inverse
+            normed -= next_centre
+            next_centre = tl.load(mean + ahead, ahead < M, 0.0)
+        normed *= inverse
+        dweight += gradient * normed
+        if dbias_parts is not None:
+            dbias += gradient
+        gradient *= scale
+        if CENTRE and ROWS == 1:  # both sums in one reduction: half the barriers
+            along, level = tl.split(tl.sum(tl.join(gradient * normed, gradient), 1))
+            along, level = along[:, None], level[:, None]
+        else:  # each row of a tile lies within one warp
+            along = tl.sum(gradient * normed, 1, keep_dims=True)
+            level = tl.sum(gradient, 1, keep_dims=True) if CENTRE else 0.0
+        out = gradient * inverse - (normed * (along * share * inverse) + level * share * inverse)
         if dh is not None:
             out += tl.load(dh + rows * dh_stride + cols, mask, 0.0).to(tl.float32)
         tl.store(dx + rows * C + cols, out.to(dx.dtype.element_ty), mask)
-    tl.store(dweight_parts + program * C + cols, dweight, cols < C)
+    tl.store(dweight_parts + program * C + cols, tl.sum(dweight, 0, keep_dims=True), cols < C)
     if dbias_parts is not None:
-        tl.store(dbias_parts + program * C + cols, dbias, cols < C)
+        tl.store(dbias_parts + program * C + cols, tl.sum(dbias, 0, keep_dims=True), cols < C)
 
 
 @triton.jit
@@ -161,8 +161,9 @@ def _norm_backward_chunks(
     level = tl.zeros((COLS,), tl.float32)
     for start in range(0, C, COLS):
         cols = start + lane
-        normed = (tl.load(h + row * h_stride + cols, cols < C, 0.0).to(tl.float32) - centre) * inverse
-        gradient = tl.load(dy + row * dy_stride + cols, cols < C, 0.0).to(tl.float32)
+        normed = tl.load(h + row * h_stride + cols, cols < C, 0.0, eviction_policy="evict_last")
+        normed = (normed.to(tl.float32) - centre) * inverse
+        gradient = tl.load(dy + row * dy_stride + cols, cols < C, 0.0, eviction_policy="evict_last").to(tl.float32)
         gradient *= tl.load(weight + cols, cols < C, 0.0).to(tl.float32)
         along += gradient * normed
         if CENTRE:
@@ -171,8 +172,9 @@ def _norm_backward_chunks(
     shift = tl.sum(level) / C
     for start in range(0, C, COLS):
         cols = start + lane
-        normed = (tl.load(h + row * h_stride + cols, cols < C, 0.0).to(tl.float32) - centre) * inverse
-        gradient = tl.load(dy + row * dy_stride + cols, cols < C, 0.0).to(tl.float32)
+        normed = tl.load(h + row * h_stride + cols, cols < C, 0.0, eviction_policy="evict_first")
+        normed = (normed.to(tl.float32) - centre) * inverse
+        gradient = tl.load(dy + row * dy_stride + cols, cols < C, 0.0, eviction_policy="evict_first").to(tl.float32)
         gradient *= tl.load(weight + cols, cols < C, 0.0).to(tl.float32)
         out = (gradient - normed * slope - shift) * inverse
         if dh is not None:
@@ -240,7 +242,7 @@ def norm_forward(x, weight, bias, residual, eps, centre):
     M = x.shape[0]
 
     def call(config):
-        if config.name == "forward-chunks":
+        if "ROWS" not in config.tiles:
             launch(_norm_forward_chunks, (M,), *tensors, C, *strides, eps, config=config, CENTRE=centre)
         else:
             grid = (cdiv(M, config.tiles["ROWS"]),)
@@ -264,12 +266,12 @@ def norm_backward(dy, dh, h, weight, mean, rstd, with_bias, centre):
 
     def call(config):
         nonlocal parts
-        if config.name == "backward-chunks":
+        if "ROWS" not in config.tiles:
             tensors = (dy, dh, h, weight, mean, rstd, dx)
             launch(_norm_backward_chunks, (M,), *tensors, C, *strides, config=config, CENTRE=centre)
             parts = _weight_gradient_parts(dy, h, mean, rstd, with_bias, centre)
         else:
-            P = min(cdiv(M, config.tiles["ROWS"]), configs.norm_programs(config.tiles["COLS"]))
+            P = min(cdiv(M, config.tiles["ROWS"]), configs.persistent(config))
             parts = _parts(P, C, with_bias, h.device)
             tensors = (dy, dh, h, weight, mean, rstd, dx, *parts)
             launch(_norm_backward_rows, (P,), *tensors, M, C, *strides, config=config, CENTRE=centre)
@@ -284,7 +286,7 @@ def norm_backward(dy, dh, h, weight, mean, rstd, with_bias, centre):
 def _weight_gradient_parts(dy, h, mean, rstd, with_bias, centre):
     (M, C), config = h.shape, configs.WEIGHT_GRADIENT_CHUNKS
     columns = cdiv(C, config.tiles["COLS"])
-    P = min(cdiv(M, config.tiles["ROWS"]), cdiv(configs.norm_programs(1024), columns))
+    P = min(cdiv(M, config.tiles["ROWS"]), max(1, configs.persistent(config) // columns))
     parts = _parts(P, C, with_bias, h.device)
     tensors, strides = (dy, h, mean, rstd, *parts), (dy.stride(0), h.stride(0))
     launch(_norm_weight_gradient_chunks, (columns, P), *tensors, M, C, *strides, config=config, CENTRE=centre)
