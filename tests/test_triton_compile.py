@@ -16,10 +16,11 @@ from torch._functorch.aot_autograd import aot_export_joint_simple
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 
-from benchmarks import compile_report
+from benchmarks import compile_report, launch_cost_triton
 from benchmarks.compile_report import Need
 from megakern.kernels import triton as backend
 from megakern.kernels.triton import configs
+from megakern.kernels.triton import norm as triton_norm
 from megakern.ops import activation, attention, cross_entropy, dropout, linear, norm, rope  # noqa: F401 - they define the ops
 from megakern.ops.dispatch import Problem
 
@@ -73,6 +74,33 @@ def test_every_op_and_dtype_is_in_the_committed_budget():
         for op in set(configs.OPS) - {"linear_swiglu"}:  # whose kernels are those of linear and swiglu
             kinds = {word for name in names if name.startswith(f"{op} ") for word in name.split()}
             assert {"bf16", "fp16", "fp32"} <= kinds, f"{op} is not in the budget of sm_{arch} for every dtype"
+
+
+def test_a_launch_gives_the_driver_the_arguments_and_machine_code_for_their_alignment():
+    weight, x = torch.ones(64), torch.ones(3 * 64 + 1)
+    kernel = triton_norm._norm_forward_rows
+    before = dict(kernel.device_caches)
+    with launch_cost_triton.without_gpu() as driver:
+        for offset, loaded in ((0, 1), (0, 1), (1, 2), (0, 2)):
+            rows = x[offset : offset + 192].view(3, 64)
+            y, *_ = triton_norm.norm_forward(rows, weight, None, None, 1e-5, False)
+            assert driver.loaded == loaded, "code for rows at a multiple of 16 bytes is not for other rows"
+            grid, arguments = driver.last[:3], driver.last[9:]
+            assert grid == (1, 1, 1)  # 16 rows of 128 padded columns
+            given = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments[:10]]
+            assert given[0] == rows.data_ptr() and given[2] == weight.data_ptr() and given[4] == y.data_ptr()
+            assert given[8:10] == [3, 64]
+        assert driver.launches == 4
+    assert kernel.device_caches == before, "what the stand-in loaded must be gone with it"
+
+
+def test_every_launcher_of_the_launch_cost_benchmark_starts_its_kernels():
+    with launch_cost_triton.without_gpu() as driver:
+        for name, call in launch_cost_triton.calls().items():
+            before = driver.launches
+            assert call() is not None
+            wanted = 0 if name == launch_cost_triton.YARDSTICK else 2 if "backward" in name else 1
+            assert driver.launches - before == wanted, name
 
 
 # --- what the backend refuses, and why ---

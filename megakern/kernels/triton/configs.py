@@ -32,6 +32,11 @@ class Config:
     """Programs that fit a multiprocessor at once, for a kernel whose programs walk through the rows, see `persistent`.
     `benchmarks/compile_report.py` holds registers and shared memory against it. 0: one program a tile."""
 
+    @functools.cached_property
+    def keywords(self) -> dict[str, int]:
+        """What a launch passes by name for it."""
+        return {**self.tiles, "num_warps": self.warps, "num_stages": self.stages}
+
 
 @dataclass(frozen=True)
 class Choice:
