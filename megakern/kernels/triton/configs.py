@@ -129,13 +129,22 @@ def norm_backward(C: int, column_bytes: int) -> tuple[Config, ...]:
     cols = max(NARROWEST, power_of_two(C))
     few = "48 bytes or less, in a loop that waits for memory: ptxas prefers fewer registers, so that more programs fit"
     if cols > WIDEST_BACKWARD:
+        reasons = {
+            16384: "one row an SM at a time, so that all of them stay in L2 for their second reading",
+            8192: "one or two rows an SM at a time, as registers allow",
+            4096: "three to five rows an SM, which go beyond L2",
+        }
+        if column_bytes >= 8:  # fp32, which spills 80 bytes with 64 registers
+            del reasons[16384]
         return tuple(
-            Config(f"backward-chunks-{chunk}", {"COLS": chunk}, chunk // 512, spills=few, why=why)
-            for chunk, why in (
-                (16384, "one row an SM at a time, so that all of them stay in L2 for their second reading"),
-                (8192, "one or two rows an SM at a time, as registers allow"),
-                (4096, "three to five rows an SM, which go beyond L2"),
+            Config(
+                f"backward-chunks-{chunk}",
+                {"COLS": chunk},
+                chunk // 512,
+                spills=few,
+                why=f"16 elements a thread; {why}",
             )
+            for chunk, why in reasons.items()
         )
     rows, warps = max(1, 512 // cols), max(1, cols // 512)
     name = f"backward-row-{warps}" if rows == 1 else f"backward-rows-{rows}"
@@ -214,7 +223,10 @@ def _rope(problem) -> dict[str, Config]:
 
 
 def _vocabulary_config(steps: int, lanes: int, warps: int, why: str) -> Config:
-    return Config(f"vocabulary-{steps}x{lanes}-{warps}", {"STEPS": steps, "LANES": lanes}, warps, why=why)
+    spills = "8 bytes on sm_90 of fp32: ptxas prefers 48 registers, so that more programs fit" if steps == 2 else ""
+    return Config(
+        f"vocabulary-{steps}x{lanes}-{warps}", {"STEPS": steps, "LANES": lanes}, warps, why=why, spills=spills
+    )
 
 
 # With a maximum of the whole row for each piece, for which all threads of a program waited, an H200 took 605 us of
