@@ -2,13 +2,15 @@
 megakern/kernels/triton/configs.py, and the sizes in megakern/kernels/cuda/attention*.py.
 
     python -m benchmarks.tune_attention [--backend cuda triton] [--shape 2x8192x64x8x128[:full] ...] [--dtype bf16]
-                                        [--role ...] [--json FILE]
+                                        [--decode 32x8192x64x8x128 ...] [--role ...] [--json FILE]
 
 Triton: each kernel is launched alone: the named configurations, and those of GRID below. They are compiled first, on
 all cores. C++: forward and backward whole; each tile of the forward pass, and with heads side by side whose data fill
-so many MB of cache; dq is added in any order and in a fixed one. FLOPs are those of attention (forward 1, backward
-2.5), not of the products a kernel makes: of the backward pass the key-value gradient counts 1.5 and the query gradient
-1. A configuration that does not fit on the GPU is named. Other tables: --shape 2x8192x64x8x128:full 1x8192x16x16x256
+so many MB of cache; dq is added in any order and in a fixed one; PyTorch's FlashAttention 2 and cuDNN beside them.
+FLOPs are those of attention (forward 1, backward 2.5), not of the products a kernel makes: of the backward pass the
+key-value gradient counts 1.5 and the query gradient 1. Decoding, one query a sample, BxSxHxHkvxD: pieces that the keys
+are split into; bytes of keys and values. A configuration that does not fit on the GPU is named. Other tables:
+--shape 2x8192x64x8x128:full 1x16384x32x32x64:full 1x8192x16x16x256
 """
 
 from __future__ import annotations
@@ -22,16 +24,21 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from torch.nn.attention import SDPBackend
 
+from benchmarks.bench_attention import by
 from benchmarks.common import describe_machine, machine_facts, sizes
 from megakern.kernels.cuda import attention as cuda_attention
 from megakern.kernels.cuda import attention_backward as cuda_backward
+from megakern.kernels.cuda import attention_decode as cuda_decode
 from megakern.kernels.triton import attention, attention_backward, attention_tiles, configs
 from megakern.ops.dispatch import UNAVAILABLE
 from megakern.train.machine import DTYPES
 
-SHARES = {"forward": 1.0, "key-value gradient": 1.5, "query gradient": 1.0, "backward": 2.5}
-ROLES = {"triton": ("forward", "key-value gradient", "query gradient"), "cuda": ("forward", "backward")}
+SHARES = {"forward": 1.0, "key-value gradient": 1.5, "query gradient": 1.0, "backward": 2.5, "decode": 1.0}
+ROLES = {"triton": ("forward", "key-value gradient", "query gradient"), "cuda": ("forward", "backward", "decode")}
+SPLITS = (1, 2, 3, 4, 6, 8, 16)
+PEERS = {"torch flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
 CACHES = (8, 16, 32, 64)  # MB
 # BM, BN, warps, stages beside the named ones
 GRID = {
@@ -71,11 +78,12 @@ def inputs(shape: str, dtype: str, rows: int | None = None, device: str = "cuda"
     return tensors, how, (4.0 if kind == "full" else 2.0) * B * H * T * T * D
 
 
-def cuda_calls(role: str, shape: str, dtype: str):
-    """(configuration, call) of the C++ kernels, and the FLOPs of a forward pass."""
-    (q, k, v, dout), how, work = inputs(shape, dtype)
+def cuda_calls(role: str, shape: str, dtype: str, device: str = "cuda"):
+    """(configuration, call) of the C++ kernels, the FLOPs of a forward pass, of decoding the bytes it reads."""
+    if role == "decode":
+        return decode_calls(shape, dtype, device)
+    (q, k, v, dout), how, work = inputs(shape, dtype, device=device)
     out, lse = cuda_attention.attention_forward(q, k, v, *how, True)
-    saved = (dout, q, k, v, out, lse, *how)
     found = []
     if role == "forward":
         call = partial(cuda_attention.attention_forward, q, k, v, *how, True)
@@ -85,13 +93,33 @@ def cuda_calls(role: str, shape: str, dtype: str):
             found.append((str(tile), with_value(cuda_attention, "tile_for", lambda *problem, tile=tile: tile, call)))
     for size in CACHES:
         if role == "forward":
-            call = partial(cuda_attention.attention_forward, q, k, v, *how, True)
             found.append((f"{size} MB", with_value(cuda_attention, "KEYS_IN_CACHE", size << 20, call)))
             continue
         for order, fixed in (("any order", False), ("fixed order", True)):
-            call = partial(cuda_backward.attention_backward, *saved, fixed)
+            call = partial(cuda_backward.attention_backward, dout, q, k, v, out, lse, *how, fixed)
             found.append((f"{size} MB, {order}", with_value(cuda_backward, "QUERIES_IN_CACHE", size << 20, call)))
+    if device == "cuda":
+        found += [(name, peer(role, by(way, how[3][1] == 0), q, k, v, dout)) for name, way in PEERS.items()]
     return found, work
+
+
+def peer(role: str, attend, q, k, v, dout):
+    """A call of `attend`, or of its backward pass alone."""
+    if role == "forward":
+        return partial(attend, q, k, v)
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    return partial(torch.autograd.grad, attend(*leaves), leaves, dout, retain_graph=True)
+
+
+def decode_calls(shape: str, dtype: str, device: str = "cuda"):
+    """One query a sample against keys and values in one tensor, in as many pieces as are chosen, and in others."""
+    B, S, H, Hkv, D = sizes(shape)
+    q, k, v = (torch.randn(B, n, h, D, device=device, dtype=DTYPES[dtype]) for n, h in ((1, H), (S, Hkv), (S, Hkv)))
+    call = partial(cuda_decode.decode, q, k, v, None, None, None, (-1, 0), D**-0.5, 0.0)
+    chosen = cuda_decode.key_splits(B * Hkv * -(-(H // Hkv) // cuda_decode.ROWS), S, D)
+    others = [n for n in SPLITS if n != chosen]
+    found = [(f"{n} pieces", with_value(cuda_decode, "key_splits", lambda *sizes, n=n: n, call)) for n in others]
+    return [(f"{chosen} pieces, chosen", call), *found], float(k.nbytes + v.nbytes)
 
 
 def with_value(module, name: str, value, call):
@@ -176,24 +204,29 @@ def time_triton(options, roles: list[str]) -> list[dict]:
 
 def time_cuda(options, roles: list[str]) -> list[dict]:
     rows = []
-    for shape in options.shape:
-        for role in roles:
+    for role in roles:
+        for shape in options.decode if role == "decode" else options.shape:
             found, work = cuda_calls(role, shape, options.dtype)
             rows += [timed(shape, role, name, call, work) for name, call in found]
     return rows
 
 
 def timed(shape: str, role: str, name: str, call, work: float) -> dict:
-    ms = milliseconds(call)
-    rate = SHARES[role] * work / ms / 1e9
-    print(f"{shape:<24}{role:<20}{name:<22}{ms:>9.3f} ms{rate:>8.0f} TFLOP/s", flush=True)
-    return {"shape": shape, "role": role, "config": name, "ms": ms, "TFLOP/s": rate}
+    try:
+        ms = milliseconds(call)
+    except RuntimeError as error:  # a peer that has no kernel for it
+        print(f"{shape:<24}{role:<20}{name:<22}{str(error)[:90]}", flush=True)
+        return {"shape": shape, "role": role, "config": name, "error": str(error)}
+    rate, unit = SHARES[role] * work / ms / 1e9, "TB/s" if role == "decode" else "TFLOP/s"
+    print(f"{shape:<24}{role:<20}{name:<22}{ms:>9.3f} ms{rate:>8.{2 if unit == 'TB/s' else 0}f} {unit}", flush=True)
+    return {"shape": shape, "role": role, "config": name, "ms": ms, unit: rate}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time configurations of the attention kernels.")
     parser.add_argument("--backend", nargs="+", choices=sorted(ROLES), default=sorted(ROLES))
     parser.add_argument("--shape", nargs="+", default=["2x8192x64x8x128", "1x16384x32x32x64"])
+    parser.add_argument("--decode", nargs="+", default=["32x8192x64x8x128", "128x8192x64x8x128"], metavar="BxSxHxHkvxD")
     parser.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16")
     parser.add_argument("--role", nargs="+", choices=sorted(SHARES), default=list(SHARES))
     parser.add_argument("--json", type=Path)

@@ -239,6 +239,33 @@ def test_the_table_of_attention_launches_each_kernel_with_each_configuration():
                 assert [(launch.kernel.__name__, launch.config) for launch in launches] == [(kernel, config)]
 
 
+def test_the_table_of_cpp_attention_computes_the_same_with_each_configuration(monkeypatch):
+    """On the CPU, where the emulator is built: every configuration is another way to the same result."""
+    from benchmarks import tune_attention
+    from megakern.kernels.cuda import attention, attention_backward, attention_decode
+    from megakern.ops.dispatch import UNAVAILABLE
+
+    if UNAVAILABLE["simt"]:
+        pytest.skip(UNAVAILABLE["simt"])
+    monkeypatch.setattr(tune_attention, "SPLITS", (1, 2, 3))
+    monkeypatch.setattr(tune_attention, "CACHES", (8, 64))
+    last = {}
+    for module, name in ((attention, "attention_forward"), (attention_backward, "attention_backward"),
+                         (attention_decode, "decode")):  # fmt: skip
+        run = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *given, run=run: last.update(found=run(*given)) or last["found"])
+    for role, shape in (("forward", "1x200x2x1x64:full"), ("backward", "1x200x2x1x64"), ("decode", "2x700x4x2x64")):
+        found, work = tune_attention.cuda_calls(role, shape, "bf16", device="cpu")
+        results = []
+        for _, call in found:
+            call()
+            results.append(last["found"])
+        assert len(found) == {"forward": 5, "backward": 4, "decode": 3}[role] and work > 0
+        for result in results[1:]:
+            for one, other in zip(result, results[0], strict=True):
+                torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
+
+
 def test_what_explain_names_is_what_the_launcher_takes(monkeypatch):
     """The class of problems of both, for each product of a linear layer."""
     from megakern.kernels.triton import linear
