@@ -105,6 +105,24 @@ def test_a_kernel_for_wgmma_must_have_it():
     assert sources | {"linear"} == set(cuda_report.WGMMA)  # of linear.cu it is in product.cuh
 
 
+def test_a_softmax_that_waits_for_the_product_beside_it_is_named():
+    name = "_ZN8megakern24attention_forward_kernelI6__halfNS_13AttentionTileILi{}ELi128ELi{}EEELb{}EEEvNS_4PlanE"
+    scores, v, exp = "WARPGROUP.DEPBAR.LE gsb0, 0x1 ;", "WARPGROUP.DEPBAR.LE gsb0, 0x0 ;", "MUFU.EX2 R1, R1 ;"
+
+    def code(*lines: str, depth=128, keys=8, featured=0) -> str:
+        return "\n".join([f"Function : {name.format(depth, keys, featured)}", *lines])
+
+    good = code(v, exp, scores, exp, exp, "FADD R1, R1, R2 ;", exp, exp, v, exp, depth=64)
+    moved = code(v, exp, scores, v, exp, exp, exp, exp, v)
+    kernel = "sm_90a attention_forward_kernel<__half, AttentionTile<128, 128, 8>, false>"
+    told = [f"{kernel}: 0 of 4 exponentials of a thread run beside the product with v"]
+    assert cuda_report.without_overlap(good) == [] and cuda_report.without_overlap(moved + "\n" + good) == told
+    assert cuda_report.without_overlap(code(v, exp, exp, exp, exp)) == told
+    assert "3 of 4" in cuda_report.without_overlap(code(scores, exp, exp, exp, v, exp))[0]
+    assert cuda_report.without_overlap(code(scores, v, exp, exp, exp, exp, depth=256, featured=1)) == []
+    assert len(cuda_report.without_overlap(code(scores, v, exp, exp, exp, exp, depth=256))) == 1
+
+
 def test_names_lose_what_every_kernel_has():
     mangled = ["_ZN8megakern10one_kernelIfEEvPT_", "_ZN8megakern12_GLOBAL__N_13twoILi3EEEvPf"]
     assert cuda_report.demangle(mangled) == ["one_kernel<float>", "(anonymous namespace)::two<3>"]
