@@ -337,12 +337,18 @@ def _verify(options: argparse.Namespace) -> int:
 def _plan(options: argparse.Namespace) -> None:
     from megakern.plan import plan
     from megakern.train.config import load_config, make_config
+    from megakern.train.metrics import say_meanwhile
 
     if options.config is None:
         config = make_config({}, options.overrides, "the default settings")
     else:
         config = load_config(options.config, options.overrides)
-    print(plan(config).describe())
+    say_meanwhile(f"simulating a training step of {config.model.layers} layers ...")
+    try:
+        planned = plan(config)
+    finally:
+        say_meanwhile("")
+    print(planned.describe())
 
 
 def _plot(options: argparse.Namespace) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch.distributed.tensor import DTensor
@@ -104,6 +106,12 @@ def test_the_8b_model_trains_on_512_ranks_and_no_rank_needs_the_whole_of_it(larg
     assert large.start_peak < whole / 512 + 512 * 2**20
     assert large.peak < min(4 * GIB, whole / 7)
     assert large.written == pytest.approx(3 * held, rel=0.01)
+
+
+def test_a_terminal_shows_what_is_waited_for(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    assert main(["plan", *SMALL]) == 0
+    assert re.fullmatch(r"\r\x1b\[Ksimulating a training step of \d+ layers \.\.\.\r\x1b\[K", capsys.readouterr().err)
 
 
 def test_it_is_printed(capsys):

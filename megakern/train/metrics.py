@@ -26,6 +26,13 @@ def quantity(value: float, unit: str) -> str:
     return f"{value:.3g} {unit}"
 
 
+def say_meanwhile(text: str) -> None:
+    """What is waited for, on a terminal, where the next text takes its place; "" takes it away."""
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r\x1b[K{text}")
+        sys.stderr.flush()
+
+
 class MetricsFile:
     """metrics.jsonl of a run: one object a line, `kind` is "train" or "eval"."""
 

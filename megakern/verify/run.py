@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from megakern.model.presets import presets
 from megakern.ops import dispatch
 from megakern.train import machine
 from megakern.train.config import RunConfig, dump_config, load_config, make_config
+from megakern.train.metrics import say_meanwhile
 from megakern.train.run import check_run, open_run
 from megakern.verify import processes
 from megakern.verify.layouts import ALONE, Layout, check_layout, default_layouts, no_room, parse_layout
@@ -141,7 +141,7 @@ class _Runs:
     def all(self, layouts: list[Layout], precisions: Sequence[str], backends: Sequence[str]) -> list[Row]:
         """Every combination as a row; one row that says so when the reference itself fails."""
         total = len(layouts) * len(precisions) * len(backends)
-        _progress("the reference")
+        say_meanwhile("the reference")
         try:
             self._reference = self._train(ALONE, "fp32", "torch", None)
         except processes.LayoutError as error:
@@ -155,12 +155,12 @@ class _Runs:
                     if (layout, precision, backend) == (ALONE, "fp32", "torch"):
                         total -= 1
                         continue
-                    _progress(f"{len(rows) + 1} of {total}: {layout} {precision} {backend}")
+                    say_meanwhile(f"{len(rows) + 1} of {total}: {layout} {precision} {backend}")
                     row = self._row(layout, precision, backend, alone)
                     if layout == ALONE:
                         alone = row.distance
                     rows.append(row)
-        _progress("")
+        say_meanwhile("")
         return rows
 
     def _row(self, layout: Layout, precision: str, backend: str, alone: Measures | None) -> Row:
@@ -189,9 +189,3 @@ class _Runs:
         else:
             processes.run_processes(folder, layout.processes)
         return folder
-
-
-def _progress(text: str) -> None:
-    if sys.stderr.isatty():
-        sys.stderr.write(f"\r\x1b[K{text}")
-        sys.stderr.flush()
