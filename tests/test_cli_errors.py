@@ -79,6 +79,7 @@ def train_words(trained, tmp_path, *more: object) -> list[object]:
         (["--model.vocab_size", "100"], "model.vocab_size = 100 is less than the vocabulary"),
         (["--model.sequence_length", "10000000"], "10,000,001 tokens"),
         (["--train.steps", "-1"], "train.steps must be 1 or more"),
+        (["--model.preset", "gpt3-175b"], r"the training states take 2,\d\d\d\.\d GiB here .*, and this machine has"),
     ],
 )
 def test_settings(refused, trained, tmp_path, more, message):

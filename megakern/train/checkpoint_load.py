@@ -60,7 +60,7 @@ def newest(folder: str | os.PathLike, parallel: ParallelContext | None = None) -
             log.warning("checkpoint %s is not sound, looking for an older one: %s", folder / name, "; ".join(problems))
     if broken:
         raise CheckpointError(f"no sound checkpoint in {folder}: " + " | ".join(broken))
-    raise NoCheckpointError(f"no checkpoint in {folder}")
+    raise NoCheckpointError(f"no checkpoint in {folder}; name the folder of a run, or one of its ckpt/step-XXXXXXXX")
 
 
 def by_age(folder: Path) -> list[tuple[Path, Manifest | None, str | None]]:

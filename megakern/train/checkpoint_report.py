@@ -78,7 +78,7 @@ def report(action: str, path: str | os.PathLike) -> tuple[str, bool]:
         return show(path if one else newest(folder)), True
     found = [item for item in listing(folder) if not one or item.path.name == path.name]
     if not found:
-        raise NoCheckpointError(f"no checkpoint in {path}")
+        raise NoCheckpointError(f"no checkpoint in {path}; name the folder of a run, or one of its ckpt/step-XXXXXXXX")
     if action == "ls":
         lines = [
             f"{item.path.name}  {item.bytes / 1e6:9.1f} MB  {item.when or 'unknown time'}  {item.problem or 'complete'}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
@@ -9,6 +10,7 @@ import platform
 import resource
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -31,6 +33,14 @@ def cores() -> int:
 
 def device_type() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def memory() -> int:
+    """Bytes of main memory that the processes of this machine may use together: all of it, or a container's limit."""
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError, ValueError):  # no cgroups of version 2 here, or "max"
+        return min(physical, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return physical
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device, seconds: float = 0.1) -> float:
@@ -96,8 +106,7 @@ def keep_freed_memory() -> bool:
     settings = ((mmap_max, 0), (trim_threshold, -1), (top_pad, 64 << 20))  # -1: freed memory at its top stays
     kept = all(libc.mallopt(name, value) == 1 for name, value in settings)
     if kept and resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        _extend_heap_in_huge_pages(libc, min(8 << 30, memory // 4))
+        _extend_heap_in_huge_pages(libc, min(8 << 30, memory() // 4))
     return kept
 
 

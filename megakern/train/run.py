@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,10 +27,11 @@ from megakern.data.tokenizer import Tokenizer
 from megakern.train import machine
 from megakern.train.batches import make_loader
 from megakern.train.checkpoint_load import by_age
-from megakern.train.config import RunConfig, dump_config, load_config
+from megakern.train.config import ParallelConfig, RunConfig, dump_config, load_config
 from megakern.train.files import RunInUseError, RunLock, write_atomic
 from megakern.train.processes import apart
 from megakern.train.start import find_base
+from megakern.train.state_bytes import state_bytes
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,7 @@ def check_run(config: RunConfig, nproc: int, *, rank: int = 0) -> RunConfig:
     make_loader(data, config.model.sequence_length, config.train.seed)
     if data.template:
         PackedRows(data.validation, data.answers("validation"), config.model.sequence_length)
+    _check_memory(config, parallel, nproc)
     precision = config.train.precision
     if precision == "auto":
         # Not in this process: after a multiplication on several threads it could not fork its workers.
@@ -106,6 +109,24 @@ def check_run(config: RunConfig, nproc: int, *, rank: int = 0) -> RunConfig:
         data=dataclasses.replace(config.data, path=str(Path(config.data.path).resolve())),
         parallel=parallel,
         train=dataclasses.replace(config.train, precision=precision),
+    )
+
+
+def _check_memory(config: RunConfig, parallel: ParallelConfig, nproc: int) -> None:
+    """Raises ConfigError where the states alone, without activations, are more than a machine without GPUs has: its
+    system would kill the processes minutes later, or others beside them. A GPU says itself what does not fit."""
+    if machine.device_type() != "cpu":
+        return
+    layout = {"tp": parallel.tp, "dp": parallel.dp, "replicas": parallel.replicas}
+    states = state_bytes(config.model, config.optimizer, **layout)
+    local = min(nproc, int(os.environ.get("LOCAL_WORLD_SIZE", str(nproc))))
+    each = states.weight if config.lora.rank else states.each
+    wanted, found = local * each * states.parameters, machine.memory()
+    require(
+        wanted <= found,
+        f"the training states take {wanted / 2**30:,.1f} GiB here ({each} bytes for each of {states.parameters:,} "
+        f"parameters of a process, {local} of them), and this machine has {found / 2**30:,.1f} GiB; take a smaller "
+        f"model, more machines (parallel.tp, parallel.dp), or optimizer.state_dtype = 'bfloat16'",
     )
 
 
