@@ -152,6 +152,8 @@ void step(const Checks& check, const AdamW& p, Place place) {
   });
 }
 
+constexpr const char* kNames[] = {"param", "grad", "exp_avg", "exp_avg_sq", "master"};
+
 void check_tensors(const Checks& check, const AdamW& p) {
   for (int64_t tensor = 0; tensor < p.tensors; ++tensor) {
     const int64_t* row = p.table + tensor * kColumns;
@@ -162,6 +164,14 @@ void check_tensors(const Checks& check, const AdamW& p) {
     if (p.master != Master::none) check_address(check, "master", tensor, row[kMaster], p.master == Master::fp32 ? 4 : 2);
     else check.require(row[kMaster] == 0, "the address of a master must be 0 where there is none");
     check.size("the number of elements of a tensor", row[kCount], 1);
+    const int64_t sizes[] = {size_of(p.param), size_of(p.grad), size_of(p.moment), size_of(p.moment),
+                             p.master == Master::none ? 0 : p.master == Master::fp32 ? 4 : 2};
+    static_assert(kParam == 0 && kGrad == 1 && kExpAvg == 2 && kExpAvgSq == 3 && kMaster == 4);
+    for (int i = 1; i < kMaster + (p.master != Master::none); ++i) {
+      for (int j = 0; j < i; ++j) {
+        check_apart(check, tensor, kNames[i], row[i], row[kCount] * sizes[i], kNames[j], row[j], row[kCount] * sizes[j]);
+      }
+    }
   }
 }
 
@@ -181,6 +191,7 @@ void adamw(const AdamW& p, Place place) {
   check.size("tensors", p.tensors);
   check.size("piece", p.piece, kTile, int64_t(1) << 30);
   check.require(p.piece % kTile == 0, "piece must be a multiple of " + std::to_string(kTile));
+  if (p.grad_scale) check.reads("grad_scale", p.grad_scale, Dtype::f32, 1);
   if (p.tensors == 0) return;
   check.require(p.table, "the address of table is null");
   check_tensors(check, p);

@@ -62,7 +62,8 @@ void dropout(const Dropout& p, Place place) {
   Checks check("dropout");
   check.floating(p.dtype);
   check.size("M", p.M), check.size("C", p.C);
-  check.size("length", p.length, 1, p.distance), check.size("offset", p.offset), check.size("seed", p.seed, 0, INT64_MAX);
+  check.size("distance", p.distance, 1), check.size("length", p.length, 1, p.distance);
+  check.size("offset", p.offset), check.size("seed", p.seed, 0, INT64_MAX);
   check.reads("x", p.x, p.dtype, p.M, p.C, p.x_stride);
   if (p.residual) check.reads("residual", p.residual, p.dtype, p.M, p.C, p.residual_stride);
   check.writes("out", p.out, p.dtype, p.M, p.C, p.C, Alias::whole);

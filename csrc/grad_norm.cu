@@ -83,6 +83,9 @@ void sum_of_squares(const SumOfSquares& p, Place place) {
     check.floating(Dtype(row[kDtype]));
     check_address(check, "tensor", tensor, row[kAddress], size_of(Dtype(row[kDtype])));
     check.size("the number of elements of a tensor", row[kCount], 1);
+    const int64_t sums = int64_t(p.sums), out = int64_t(p.out), bytes = row[kCount] * size_of(Dtype(row[kDtype]));
+    check_apart(check, tensor, "tensor", row[kAddress], bytes, "sums", sums, p.count * 4);
+    check_apart(check, tensor, "tensor", row[kAddress], bytes, "out", out, 4);
     pieces += pieces_of(row[kCount], p.piece);
   }
   check.require(pieces == p.count, "count must be the number of pieces, " + std::to_string(pieces) + ", got " +

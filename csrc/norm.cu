@@ -385,7 +385,7 @@ void norm_backward(const NormBackward& p, Place place) {
   Checks check("norm_backward");
   check.floating(p.dtype);
   if (p.weight_dtype != Dtype::f32) check.same("weight_dtype", p.weight_dtype, p.dtype);
-  check.size("M", p.M), check.size("C", p.C, 1), check.size("parts", p.parts, p.M > 0);
+  check.size("M", p.M), check.size("C", p.C, 1), check.size("parts", p.parts, p.M > 0, 65535);  // gridDim.y, in chunks
   check.reads("dy", p.dy, p.dtype, p.M, p.C, p.dy_stride);
   if (p.dh) check.reads("dh", p.dh, p.dtype, p.M, p.C, p.dh_stride);
   check.reads("h", p.h, p.dtype, p.M, p.C, p.h_stride);

@@ -127,9 +127,8 @@ void rope(const Rope& p, Place place) {
     const bool known = p.position_dtype == Dtype::i32 || p.position_dtype == Dtype::i64;
     check.require(known, "positions must be dtype code 4 (int32) or 5 (int64)");
     check_heads(check, "positions", p.positions, p.position_dtype, p.B, p.T, 1, 1, p.position_batch, p.position_token, 0);
-  } else {
-    check.size("Tmax", p.Tmax, p.T);
   }
+  check.size("Tmax", p.Tmax, p.positions ? 0 : p.T);
   if (p.in_place) {  // heads of q and k may take turns in memory: that no element is both is for the caller to see
     check.require(p.q_out == p.q && p.k_out == p.k, "in place q_out must be q, and k_out k");
   } else {

@@ -83,8 +83,7 @@ def test_plans_and_outputs_of_cross_entropy():
 
 def step(**change):
     """A legal call of adamw for one bf16 parameter with an fp32 master, but for `change`."""
-    address = floats(64)
-    row = {"param": address, "grad": address, "exp_avg": address, "exp_avg_sq": address, "master": address, "count": 8}
+    row = {name: floats(8) for name in ("param", "grad", "exp_avg", "exp_avg_sq", "master")} | {"count": 8}
     table = array("q", [change.pop(name, value) for name, value in row.items()])
     fields = {
         "table": table.buffer_info()[0], "tensors": 1, "piece": 1024, "param_dtype": BF16, "grad_dtype": F32,

@@ -47,6 +47,14 @@ inline void check_address(const Checks& check, const std::string& name, int64_t 
                            std::to_string(bytes) + " and not null, got " + std::to_string(address));
 }
 
+// Throws if two tensors of one row of a table, or one of it and another, share a byte. Rows are not held against each
+// other: 1500 tensors of a model would be sorted at each step.
+inline void check_apart(const Checks& check, int64_t tensor, const char* name, int64_t address, int64_t bytes,
+                        const char* other_name, int64_t other, int64_t other_bytes) {
+  if (address + bytes <= other || other + other_bytes <= address) return;
+  check.require(false, std::string(name) + " " + std::to_string(tensor) + " overlaps " + other_name + "; give it memory of its own");
+}
+
 // launch(list, pieces, pieces before) for as many tensors at a time as an argument holds: mostly all of them. `table` has
 // COLUMNS numbers a tensor, of which number `counts` is that of its elements.
 template <int COLUMNS, int counts, class Launch>
