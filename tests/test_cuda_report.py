@@ -123,6 +123,12 @@ def test_a_softmax_that_waits_for_the_product_beside_it_is_named():
     assert len(cuda_report.without_overlap(code(scores, v, exp, exp, exp, exp, depth=256))) == 1
 
 
+def test_a_loop_over_lanes_around_a_copy_fails():
+    assert cuda_report.with_loops_over_lanes(SASS) == []
+    looped = SASS.replace("HMMA.16816", "UTMALDG.2D [UR16], [UR30] ;\n /*0010*/ @P0 BRA.U.ANY `(.L_x_206) ;")
+    assert cuda_report.with_loops_over_lanes(looped) == ["sm_90a product_kernel<int>: a loop over lanes around a copy"]
+
+
 def test_names_lose_what_every_kernel_has():
     mangled = ["_ZN8megakern10one_kernelIfEEvPT_", "_ZN8megakern12_GLOBAL__N_13twoILi3EEEvPf"]
     assert cuda_report.demangle(mangled) == ["one_kernel<float>", "(anonymous namespace)::two<3>"]
