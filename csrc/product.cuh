@@ -37,7 +37,8 @@ struct ProductTile {
   static constexpr int depth = 64;                                  // of K a stage: 128 bytes, the width of a swizzle
   static constexpr int fragments = Rows / 64 / (PingPong ? 1 : 2);  // of 64 rows, for each consumer
   static constexpr int readers = PingPong ? 1 : 2;                  // consumers of a stage
-  static constexpr int a_bytes = Rows * depth * 2, b_bytes = Cols * depth * 2;
+  static constexpr int a_bytes = Rows * depth * 2;
+  static constexpr int b_bytes = round_up(Cols, 64) * depth * 2;  // MN-major B comes in tiles of 64 columns
   static constexpr int chunk_bytes = 16 * 128;  // 16 rows of 128 bytes on their way to global memory
   static constexpr int chunks = 2;              // for each of 8 consumer warps
   static constexpr int sums = fragments * Cols / 2;  // of a consumer's thread
@@ -51,7 +52,7 @@ struct ProductTile {
 
 // What is split along K. In clusters, tiles of 128 x 256 and the longer epilogues, registers ran out: by 4 to 35 a thread.
 template <class Tile, Layout L>
-inline constexpr bool kSplits = Tile::ping_pong && Tile::cluster == 1 && (L == Layout::nt || L == Layout::tn);
+inline constexpr bool kSplits = Tile::ping_pong && Tile::cluster == 1 && Tile::sums <= 128 && (L == Layout::nt || L == Layout::tn);
 
 // What a block (or cluster) computes at a time: a tile, or a part of it along K.
 struct Task {
@@ -104,7 +105,7 @@ MK_DEVICE void fetch(unsigned char* a, unsigned char* b, MBarrier* full, const T
                      const TensorMap* up_map, int row, int col, int k, int rank) {
   constexpr bool AMajorM = L == Layout::tn, BMajorN = L == Layout::nn || L == Layout::tn;
   constexpr int both = (1 << Tile::cluster) - 1;
-  mbar_expect(full, Tile::a_bytes + Tile::b_bytes);
+  mbar_expect(full, Tile::a_bytes + (BMajorN ? Tile::b_bytes : Tile::cols * Tile::depth * 2));
   if constexpr (AMajorM) {
 #pragma unroll
     for (int m = 0; m < Tile::rows; m += 64) tma_load_2d(a + m * 128, a_map, full, row + m, k);

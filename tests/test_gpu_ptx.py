@@ -256,7 +256,8 @@ def test_mma(machine, dtype):
 
 WGMMA = [  # dtype, N, A is M-major, B is N-major, A from registers: those of the kernels
     (BF16, 64, 0, 0, 0), (BF16, 64, 0, 1, 0), (BF16, 64, 1, 0, 0), (BF16, 64, 1, 1, 0), (BF16, 80, 0, 0, 0),
-    (BF16, 112, 0, 0, 0), (BF16, 128, 0, 0, 0), (BF16, 128, 0, 1, 0), (BF16, 128, 1, 1, 0), (BF16, 176, 0, 0, 0),
+    (BF16, 112, 0, 0, 0), (BF16, 128, 0, 0, 0), (BF16, 128, 0, 1, 0), (BF16, 128, 1, 1, 0),
+    (BF16, 160, 0, 0, 0), (BF16, 160, 0, 1, 0), (BF16, 160, 1, 1, 0), (BF16, 176, 0, 0, 0),
     (BF16, 256, 0, 0, 0), (BF16, 256, 0, 1, 0), (BF16, 256, 1, 1, 0), (BF16, 64, 0, 0, 1), (BF16, 64, 0, 1, 1),
     (BF16, 128, 0, 1, 1), (BF16, 192, 0, 1, 1), (BF16, 256, 0, 1, 1), (FP16, 64, 1, 0, 0), (FP16, 128, 0, 1, 0),
     (FP16, 176, 0, 0, 0), (FP16, 256, 0, 0, 0), (FP16, 128, 0, 1, 1),
@@ -293,6 +294,11 @@ def test_lanes(machine):
     for i, values in enumerate(expected):
         assert torch.equal(out[i].view(-1, 32), values.int()), i
     assert counters.tolist() == [5 + int(x.sum()), int(x.max())]
+
+
+def test_one_lane_is_elected(machine):
+    (out,) = machine("elect", [torch.zeros(2, 96).int()], [96])
+    assert (out.view(2, 3, 32).sum(2) == 1).all() and torch.equal(*out)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 8, 16])  # of 2 bytes: up to two accesses of 16

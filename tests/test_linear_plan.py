@@ -7,7 +7,7 @@ import pytest
 from megakern.kernels.cuda.linear_plan import GATED, NN, NT, TILES, TN, choose, epilogue_weight, plan_of
 
 H200 = 132
-WIDE, SQUARE, FLAT = TILES
+WIDE, SQUARE, BY_160, FLAT = TILES
 BIAS_GELU = epilogue_weight(bias=True, activation=True)
 # benchmarks/results/h200/tuning_linear.md, without clusters: TFLOP/s, or 1 / us. Where a shape was timed in both runs,
 # the later one counts: between them the epilogue changed.
@@ -42,14 +42,26 @@ def test_a_heavy_epilogue_moves_the_choice_to_tiles_that_hide_it():
     assert choose(*sizes, H200).tile == WIDE and choose(*sizes, H200, NT, 2 * BIAS_GELU).tile == SQUARE
 
 
-@pytest.mark.parametrize("rows, cols, most", [(1600, 1600, 0.8), (768, 768, 0.6), (768, 3072, 0.8)])
+@pytest.mark.parametrize("rows, cols, most", [(1664, 1664, 0.8), (768, 768, 0.6), (1024, 1024, 0.8)])
 def test_few_tiles_and_many_tokens_are_split_along_k(rows, cols, most):
-    """dW of GPT-2 1.5B and 124M over 8192 tokens: 169, 36 and 144 tiles of 128 x 128 for 132 multiprocessors."""
+    """dW over 8192 tokens, of GPT-2 124M and 355M too: 169, 36 and 64 tiles of 128 x 128 for 132 multiprocessors."""
     plan = choose(rows, cols, 8192, H200, TN, epilogue_weight(wide=True))
     whole = min(plan_of(tile, rows, cols, 8192, H200, TN, epilogue_weight(wide=True)).cycles for tile in TILES)
     assert plan.splits > 1 and plan.cycles < most * whole
     assert plan.whole == plan.tiles // H200 * H200
     assert f"the last {plan.tiles - plan.whole} in {plan.splits} parts along K" in str(plan)
+
+
+@pytest.mark.parametrize(
+    "layout, sizes, rounds", [(NT, (8192, 1600, 1600), 5), (NN, (8192, 1600, 6400), 5), (TN, (1600, 1600, 8192), 1)]
+)
+def test_widths_of_gpt2_take_tiles_that_fill_their_rounds(layout, sizes, rounds):
+    """10 columns of tiles of 160; of 128 there are 13, the last half empty, and more rounds of fewer columns."""
+    plan = choose(*sizes, H200, layout)
+    assert plan.tile == BY_160 and plan.splits == 1 and -(-plan.tiles // H200) == rounds
+    others = [plan_of(tile, *sizes, H200, layout).cycles for tile in (WIDE, SQUARE, FLAT)]
+    assert plan.cycles < BY_160.margin * min(others)
+    assert choose(*sizes, H200, GATED).tile != BY_160
 
 
 def test_nothing_is_split_where_it_gains_nothing():
@@ -65,7 +77,7 @@ def test_nothing_is_split_where_it_gains_nothing():
 
 
 def test_all_layouts_and_sizes_have_a_plan():
-    for layout in (NT, NN, TN):
+    for layout in (NT, NN, TN, GATED):
         for size in (8, 64, 200, 4096):
             for blocks in (1, 4, 132):
                 plan = choose(size, size, size, blocks, layout)

@@ -12,6 +12,7 @@
 #include "device/activation.cuh"
 #include "device/fragment.cuh"
 #include "device/ptx.cuh"
+#include "device/vector.cuh"
 
 namespace megakern {
 
@@ -66,16 +67,21 @@ template <class T, class Out, Layout L, class Tile>
 struct Epilogue {
   static constexpr bool gated = L == Layout::gated, forward = L == Layout::nt || gated, wide = sizeof(Out) == 4;
   static constexpr int width = 128 / int(sizeof(Out));  // columns of a chunk
-  static constexpr int cols = gated ? Tile::cols / 2 : Tile::cols, count = cols / width;  // of out; chunks of a fragment
+  static constexpr int cols = gated ? Tile::cols / 2 : Tile::cols;  // of out
+  static constexpr int count = ceil_div(cols, width);               // chunks of a fragment
+  // Where a chunk begins: the last of 160 columns repeats half of the one before, bit by bit.
+  MK_DEVICE static constexpr int at(int chunk) { return min(chunk * width, cols - width); }
+  static constexpr int repeated = count * width - cols;
   static constexpr bool reads = !gated && !wide;
   static constexpr bool ahead = reads && Tile::fragments == 1;
+  static_assert(repeated == 0 || (repeated == 32 && !gated && !ahead));
 
   const Follows& p;
   const TensorMap *out_map, *second_map, *third_map;
   unsigned char* chunks;  // of this warp
   int warp, lane;         // of 4, of 32
   int turn = 0;
-  std::uint32_t bias[forward ? Tile::cols / 64 : 1][2] = {};  // see load_bias
+  std::uint32_t bias[forward ? ceil_div(Tile::cols, 64) : 1][2] = {};  // see load_bias
   std::uint32_t beside[16] = {};  // beside[0] of the next chunk: one word for each pair of neighbours
 
   // A thread adds the bias of 16 columns in 64, but loads two, before the main loop; the other lanes have the rest.
@@ -83,8 +89,8 @@ struct Epilogue {
     if constexpr (forward) {
       if (p.bias[0] == nullptr) return;
 #pragma unroll
-      for (int i = 0; i < Tile::cols / 64; ++i) {
-        const int c = col + 64 * (i % count) + 2 * lane;
+      for (int i = 0; i < ceil_div(Tile::cols, 64); ++i) {
+        const int c = col + at(i % count) + 2 * lane;
         bias[i][0] = bias[i][1] = 0;
         if (c < p.N) {
           const std::uint32_t* words = static_cast<const std::uint32_t*>(p.bias[i / count]);
@@ -107,15 +113,15 @@ struct Epilogue {
     }
   }
 
-  // The words of beside[which] that lie as 64 columns of the fragment do.
-  MK_DEVICE void load_beside(int which, std::uint32_t (&to)[16], int row, int col) {
+  // The words of beside[which] that lie as 64 columns of the fragment do, from the first that is to be read.
+  MK_DEVICE void load_beside(int which, std::uint32_t (&to)[16], int row, int col, int first = 0) {
     if (p.beside[which] == nullptr) return;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int r = row + 16 * warp + lane / 4 + 8 * h, c = col + lane % 4 * 2;
       const T* from = static_cast<const T*>(p.beside[which]) + r * p.beside_stride[which] + c;
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
+      for (int j = first / 8; j < 8; ++j) {
         to[2 * j + h] = 0;
         if (r < p.M && c + 8 * j < p.N) to[2 * j + h] = *reinterpret_cast<const std::uint32_t*>(from + 8 * j);
       }
@@ -173,10 +179,15 @@ struct Epilogue {
     }
   }
 
-  MK_DEVICE void forward_chunk(float (&v)[32], const std::uint32_t (&added)[16], int row, int col) {
+  // Loaded: `added` is there already. Else it is loaded where it is used: earlier, tiles of 160 columns spill registers.
+  template <bool Loaded>
+  MK_DEVICE void forward_chunk(float (&v)[32], std::uint32_t (&added)[16], int row, int col) {
     write_kept(second_map, v, row, col);
     if (p.activation >= 0) activate_all(v, Activation(p.activation));
-    if (p.beside[0] != nullptr) combine(v, added, [](float x, float a) { return x + a; });
+    if (p.beside[0] != nullptr) {
+      if (!Loaded) load_beside(0, added, row, col);
+      combine(v, added, [](float x, float a) { return x + a; });
+    }
     write(out_map, v, row, col);
   }
 
@@ -192,9 +203,11 @@ struct Epilogue {
   MK_DEVICE void swiglu_gradient(const float (&v)[32], const std::uint32_t (&gates)[16], int row, int col) {
     static_assert(Tile::chunks == 2);
     std::uint32_t ups[16];
-    load_beside(1, ups, row, col);
+    constexpr bool first = Tile::sums <= 128;  // before the wait, where there are registers for that
+    if (first) load_beside(1, ups, row, col);
     if (elect_lane()) tma_wait_read<0>();
     sync_warp();
+    if (!first) load_beside(1, ups, row, col);
     unsigned char *dup_chunk = chunks + turn * Tile::chunk_bytes, *dgate_chunk = chunks + (1 - turn) * Tile::chunk_bytes;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
@@ -244,7 +257,7 @@ struct Epilogue {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         float* to = reinterpret_cast<float*>(chunk + (r + 8 * h) * 128 + (piece ^ r) * 16 + within);
-        to[0] = v[4 * j + 2 * h], to[1] = v[4 * j + 2 * h + 1];
+        store_shared(to, Vector<float, 2>{{v[4 * j + 2 * h], v[4 * j + 2 * h + 1]}});  // 4 bytes a lane: twice the cycles
       }
     }
     finish(out_map, chunk, row, col);
@@ -256,25 +269,31 @@ struct Epilogue {
     constexpr bool early = ahead && Sums::held;  // the accumulators' registers count as taken until the next wgmma
 #pragma unroll
     for (int c = 0; c < count; ++c) {
-      const int at = col + c * width;
+      const int place = col + at(c);
       float v[width / 2];
-      sums.read(v, c * width / 2);
+      sums.read(v, at(c) / 2);
       if constexpr (wide) {
-        wide_chunk(v, row, at);
+        wide_chunk(v, row, place);
       } else if constexpr (gated) {
         float up[32];
         sums.read(up, (count + c) * width / 2);
         add_bias(v, bias[c]), add_bias(up, bias[count + c]);
-        gated_chunk(v, up, row, at);
+        gated_chunk(v, up, row, place);
       } else if constexpr (reads) {
         std::uint32_t read[16];
-        if (!early) load_beside(0, beside, row, at);
+        if (!early && !forward) {
+          // Of out that accumulates, the chunk before may have changed what is repeated.
+          const int known = L == Layout::tn && at(c) < c * width ? repeated : 0;
+#pragma unroll
+          for (int i = 0; i < known / 4; ++i) beside[i] = beside[(width - known) / 4 + i];
+          load_beside(0, beside, row, place, known);
+        }
 #pragma unroll
         for (int i = 0; i < 16; ++i) read[i] = beside[i];
-        if (early && c + 1 < count) load_ahead(row, at + width);
-        if constexpr (forward) add_bias(v, bias[c]), forward_chunk(v, read, row, at);
-        else if constexpr (L == Layout::nn) gradient_chunk(v, read, row, at);
-        else added_chunk(v, read, row, at);
+        if (early && c + 1 < count) load_ahead(row, place + width);
+        if constexpr (forward) add_bias(v, bias[c]), forward_chunk<early>(v, read, row, place);
+        else if constexpr (L == Layout::nn) gradient_chunk(v, read, row, place);
+        else added_chunk(v, read, row, place);
       }
     }
   }

@@ -312,6 +312,8 @@ MK_DEVICE void wgmma_wait(D&... d) {
 #define MK_PLACES_OF_112 \
   MK_PLACES_OF_80 ", %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55"
 #define MK_PLACES_OF_128 MK_PLACES_0 ", " MK_PLACES_32
+#define MK_PLACES_OF_160                                                                          \
+  MK_PLACES_OF_128 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
 #define MK_PLACES_OF_176                                                                          \
   MK_PLACES_OF_128 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
                    "%80, %81, %82, %83, %84, %85, %86, %87"
@@ -321,6 +323,7 @@ MK_DEVICE void wgmma_wait(D&... d) {
 #define MK_D_OF_80 MK_D32(0), MK_D8(32)
 #define MK_D_OF_112 MK_D32(0), MK_D8(32), MK_D8(40), MK_D8(48)
 #define MK_D_OF_128 MK_D32(0), MK_D32(32)
+#define MK_D_OF_160 MK_D32(0), MK_D32(32), MK_D8(64), MK_D8(72)
 #define MK_D_OF_176 MK_D32(0), MK_D32(32), MK_D8(64), MK_D8(72), MK_D8(80)
 #define MK_D_OF_192 MK_D32(0), MK_D32(32), MK_D32(64)
 #define MK_D_OF_256 MK_D32(0), MK_D32(32), MK_D32(64), MK_D32(96)
@@ -328,7 +331,7 @@ MK_DEVICE void wgmma_wait(D&... d) {
 // T bf16 or fp16. Both operands in shared memory; not accumulate: D = A B.
 template <class T, int N, bool AMajorM, bool BMajorN>
 MK_DEVICE void wgmma_ss(float (&d)[N / 2], std::uint64_t a_tile, std::uint64_t b_tile, bool accumulate) {
-  static_assert(N == 64 || N == 80 || N == 112 || N == 128 || N == 176 || N == 256);
+  static_assert(N == 64 || N == 80 || N == 112 || N == 128 || N == 160 || N == 176 || N == 256);
 #define MK_TYPES(N, ...)                                                                        \
   if constexpr (std::is_same_v<T, bf16>) MK_SS(N, "bf16", MK_PLACES_OF_##N, MK_D_OF_##N, __VA_ARGS__); \
   else MK_SS(N, "f16", MK_PLACES_OF_##N, MK_D_OF_##N, __VA_ARGS__)
@@ -336,6 +339,7 @@ MK_DEVICE void wgmma_ss(float (&d)[N / 2], std::uint64_t a_tile, std::uint64_t b
   if constexpr (N == 80) MK_TYPES(80, "%40", "%41", "%42", "%43", "%44");
   if constexpr (N == 112) MK_TYPES(112, "%56", "%57", "%58", "%59", "%60");
   if constexpr (N == 128) MK_TYPES(128, "%64", "%65", "%66", "%67", "%68");
+  if constexpr (N == 160) MK_TYPES(160, "%80", "%81", "%82", "%83", "%84");
   if constexpr (N == 176) MK_TYPES(176, "%88", "%89", "%90", "%91", "%92");
   if constexpr (N == 256) MK_TYPES(256, "%128", "%129", "%130", "%131", "%132");
 #undef MK_TYPES

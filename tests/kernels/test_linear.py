@@ -280,6 +280,9 @@ def test_the_launch_checks_its_arguments(device, backend):
         "an activation goes with layouts 0 and 1 alone": lambda: multiply(GATED, a, b, tile, b_up=a, activation="gelu"),
         "a, b and with layout 3 b_up must not be null": lambda: multiply(GATED, a, b, tile),
         "layout 3 is for tiles of single blocks": lambda: multiply(GATED, a, b, OTHER_TILES[0], b_up=a),
+        "layout 3 is for .* and of columns that 128 divides": lambda: multiply(
+            GATED, a, b, next(tile for tile in TILES if not tile.gated), b_up=a
+        ),
     }
     for message, call in wrong.items():
         with pytest.raises(ValueError, match=f"linear_product: {message}"):

@@ -165,7 +165,7 @@ def test_two_layers_in_one_graph(kind, device, unguarded, backend):
 
 
 @cxx
-@pytest.mark.parametrize("tile", TILES, ids=str)
+@pytest.mark.parametrize("tile", [tile for tile in TILES if tile.gated], ids=str)
 def test_every_tile_shape_gated(tile, device, backend):
     """More tiles than blocks, tiles that stick out; both pre-activations as silu sees them, to the bit."""
     for M, N, K in [(tile.rows * 2 + 9, tile.cols + 24, 136), (8, 8, 8)]:

@@ -276,6 +276,13 @@ MK_KERNEL void lanes_kernel(const int* x, int* out, int* counters) {
   atomic_max(counters + 1, v);
 }
 
+// out (2, threads): the elected lane of each warp, twice.
+MK_KERNEL void elect_kernel(int* out) {
+#if MK_SM90A
+  for (int turn = 0; turn < 2; ++turn) out[turn * int(blockDim.x) + int(threadIdx.x)] = elect_lane();
+#endif
+}
+
 // y (5, threads N): x, as loads and stores of N neighbours move it, through caches, past them and through shared memory.
 template <int N>
 MK_KERNEL void vectors_kernel(const std::uint16_t* x, std::uint16_t* y) {
@@ -388,6 +395,10 @@ MK_CASE(mma) {  // a, b, d; dtype
 
 MK_CASE(lanes) {  // x, out, counters; threads
   MK_LAUNCH(lanes_kernel, 1, unsigned(a.number(0)), 0, a.place, a.tensor<int>(0), a.tensor<int>(1), a.tensor<int>(2));
+}
+
+MK_CASE(elect) {  // out; threads
+  MK_LAUNCH(elect_kernel, 1, unsigned(a.number(0)), 0, a.place, a.tensor<int>(0));
 }
 
 MK_CASE(vectors) {  // x, y of 2 bytes; N, threads

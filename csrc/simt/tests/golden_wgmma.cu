@@ -7,6 +7,8 @@ namespace megakern {
 namespace {
 
 constexpr int kTile = 64 * 128;  // bytes of 64 rows of a tile
+template <int N, bool BMajorN>
+constexpr int kBytesOfB = (BMajorN ? round_up(N, 64) : N) * 128;  // N-major B in whole tiles of 64 columns
 
 // a (64, 64) or, if AMajorM, (64 k, 64 m); b (N, 64) or, if BMajorN, (64 k, N). d (128, N / 2): += a b, k from 0 to 63.
 template <class T, int N, bool AMajorM, bool BMajorN, bool FromRegisters>
@@ -15,13 +17,13 @@ MK_KERNEL void __launch_bounds__(128) wgmma_kernel(const MK_GRID_CONSTANT Tensor
 #if MK_SM90A
   SharedMemory shared;
   unsigned char* a_tile = shared.take<unsigned char>(kTile, 1024);
-  unsigned char* b_tile = shared.take<unsigned char>(N * 128, 1024);
+  unsigned char* b_tile = shared.take<unsigned char>(kBytesOfB<N, BMajorN>, 1024);
   MBarrier* loaded = shared.take<MBarrier>(1);
   const int t = int(threadIdx.x), lane = t % kWarp;
   if (t == 0) {
     mbar_init(loaded, 1, "loaded");
     mbar_init_fence();
-    mbar_expect(loaded, kTile + N * 128);
+    mbar_expect(loaded, kTile + kBytesOfB<N, BMajorN>);
     tma_load_2d(a_tile, &a_map, loaded, 0, 0);
     if constexpr (BMajorN) {
       for (int n = 0; n < N; n += 64) tma_load_2d(b_tile + n * 128, &b_map, loaded, n, 0);
@@ -49,7 +51,7 @@ MK_KERNEL void __launch_bounds__(128) wgmma_kernel(const MK_GRID_CONSTANT Tensor
   else wgmma_fence(sum);
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
-    const std::uint64_t b_part = matrix_descriptor(b_tile, BMajorN ? k * 2048 : k * 32, kTile);
+    const std::uint64_t b_part = descriptor_behind(matrix_descriptor(b_tile, 0, kTile), BMajorN ? k * 2048 : k * 32);
     if constexpr (FromRegisters) {
       wgmma_rs<T, N, BMajorN>(sum, fragment[k], b_part, true);
     } else {
@@ -69,8 +71,9 @@ void run(const tests::Arguments& a) {
   const TensorMap a_map = matrix_map(a.tensor<void>(0), dtype, 64, 64, 64, 64, 64, Swizzle::b128);
   const TensorMap b_map = BMajorN ? matrix_map(a.tensor<void>(1), dtype, 64, N, N, 64, 64, Swizzle::b128)
                                   : matrix_map(a.tensor<void>(1), dtype, N, 64, 64, N, 64, Swizzle::b128);
-  MK_LAUNCH((wgmma_kernel<T, N, AMajorM, BMajorN, FromRegisters>), 1, 128, 1024 + kTile + N * 128 + 16, a.place, a_map,
-            b_map, a.tensor<T>(0), a.tensor<float>(2));
+  constexpr int shared = 1024 + kTile + kBytesOfB<N, BMajorN> + 16;
+  MK_LAUNCH((wgmma_kernel<T, N, AMajorM, BMajorN, FromRegisters>), 1, 128, shared, a.place, a_map, b_map, a.tensor<T>(0),
+            a.tensor<float>(2));
 }
 
 }  // namespace
@@ -92,6 +95,9 @@ MK_CASE(wgmma) {
   MK_ONE(bf16, bf16, 128, false, false, false);
   MK_ONE(bf16, bf16, 128, false, true, false);
   MK_ONE(bf16, bf16, 128, true, true, false);
+  MK_ONE(bf16, bf16, 160, false, false, false);
+  MK_ONE(bf16, bf16, 160, false, true, false);
+  MK_ONE(bf16, bf16, 160, true, true, false);
   MK_ONE(bf16, bf16, 176, false, false, false);
   MK_ONE(bf16, bf16, 256, false, false, false);
   MK_ONE(bf16, bf16, 256, false, true, false);

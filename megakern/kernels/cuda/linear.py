@@ -14,7 +14,9 @@ from megakern.kernels.cuda.linear_plan import GATED, NN, NT, TN, choose, epilogu
 from megakern.kernels.cuda.module import DTYPES, call, pointer
 from megakern.kernels.memory import empty, empty_like, nothing, rows_of
 
-HEAD_START = 0  # steps by which one consumer of the first tile is ahead of the other: 1 to 3 changed at most 1 %
+# Steps by which one consumer of a cooperative tile is ahead of the other: their epilogues take turns. On an H200 with 2
+# 8192^3 was 1.2 % faster, 4096^3 0.4 %.
+HEAD_START = 2
 BAND = 2048  # rows of the output whose tiles are walked column by column, for the L2 cache: 1024 and 4096 within 1 %
 BLOCKS_ON_A_CPU = 4  # of the persistent kernel under simt: fewer than the tiles of the tests
 
