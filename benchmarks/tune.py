@@ -19,7 +19,7 @@ from pathlib import Path
 from benchmarks import suite
 from benchmarks.gpu_tests import ROOT
 
-SCRIPTS = ("attention", "linear", "loss", "norm")
+SCRIPTS = ("attention", "linear", "loss", "norm", "overlap")
 NAMES = (*SCRIPTS, "triton")
 
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from benchmarks import gpu, gpu_tests, report, suite, tune
+from benchmarks import gpu, gpu_tests, report, suite, tune, tune_overlap
 from benchmarks.common import Case, Options, run
 
 
@@ -116,6 +116,15 @@ def test_every_table_has_its_script_and_a_script_that_fails_is_told(tmp_path, ca
         assert not tune.run(("norm",), tmp_path, time.monotonic() + 600)
         assert "tune norm: FAILED with exit code 1" in capsys.readouterr().out
     assert tune.run(("norm",), tmp_path, time.monotonic()) and "tune norm: LEFT OUT" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_overlap_is_measured_over_processes_of_a_cpu(tmp_path, capsys):
+    sizes = ["--rows", "8", "16", "--width", "32", "--turns", "1"]
+    tune_overlap.main([*sizes, "--ranks", "2", "--json", str(tmp_path / "found.json")])
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [row["rows"] for row in found["rows"]] == [8, 16] and found["transport"] in capsys.readouterr().out
+    assert all(row["whole"] > 0 and row["in pieces"] > 0 for row in found["rows"])
 
 
 def test_cases_after_the_deadline_are_left_out_and_named():
