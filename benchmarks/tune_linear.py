@@ -57,6 +57,27 @@ def contestants(layout, M, N, K, every_variant):
     return calls
 
 
+def name_of(plan):
+    """Among the contestants."""
+    return str(plan.tile) if plan.splits == 1 else in_parts(plan)
+
+
+def verdict(rows) -> str:
+    """A line for each product of a layer: how many times cuBLAS's speed the model's choice has, and the best tile."""
+    lines = ["| product | M x N x K | chosen | x cuBLAS | best | x cuBLAS |", "|---|---|---|---|---|---|"]
+    races: dict[tuple, dict[str, float]] = {}
+    for row in rows:
+        if row["chosen"]:
+            races.setdefault((row["what"], row["M"], row["N"], row["K"], row["chosen"]), {})[row["name"]] = row[
+                "x_cublas"
+            ]
+    for (what, M, N, K, chosen), shares in races.items():
+        ours = {name: share for name, share in shares.items() if name not in ("cuBLAS", "torch.compile")}
+        best = max(ours, key=ours.get)
+        lines.append(f"| {what} | {M} x {N} x {K} | {chosen} | {ours[chosen]:.3f} | {best} | {ours[best]:.3f} |")
+    return "\n".join(lines)
+
+
 def in_parts(plan):
     return f"{plan.tile}, the last {plan.tiles - plan.whole} in {plan.splits} parts along K"
 
@@ -125,14 +146,16 @@ def main() -> None:
     options = parser.parse_args()
     clock, rows = CudaClock(), []
 
-    def race(what, M, N, K, calls, layout=NT):
+    def race(what, M, N, K, calls, layout=NT, weight=0.0):
         times = {name: turns.median for name, turns in clock.take_turns(calls).items()}
-        chosen = choose(M, N, K, multiprocessors(torch.device("cuda", 0)), layout)
+        chosen = choose(M, N, K, multiprocessors(torch.device("cuda", 0)), layout, weight)
+        name_of_chosen = name_of(chosen) if name_of(chosen) in times else ""
         print(f"\n{what} {M} x {N} x {K}; chosen: {chosen}", flush=True)
         for name, seconds in times.items():
             rate, share = 2 * M * N * K / seconds, times["cuBLAS"] / seconds
             print(f"  {name:<70}{seconds * 1e6:>10.1f} us{rate / 1e12:>8.0f} TFLOP/s{share:>8.3f}", flush=True)
-            rows.append({"what": what, "M": M, "N": N, "K": K, "name": name, "us": seconds * 1e6, "x_cublas": share})
+            row = {"what": what, "M": M, "N": N, "K": K, "name": name, "us": seconds * 1e6, "x_cublas": share}
+            rows.append({**row, "chosen": name_of_chosen})
 
     print(describe_machine(), flush=True)
     for shape in options.shape:
@@ -146,9 +169,10 @@ def main() -> None:
                 torch._dynamo.reset()  # else it gives up at the ninth shape
                 calls |= compiled(layout, *mine)
             race(LAYOUTS[layout], *mine, calls, layout)
-        race("dW added in fp32", N, K, M, accumulated(N, K, M), TN)
+        race("dW added in fp32", N, K, M, accumulated(N, K, M), TN, epilogue_weight(wide=True))
     if options.epilogues:
         race("epilogues", 8192, 16384, 4096, epilogues(8192, 16384, 4096))
+    print(f"\n{verdict(rows)}", flush=True)
     if options.json:
         options.json.write_text(json.dumps({"machine": machine_facts(), "rows": rows}, indent=1) + "\n")
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from benchmarks import gpu, gpu_tests, report, suite, tune, tune_overlap
+from benchmarks import gpu, gpu_tests, report, suite, tune, tune_linear, tune_overlap
 from benchmarks.common import Case, Options, run
 
 
@@ -116,6 +116,18 @@ def test_every_table_has_its_script_and_a_script_that_fails_is_told(tmp_path, ca
         assert not tune.run(("norm",), tmp_path, time.monotonic() + 600)
         assert "tune norm: FAILED with exit code 1" in capsys.readouterr().out
     assert tune.run(("norm",), tmp_path, time.monotonic()) and "tune norm: LEFT OUT" in capsys.readouterr().out
+
+
+def test_a_product_s_line_says_what_the_model_chose_and_what_was_best():
+    race = {"what": "dx", "M": 8, "N": 16, "K": 24}
+    rows = [
+        {**race, "name": name, "x_cublas": share, "chosen": "square"}
+        for name, share in {"cuBLAS": 1.0, "torch.compile": 1.2, "wide": 1.04, "square": 0.98}.items()
+    ]
+    other = {**race, "what": "epilogues", "name": "wide: bias", "x_cublas": 1.1, "chosen": ""}
+    assert tune_linear.verdict([*rows, other]).splitlines()[2:] == [
+        "| dx | 8 x 16 x 24 | square | 0.980 | wide | 1.040 |"
+    ]
 
 
 @pytest.mark.slow
