@@ -61,7 +61,7 @@ def test_output_and_gradients(norm, shape, dtype, residual, device, backend):
     check(norm, make(shape, dtype, device, norm=norm, residual=residual), backend)
 
 
-LONG = [pytest.param(C, marks=pytest.mark.slow) for C in (65536, 131080, 140000)]
+LONG = [pytest.param(C, marks=pytest.mark.slow) for C in (65536, 131072, 131080, 140000)]
 
 
 @pytest.mark.parametrize("C", [1024, 2047, 4096, 8191, 8193, 16384, 16385, 16392, 32776, *LONG])
