@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from megakern import doctor
+from megakern.kernels import cuda
 from megakern.kernels.cuda import toolkit
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -112,6 +114,18 @@ def test_machine_code_for_each_and_portable_code_of_the_last():
         "-gencode=arch=compute_100,code=compute_100",
     ]
     assert toolkit.gencode(("90a",)) == ["-gencode=arch=compute_90a,code=sm_90a"]  # its PTX runs on nothing else
+
+
+def test_doctor_says_why_there_are_no_kernels(places, monkeypatch):
+    monkeypatch.setattr(doctor.machine, "matmul_rate", lambda *arguments: 1.0)
+    monkeypatch.setattr(cuda, "_C", None)
+    monkeypatch.setattr(cuda, "C_ERROR", "megakern._C is not built")
+    line = "\n  CUDA kernels  megakern._C is not built; "
+    assert f"{line}there is no nvcc on the PATH, in /usr/local/cuda or as a wheel; install CUDA's" in doctor.report()
+    put_nvcc(places / "usual")
+    assert f"{line}install megakern again (pip install -v shows why a build fails)\n" in doctor.report()
+    monkeypatch.setattr(toolkit, "gpu_present", lambda: False)
+    assert f"{line}this machine has no NVIDIA GPU (MEGAKERN_CUDA_ARCHS=all builds it all the same)\n" in doctor.report()
 
 
 def run(*words: str, **variables: str) -> subprocess.CompletedProcess:
