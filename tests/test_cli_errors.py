@@ -9,9 +9,10 @@ import struct
 import pytest
 
 from megakern.cli import _parser, main
+from megakern.config import ConfigError
 from megakern.train import supervisor
 from megakern.train.config import load_config
-from megakern.train.run import new_run
+from megakern.train.run import new_run, resumed_run
 
 CONFIG = """
 [model]
@@ -177,6 +178,36 @@ def test_data_of_another_tokenizer_than_the_checkpoint(refused, trained, run_cop
     assert main([str(word) for word in words]) == 0
     assert "tokenizer" in refused("eval", run_copy, "--data", tmp_path / "other")
     assert "tokenizer" in refused("train", "--resume", run_copy, "--data.path", tmp_path / "other", "--train.steps", 6)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("model.layers", "5"),
+        ("model.heads", "2"),  # the same shapes, another model
+        ("model.sequence_length", "64"),  # of learned positions
+        ("model.tied_embeddings", "false"),
+        ("optimizer.state_dtype", "bfloat16"),
+        ("lora.alpha", "3.0"),
+    ],
+)
+def test_a_run_keeps_what_its_checkpoint_is_made_of(refused, run_copy, option, value):
+    before = (run_copy / "config.toml").read_bytes()
+    message = refused("train", "--resume", run_copy, "--train.steps", 6, f"--{option}", value)
+    assert f"{option} was " in message and "and a run keeps it, got" in message and "--train.init_from" in message
+    assert (run_copy / "config.toml").read_bytes() == before
+
+
+def test_masters_keep_their_precision_and_other_settings_may_change(run_copy):
+    def resumed(*words: str):
+        return resumed_run(load_config(run_copy / "config.toml", list(words)), run_copy, 1).config
+
+    with pytest.raises(ConfigError, match=r"optimizer\.master was 'none' when .* and a run keeps it, got 'fp32'"):
+        resumed("--optimizer.master", "fp32", "--train.precision", "bf16")
+    changed = resumed(
+        "--model.dropout", "0.1", "--model.window", "9", "--train.precision", "bf16", "--optimizer.lr", "1e-5"
+    )
+    assert (changed.model.dropout, changed.model.window, changed.train.precision) == (0.1, 9, "bf16")
 
 
 def test_flipped_bit_in_the_only_checkpoint(refused, run_copy):

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from megakern.config import ConfigError, require
+from megakern.config import ConfigError, from_table, require
 from megakern.data.chat import CHAT_FILES
 from megakern.data.loader import check_vocabulary
 from megakern.data.manifest import PreparedData
@@ -154,9 +154,32 @@ def resumed_run(config: RunConfig, run: Path, nproc: int, *, rank: int = 0) -> N
         f"make it; start a new run from its weights: megakern train CONFIG.toml --train.init_from {run} --out NEW",
     )
     new = NewRun(check_run(config, nproc, rank=rank), run)
+    if saved and "config" in saved.state:
+        _check_kept(new.config, from_table(RunConfig, saved.state["config"], f"the checkpoint of {run}"), run)
     wanted, found = Tokenizer.load(run / "tokenizer.json"), PreparedData(config.data.path).tokenizer
     require(wanted.sha256 == found.sha256, other_tokenizer(config.data.path, found, run, wanted))
     return new
+
+
+# Of [model]: no tensor depends on them, and longer texts, as by rope_scaling, are a reason to change them.
+_MAY_CHANGE = ("dropout", "init_std", "window", "rope_base", "rope_scaling", "sequence_length")
+
+
+def _check_kept(config: RunConfig, saved: RunConfig, run: Path) -> None:
+    """Raises ConfigError where a run would go on as another model, or with other states, than its checkpoint has: what
+    does not load would leave a config.toml that nothing can open, and other heads of one width load in silence."""
+    kept = [("model", field.name) for field in dataclasses.fields(config.model) if field.name not in _MAY_CHANGE]
+    kept += [("model", "sequence_length")] if config.model.positions == "learned" else []
+    kept += [("lora", field.name) for field in dataclasses.fields(config.lora)]
+    kept += [("optimizer", "master"), ("optimizer", "state_dtype")]
+    kept += [("train", "precision")] if config.parameter_precision != saved.parameter_precision else []
+    for section, name in kept:
+        old, new = (getattr(getattr(each, section), name) for each in (saved, config))
+        require(
+            old == new,
+            f"{section}.{name} was {old!r} when {run} was saved, and a run keeps it, got {new!r}; leave it, or start "
+            f"another run from these weights: megakern train CONFIG.toml --train.init_from {run} --out NEW",
+        )
 
 
 def fit_layout(config: RunConfig, nproc: int | None, overrides: list[str]) -> RunConfig:
