@@ -31,8 +31,13 @@ def bench(*, only: tuple[str, ...], quick: bool, out: Path | None, minutes: floa
     if root not in sys.path:
         sys.path.insert(0, root)
     from benchmarks import suite
+    from megakern.ops.dispatch import BACKENDS
     from megakern.train import machine
 
+    require(
+        backend is None or backend in BACKENDS,
+        f"bench: --backend must be one of {', '.join(BACKENDS)}, got {backend!r}",
+    )
     require(minutes is None or minutes > 0, f"bench: --minutes must be above 0, got {minutes}")
     seconds, grace = (suite.QUICK_SECONDS, suite.QUICK_GRACE) if quick else (suite.FULL_SECONDS, suite.GRACE)
     try:

@@ -272,7 +272,8 @@ def _train(options: argparse.Namespace) -> int:
         require(options.out is not None, "train: name the folder of the new run with --out RUN")
         config, folder = load_config(options.config, options.overrides), options.out
     world = launch.joined_world()
-    nproc = int(world["WORLD_SIZE"]) if world else options.nproc or launch.default_processes(config.parallel)
+    asked = launch.default_processes(config.parallel) if options.nproc is None else options.nproc
+    nproc = int(world["WORLD_SIZE"]) if world else asked
     require(options.restarts >= 0, f"--restarts must be 0 or more, got {options.restarts}")
     require(nproc >= 1, f"--nproc must be 1 or more, got {nproc}")
     rank = int(world["RANK"]) if world else 0

@@ -226,6 +226,8 @@ def test_what_the_command_refuses(tmp_path):
         bench(only=("convolution",), **given)
     with pytest.raises(ConfigError, match="bench: --minutes must be above 0, got -1"):
         bench(only=(), **{**given, "minutes": -1})
+    with pytest.raises(ConfigError, match="bench: --backend must be one of cuda, triton, torch, simt, got 'tritn'"):
+        bench(only=(), **{**given, "backend": "tritn"})
     with pytest.raises(ConfigError, match=r"the benchmarks are neither in .* nor in .*_suite; install"):
         find_suite(tmp_path / "megakern")
     (tmp_path / "megakern" / "_suite" / "benchmarks").mkdir(parents=True)

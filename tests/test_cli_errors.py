@@ -97,7 +97,8 @@ def test_options_of_train(refused, trained, tmp_path):
     assert "is not a run" in refused("train", "--resume", tmp_path)
     assert "there is no such configuration file" in refused("train", tmp_path / "no.toml", "--out", tmp_path / "x")
     assert "is a folder; name the .toml file" in refused("train", tmp_path, "--out", tmp_path / "x")
-    assert "--nproc must be 1 or more, got -1" in refused(*train_words(trained, tmp_path, "--nproc", -1))
+    for count in (-1, 0):
+        assert f"--nproc must be 1 or more, got {count}" in refused(*train_words(trained, tmp_path, "--nproc", count))
 
 
 def test_a_folder_of_data_does_not_become_a_run(refused, trained, data_copy):
