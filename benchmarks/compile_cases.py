@@ -51,7 +51,7 @@ def _add_norms() -> None:
             for dtype in SHORT:
                 name = f"{'layer' if centre else 'rms'}_norm {C} {SHORT[dtype]}"
                 CASES[name] = partial(_norm, C, dtype, centre, False, dtype)
-                if dtype == torch.bfloat16:
+                if dtype != torch.float16:
                     CASES[f"{name} residual"] = partial(_norm, C, dtype, centre, True, torch.float32)
 
 
@@ -202,6 +202,8 @@ def _add_attention() -> None:
     for dtype, short in SHORT.items():
         for D in (16, 64, 80, 128, 256):
             CASES[f"attention {D} {short}"] = partial(_attention, D, dtype, every=True)
+    for D in (32, 192):  # the other power of two; columns past D in the largest tiles
+        CASES[f"attention {D} bf16"] = partial(_attention, D, torch.bfloat16, every=True)
     options = {"window": (128, 0)}, {"softcap": 30.0}, {"alibi": True}, {"dropout_p": 0.1}, {"packed": True}
     everything = {name: value for option in options for name, value in option.items() if name != "alibi"}
     for option in options:
@@ -220,10 +222,11 @@ def _decode(D: int, dtype: torch.dtype, page: int | None = None, T: int = 1, win
 
 
 def _add_decode() -> None:
-    for D in (64, 128, 256):
+    for D in (16, 32, 64, 128, 256):
         for dtype, short in SHORT.items():
             CASES[f"attention decode {D} {short}"] = partial(_decode, D, dtype)
-    CASES["attention decode 128 bf16 64 rows"] = partial(_decode, 128, torch.bfloat16, T=8)
+            for T in () if dtype == torch.float32 else (4, 8):  # fp32 has one tile for any number of rows
+                CASES[f"attention decode {D} {short} {8 * T} rows"] = partial(_decode, D, dtype, T=T)
     for page in (16, 256):
         CASES[f"paged_attention 128 bf16 {page}"] = partial(_decode, 128, torch.bfloat16, page)
     CASES["paged_attention 128 bf16 with everything"] = partial(

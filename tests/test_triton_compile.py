@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 
 from benchmarks import compile_report, launch_cost_triton
+from benchmarks.compile_cases import SHORT
 from benchmarks.compile_report import Need
 from megakern.kernels import triton as backend
 from megakern.kernels.triton import configs
@@ -74,6 +76,42 @@ def test_every_op_and_dtype_is_in_the_committed_budget():
         for op in set(configs.OPS) - {"linear_swiglu"}:  # whose kernels are those of linear and swiglu
             kinds = {word for name in names if name.startswith(f"{op} ") for word in name.split()}
             assert {"bf16", "fp16", "fp32"} <= kinds, f"{op} is not in the budget of sm_{arch} for every dtype"
+
+
+def possible(generation: int):
+    """(kernel, dtype or case, configuration), by name: all that the tables may choose on a generation."""
+    for dtype in backend.DTYPES:
+        short = SHORT[dtype]
+        for C in (1 << i for i in range(7, 17)):
+            for which, centre, residual in product(("forward", "backward"), (True, False), (True, False)):
+                yield from (
+                    (f"norm_{which}", short, c.name)
+                    for c in configs._norm_choice(which, C, dtype, centre, residual).options
+                )
+        yield from (("cross_entropy_forward", short, c.name) for c in configs.CROSS_ENTROPY)
+        yield from (("cross_entropy_gradient", short, c.name) for c in configs.CROSS_ENTROPY_GRADIENT)
+        for transposed, heavy, accumulate in product((True, False), repeat=3):
+            found = configs.linear(8192, 8192, dtype, transposed, heavy, accumulate, generation)
+            yield from (("product", short, c.name) for c in found)
+        for role, BD in configs.ATTENTION:
+            kernel = f"attention_{role.replace(' ', '_').replace('-', '_')}"
+            if BD != 32 or dtype == torch.bfloat16:  # others: of 16 and 64, the same tiles
+                found = configs._attention_choice(role, BD, dtype, 512, 512, "causal", generation).options
+                yield from ((kernel, f"attention {BD} {short}", c.name) for c in found)
+        for BD, rows in product((16, 32, 64, 128, 256), (16, 32, 64)):
+            yield "attention_decode", f"attention decode {BD} {short}", configs.attention_decode(rows, BD, dtype).name
+
+
+def test_every_configuration_of_the_tables_is_in_the_committed_budget():
+    budget = json.loads(compile_report.BUDGET.read_text())["kernels"]
+    for arch in compile_report.ARCHITECTURES:
+        compiled = set()
+        for name in budget[f"sm_{arch}"]:
+            *case, kernel, config = name.rstrip("'").split()
+            of = kernel.removesuffix("_rows").removesuffix("_chunks"), config
+            compiled |= {(*of, word) for word in case} | {(*of, " ".join(case[:n])) for n in range(len(case) + 1)}
+        for kernel, case, config in possible(arch // 10):
+            assert (kernel, config, case) in compiled, f"sm_{arch}: no case of {kernel} {config!r} for {case}"
 
 
 def test_a_launch_gives_the_driver_the_arguments_and_machine_code_for_their_alignment():

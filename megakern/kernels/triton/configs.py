@@ -113,7 +113,10 @@ def norm_forward(C: int) -> tuple[Config, ...]:
         return first, Config("forward-rows-2", {"ROWS": 2 * rows, "COLS": cols}, 4, why="32 elements a thread")
     one = {"ROWS": 1, "COLS": cols}
     widths = {4096: (8, 4, 16), 8192: (8, 16), 16384: (16, 32), 32768: (32,)}  # 8192: 73 us on an H200 against 79
-    options = (Config(f"forward-row-{w}", one, w, why=f"{cols // w // 32} elements a thread") for w in widths[cols])
+    few = "8 bytes on sm_100 of fp32 with a residual: 1024 threads have 64 registers each" if cols == 32768 else ""
+    options = (
+        Config(f"forward-row-{w}", one, w, why=f"{cols // w // 32} elements a thread", spills=few) for w in widths[cols]
+    )
     return (*options, *more)
 
 
@@ -148,10 +151,11 @@ def norm_backward(C: int, column_bytes: int) -> tuple[Config, ...]:
         )
     rows, warps = max(1, 512 // cols), max(1, cols // 512)
     name = f"backward-row-{warps}" if rows == 1 else f"backward-rows-{rows}"
+    resident = 16 // warps if rows == 1 else 15  # of 4 rows of fp32 with a residual, with 136 registers
 
     def staged(stages: int, why: str) -> Config:
         tiles = {"ROWS": rows, "COLS": cols, "STAGES": stages}
-        return Config(f"{name}-stages-{stages}", tiles, warps, why=why, spills=few, resident=16 // warps)
+        return Config(f"{name}-stages-{stages}", tiles, warps, why=why, spills=few, resident=resident)
 
     at_once = staged(1, "16 elements of four a thread; other programs load while one computes")
     if column_bytes > 8:  # of all that is read: fp32 with a residual. Two tiles ahead are 192 KB, which sm_80 has not
@@ -164,7 +168,7 @@ WEIGHT_GRADIENT_CHUNKS = Config(
     why="512 bytes of bf16 a row: whole sectors; 16 elements a thread",
 )  # fmt: skip
 SUM_PARTS = Config(
-    "sum-parts", {"PARTS": 128, "COLS": 16, "STAGES": 3}, 4,
+    "sum-parts", {"PARTS": 256, "COLS": 16, "STAGES": 3}, 8,
     why="64 bytes of fp32 a row: whole sectors; a program for 16 columns, few steps that wait",
 )  # fmt: skip
 
