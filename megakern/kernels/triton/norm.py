@@ -207,7 +207,7 @@ def _norm_weight_gradient_chunks(
         tl.store(dbias_parts + program * C + cols, tl.sum(dbias, 0, keep_dims=True), cols < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])  # as many as programs fit: no machine code of its own for multiples of 16
 def _sum_parts(
     parts, out, more_parts, more_out, P, C, PARTS: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr
 ):  # fmt: skip
