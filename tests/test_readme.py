@@ -94,6 +94,12 @@ def test_every_table_has_its_page():
     assert sorted(marks) == ["faults", "goals", "speeds"]
 
 
+def test_every_public_name_is_on_the_page_of_the_api():
+    page = PAGES[Path("docs/api.md")]
+    named = set(re.findall(r"`mk\.(\w+)`", page.split("## All names")[1]))
+    assert named == set(megakern.__all__) - {"__version__"}
+
+
 def test_presets_are_all_named():
     text = TRAINING.split("takes a known shape:")[1].split("\n\n")[0].split("[examples")[0]
     named: set[str] = set()
