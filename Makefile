@@ -2,7 +2,7 @@
 # make test    all tests but the long ones (11 minutes on two cores, set-up included)
 # make faults  every promise about faults at its full number of trials, in build/faults.json (9 minutes on two cores)
 # make gates   compile every Triton and CUDA kernel for sm_80, sm_90 and sm_100, hold it against benchmarks/*_budget.json
-# make asan    CUDA kernels on the CPU under ASan and UBSan; make race: under TSan (5 and 8 minutes beside other work)
+# make asan    CUDA kernels on the CPU under ASan and UBSan; make race: under TSan (4 and 18 minutes beside other work)
 # make bench   every benchmark of this machine into benchmarks/results, then its pictures and tables (15 minutes; LIMIT=5)
 # make gpu     where there is an NVIDIA GPU: build, run all GPU tests and benchmarks, results in build/gpu (stops after 9 minutes)
 # make sanitize  where there is an NVIDIA GPU: compute-sanitizer over the tests of the CUDA kernels
