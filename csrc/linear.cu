@@ -182,6 +182,7 @@ void linear_product(const LinearProduct& p, Place place) {
   };
   const auto reads = [&](const char* name, const void* pointer, int64_t rows, int64_t cols, int64_t stride) {
     if (!pointer) return;
+    check.require(stride > 0, std::string("the stride of ") + name + " must be above 0");  // as TMA wants it
     check.reads(name, pointer, p.dtype, rows, cols, stride), on_16_bytes(name, pointer, stride, p.dtype);
   };
   const bool a_across = p.layout == Layout::tn, b_across = p.layout == Layout::nn || p.layout == Layout::tn;

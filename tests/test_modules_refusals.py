@@ -217,6 +217,14 @@ def test_codes_sizes_and_strides(function):
     assert accepted(function, spoiled) == []
 
 
+@pytest.mark.parametrize("function", ["linear_product", "attention_forward", "attention_backward", "attention_decode"])
+def test_rows_that_tma_reads_are_apart(function):
+    """Elsewhere a stride of 0 is one row for all."""
+    others = UNUSED | {"features_slope_stride"}
+    names = [name for name, _ in FUNCTIONS[function] if "stride" in name and name not in others]
+    assert len(names) >= 4 and accepted(function, [{name: 0} for name in names]) == []
+
+
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_outputs_overlap_nothing(function):
     """Each output in the place of every other tensor, or, where that is legal, 16 bytes behind it."""
