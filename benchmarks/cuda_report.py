@@ -8,8 +8,7 @@
 Needs nvcc and no GPU. The figures are those of ptxas (-Xptxas -v), in the logs that csrc/build.py leaves beside its
 objects. Any note C75xx fails: with those ptxas says that it made wgmma serial, or waits of its own. So does a kernel
 for wgmma without HGMMA in its machine code for sm_90a, which cuobjdump shows (of the toolkit, else of Triton's wheel),
-attention whose softmax waits for the product that is to run beside it, and a product with a loop over lanes around a
-copy.
+and attention whose softmax waits for the product that is to run beside it.
 Dynamic shared memory is not here: a launch that asks for more than a block may have fails at once, under simt as well.
 """
 
@@ -37,8 +36,6 @@ NOTE = re.compile(r"^.*\bC75\d\d\b.*$", re.M)
 WGMMA = {"attention_forward": "attention_forward_kernel", "attention_backward": "attention_backward_kernel",
          "linear": "product_kernel"}  # fmt: skip
 """Source -> its kernel for wgmma."""
-ELECTED = {"linear"}
-"""Sources whose copies one elected thread starts, or a step of the main loop waits for each of them: see elect_lane."""
 
 
 @dataclass(frozen=True)
@@ -137,29 +134,30 @@ def functions_of(sass: str, kernel: str) -> dict[str, str]:
     return {text.split()[0]: text for text in functions if kernel in text.split()[0]}
 
 
-def without_overlap(sass: str) -> list[str]:
-    """Kernels of attention_forward.cu that wait for the product with v before they have computed the exponentials that
-    follow the wait for the scores: ptxas has moved a wait. (It once had, in all for plain scores.)"""
-    found = []
-    for name, text in functions_of(sass, "attention_forward_kernel").items():
-        depth, keys, featured = map(int, re.search(r"AttentionTileILi(\d+)ELi\d+ELi(\d+)EEELb(\d)E", name).groups())
-        if featured and depth > 128:  # waits itself, for registers
-            continue
+def exponentials(name: str) -> int:
+    """Of an attention kernel with this mangled name: how many of a thread are to run between the wait for the scores
+    and that for the product beside them. 0: those of large head dims wait for both at once, for registers."""
+    if tile := re.search(r"AttentionTileILi(\d+)ELi\d+ELi(\d+)EEELb(\d)E", name):
+        depth, keys, featured = map(int, tile.groups())
+        return 0 if featured and depth > 128 else keys // 2
+    depth, featured = map(int, re.search(r"Li(\d+)ELb(\d)E", name).groups())
+    return 0 if depth > (64 if featured else 128) else 32
+
+
+def without_overlap(sass: str, kernel: str) -> list[str]:
+    """Attention kernels that wait for the product beside the softmax (forward: with v; backward: of dout and v) before
+    its exponentials: ptxas has moved a wait. (It once had, in all forward kernels for plain scores.)"""
+    found = {}
+    for name, text in functions_of(sass, kernel).items():
+        wanted = exponentials(name)
         parts = re.split(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x1\b", text)[1:]
+        if kernel == WGMMA["attention_backward"]:
+            parts = parts[:1]  # the others are waits for sums
         beside = [part.split("WARPGROUP.DEPBAR.LE gsb0, 0x0")[0].count("MUFU.EX2") for part in parts]
-        if not beside or min(beside) < keys // 2:
-            found.append((name, f"{min(beside, default=0)} of {keys // 2}"))
-    names = demangle([name for name, _ in found]) if found else []
-    return [
-        f"sm_90a {name}: {share} exponentials of a thread run beside the product with v"
-        for name, (_, share) in zip(names, found, strict=True)
-    ]
-
-
-def with_loops_over_lanes(sass: str) -> list[str]:
-    """The kernels of a source in which the compiler wrote a loop over the lanes of a warp, around a copy by TMA."""
-    slow = [name for name, text in functions_of(sass, "").items() if "BRA.U.ANY" in text]
-    return [f"sm_90a {name}: a loop over lanes around a copy" for name in demangle(slow)] if slow else []
+        if min(beside, default=0) < wanted:
+            found[name] = f"{min(beside, default=0)} of {wanted} exponentials of a thread run beside the product"
+    names = demangle(list(found)) if found else []
+    return [f"sm_90a {name}: {told}" for name, told in zip(names, found.values(), strict=True)]
 
 
 def machine_code(folder: Path, stems: Iterable[str], nvcc: Path) -> list[str]:
@@ -175,8 +173,7 @@ def machine_code(folder: Path, stems: Iterable[str], nvcc: Path) -> list[str]:
     for stem in wanted:
         command = [tool, "-sass", "-arch", "sm_90a", folder / f"{stem}.cu.o"]
         sass = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        lacks = without_wgmma(sass, WGMMA[stem]) + (without_overlap(sass) if stem == "attention_forward" else [])
-        lacks += with_loops_over_lanes(sass) if stem in ELECTED else []
+        lacks = without_wgmma(sass, WGMMA[stem]) + (without_overlap(sass, WGMMA[stem]) if stem != "linear" else [])
         complaints += [f"{stem}.cu: {line}" for line in lacks]
     return complaints
 

@@ -106,21 +106,41 @@ def test_a_kernel_for_wgmma_must_have_it():
 
 
 def test_a_softmax_that_waits_for_the_product_beside_it_is_named():
-    name = "_ZN8megakern24attention_forward_kernelI6__halfNS_13AttentionTileILi{}ELi128ELi{}EEELb{}EEEvNS_4PlanE"
-    scores, v, exp = "WARPGROUP.DEPBAR.LE gsb0, 0x1 ;", "WARPGROUP.DEPBAR.LE gsb0, 0x0 ;", "MUFU.EX2 R1, R1 ;"
+    scores, both, exp = "WARPGROUP.DEPBAR.LE gsb0, 0x1 ;", "WARPGROUP.DEPBAR.LE gsb0, 0x0 ;", "MUFU.EX2 R1, R1 ;"
 
-    def code(*lines: str, depth=128, keys=8, featured=0) -> str:
-        return "\n".join([f"Function : {name.format(depth, keys, featured)}", *lines])
+    def code(*lines: str, D=128, keys=8, featured=0) -> str:
+        tile = f"NS_13AttentionTileILi{D}ELi128ELi{keys}EEELb{featured}E"
+        return "\n".join([f"Function : _ZN8megakern24attention_forward_kernelI6__half{tile}EEvNS_4PlanE", *lines])
 
-    good = code(v, exp, scores, exp, exp, "FADD R1, R1, R2 ;", exp, exp, v, exp, depth=64)
-    moved = code(v, exp, scores, v, exp, exp, exp, exp, v)
+    def complaints(*texts: str) -> list[str]:
+        return cuda_report.without_overlap("\n".join(texts), "attention_forward_kernel")
+
+    good = code(both, exp, scores, exp, exp, "FADD R1, R1, R2 ;", exp, exp, both, exp, D=64)
+    moved = code(both, exp, scores, both, exp, exp, exp, exp, both)
     kernel = "sm_90a attention_forward_kernel<__half, AttentionTile<128, 128, 8>, false>"
-    told = [f"{kernel}: 0 of 4 exponentials of a thread run beside the product with v"]
-    assert cuda_report.without_overlap(good) == [] and cuda_report.without_overlap(moved + "\n" + good) == told
-    assert cuda_report.without_overlap(code(v, exp, exp, exp, exp)) == told
-    assert "3 of 4" in cuda_report.without_overlap(code(scores, exp, exp, exp, v, exp))[0]
-    assert cuda_report.without_overlap(code(scores, v, exp, exp, exp, exp, depth=256, featured=1)) == []
-    assert len(cuda_report.without_overlap(code(scores, v, exp, exp, exp, exp, depth=256))) == 1
+    told = [f"{kernel}: 0 of 4 exponentials of a thread run beside the product"]
+    assert complaints(good) == [] and complaints(moved, good) == told
+    assert complaints(code(both, exp, exp, exp, exp)) == told
+    assert "3 of 4" in complaints(code(scores, exp, exp, exp, both, exp))[0]
+    assert complaints(code(scores, both, exp, exp, exp, exp, D=256, featured=1)) == []
+    assert len(complaints(code(scores, both, exp, exp, exp, exp, D=256))) == 1
+
+
+@pytest.mark.parametrize(
+    "D, featured, held", [(64, 0, True), (64, 1, True), (128, 0, True), (128, 1, False), (256, 0, False)]
+)
+def test_exponentials_of_the_backward_pass_too(D, featured, held):
+    """Up to where registers suffice; of its waits the first alone stands before exponentials."""
+    scores, both, exp = "WARPGROUP.DEPBAR.LE gsb0, 0x1", "WARPGROUP.DEPBAR.LE gsb0, 0x0", "MUFU.EX2 R1, R1"
+    head = f"Function : _ZN8megakern25attention_backward_kernelI6__halfLi{D}ELb{featured}EEEvNS_4PlanE"
+
+    def complaints(*lines: str) -> list[str]:
+        return cuda_report.without_overlap("\n".join([head, *lines]), "attention_backward_kernel")
+
+    assert complaints(scores, *[exp] * 32, both, scores, both) == []
+    named = f"sm_90a attention_backward_kernel<__half, {D}, {'true' if featured else 'false'}>"
+    told = [f"{named}: 5 of 32 exponentials of a thread run beside the product"]
+    assert complaints(scores, *[exp] * 5, both, *[exp] * 40, scores, both) == (told if held else [])
 
 
 def test_a_loop_over_lanes_around_a_copy_fails():
