@@ -8,7 +8,8 @@
 Needs nvcc and no GPU. The figures are those of ptxas (-Xptxas -v), in the logs that csrc/build.py leaves beside its
 objects. Any note C75xx fails: with those ptxas says that it made wgmma serial, or waits of its own. So does a kernel
 for wgmma without HGMMA in its machine code for sm_90a, which cuobjdump shows (of the toolkit, else of Triton's wheel),
-and attention whose softmax waits for the product that is to run beside it.
+attention whose softmax waits for the product that is to run beside it, and a product with a loop over lanes around a
+copy.
 Dynamic shared memory is not here: a launch that asks for more than a block may have fails at once, under simt as well.
 """
 
@@ -36,6 +37,8 @@ NOTE = re.compile(r"^.*\bC75\d\d\b.*$", re.M)
 WGMMA = {"attention_forward": "attention_forward_kernel", "attention_backward": "attention_backward_kernel",
          "linear": "product_kernel"}  # fmt: skip
 """Source -> its kernel for wgmma."""
+ELECTED = {"linear"}
+"""Sources whose copies one elected thread starts, or a step of the main loop waits for each of them: see elect_lane."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +163,12 @@ def without_overlap(sass: str, kernel: str) -> list[str]:
     return [f"sm_90a {name}: {told}" for name, told in zip(names, found.values(), strict=True)]
 
 
+def with_loops_over_lanes(sass: str) -> list[str]:
+    """The kernels of a source in which the compiler wrote a loop over the lanes of a warp, around a copy by TMA."""
+    slow = [name for name, text in functions_of(sass, "").items() if "BRA.U.ANY" in text]
+    return [f"sm_90a {name}: a loop over lanes around a copy" for name in demangle(slow)] if slow else []
+
+
 def machine_code(folder: Path, stems: Iterable[str], nvcc: Path) -> list[str]:
     """Complaints about the machine code of those sources that have kernels for wgmma."""
     wanted = [stem for stem in stems if stem in WGMMA]
@@ -174,6 +183,7 @@ def machine_code(folder: Path, stems: Iterable[str], nvcc: Path) -> list[str]:
         command = [tool, "-sass", "-arch", "sm_90a", folder / f"{stem}.cu.o"]
         sass = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         lacks = without_wgmma(sass, WGMMA[stem]) + (without_overlap(sass, WGMMA[stem]) if stem != "linear" else [])
+        lacks += with_loops_over_lanes(sass) if stem in ELECTED else []
         complaints += [f"{stem}.cu: {line}" for line in lacks]
     return complaints
 
