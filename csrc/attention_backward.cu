@@ -58,7 +58,7 @@ struct BackwardPlace {
 
 // Adds the parts of dq that the consumers leave in shared memory to the sums, by one warp.
 template <class Tile>
-MK_DEVICE void add_queries(const BackwardPlan& plan, const BackwardPlace<Tile>& at, const float* parts, int lane) {
+MK_DEVICE void add_queries(const BackwardPlan& plan, const BackwardPlace<Tile>& at, const float* parts) {
   const int steps = plan.group * (at.end - at.first);
   if (steps == 0) return;
   barrier_arrive<5>(160), barrier_arrive<6>(160);
@@ -68,7 +68,7 @@ MK_DEVICE void add_queries(const BackwardPlan& plan, const BackwardPlace<Tile>& 
     float* to = plan.dq_sums + std::int64_t(line + tile) * Tile::line;
     int* turn = plan.turns + line + tile;
     const auto add = [&](int consumer, int piece) {
-      if (lane == 0) {
+      if (elect_lane()) {
         bulk_add(to + (consumer * Tile::pieces + piece) * Tile::part, parts + consumer * Tile::part, Tile::part * 4);
         tma_commit();
         tma_wait_read<0>();
@@ -79,7 +79,7 @@ MK_DEVICE void add_queries(const BackwardPlan& plan, const BackwardPlace<Tile>& 
     for (int piece = 0; piece < Tile::pieces; ++piece) {
       const bool more = piece + 1 < Tile::pieces || step + 1 < steps;
       barrier_sync<3>(160);
-      if (piece == 0 && plan.turns != nullptr && lane == 0) {
+      if (piece == 0 && plan.turns != nullptr && elect_lane()) {
         const int last = at.mask.behind_key((tile + 1) * Tile::rows - 1) - 1, mine = last / Tile::keys - at.key / Tile::keys;
         while (atomic_add(turn, 0) != mine) yield_thread();
         fence_device();
@@ -90,7 +90,7 @@ MK_DEVICE void add_queries(const BackwardPlan& plan, const BackwardPlace<Tile>& 
       add(1, piece);
       if (more) barrier_arrive<6>(160);
     }
-    if (plan.turns != nullptr && lane == 0) {
+    if (plan.turns != nullptr && elect_lane()) {
       tma_wait<0>();
       fence_device();
       atomic_add(turn, 1);
@@ -98,7 +98,7 @@ MK_DEVICE void add_queries(const BackwardPlan& plan, const BackwardPlace<Tile>& 
     sync_warp();
     if (++tile == at.end) tile = at.first, line += plan.q_tiles;
   }
-  if (lane == 0) tma_wait<0>();
+  if (elect_lane()) tma_wait<0>();
 }
 
 // Featured: cap, ALiBi, dropout.
@@ -145,7 +145,7 @@ MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
   Ring<stages> ring;
   if (warpgroup == 0) {
     registers_shrink<kProducerRegisters>();
-    if (thread == 0 && steps > 0) {
+    if (thread < kWarp && steps > 0 && elect_lane()) {
       const auto fetch = [&](unsigned char* to, const TensorMap* map, MBarrier* full, int slab, const HeadBox& box) {
 #pragma unroll
         for (int i = 0; i < Tile::slabs; ++i) tma_load_4d(to + i * slab, map, full, 64 * i, box.y, box.z, box.w);
@@ -175,7 +175,7 @@ MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
         if (++tile == at.end) tile = at.first, line += plan.q_tiles, ++head;
       }
     } else if (thread / 32 == 1) {
-      add_queries<Tile>(plan, at, dq, lane);
+      add_queries<Tile>(plan, at, dq);
     }
   } else {
     registers_grow<kConsumerRegisters>();
@@ -337,7 +337,7 @@ MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
     }
     fence_async();
     consumer_sync<1>(consumer, 128);
-    if (thread == 0 && from < at.S) {
+    if (thread < kWarp && from < at.S && elect_lane()) {
       const HeadBox box(packed, at.sample, at.head, at.k_start, at.S, from, 64);
 #pragma unroll
       for (int i = slab; i < slab + Tile::own_slabs; ++i) {

@@ -177,7 +177,7 @@ MK_KERNEL void __launch_bounds__(Tile::threads, 1)
   Ring<Tile::q_stages> q_ring;
   if (warpgroup == 0) {
     registers_shrink<Tile::producer_registers>();
-    if (thread == 0) {
+    if (thread < kWarp && elect_lane()) {
       const auto fetch = [&](unsigned char* to, const TensorMap* map, MBarrier* full, int slab, const HeadBox& box) {
         mbar_expect(full, Tile::slabs * slab);
 #pragma unroll
