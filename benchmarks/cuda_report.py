@@ -8,8 +8,7 @@
 Needs nvcc and no GPU. The figures are those of ptxas (-Xptxas -v), in the logs that csrc/build.py leaves beside its
 objects. Any note C75xx fails: with those ptxas says that it made wgmma serial, or waits of its own. So does a kernel
 for wgmma without HGMMA in its machine code for sm_90a, which cuobjdump shows (of the toolkit, else of Triton's wheel),
-attention whose softmax waits for the product that is to run beside it, and a product with a loop over lanes around a
-copy.
+attention whose softmax waits for the product that is to run beside it, and either with a loop over lanes around a copy.
 Dynamic shared memory is not here: a launch that asks for more than a block may have fails at once, under simt as well.
 """
 
@@ -37,7 +36,7 @@ NOTE = re.compile(r"^.*\bC75\d\d\b.*$", re.M)
 WGMMA = {"attention_forward": "attention_forward_kernel", "attention_backward": "attention_backward_kernel",
          "linear": "product_kernel"}  # fmt: skip
 """Source -> its kernel for wgmma."""
-ELECTED = {"linear"}
+ELECTED = {"attention_forward", "attention_backward", "linear"}
 """Sources whose copies one elected thread starts, or a step of the main loop waits for each of them: see elect_lane."""
 
 

@@ -153,7 +153,7 @@ MK_KERNEL void __launch_bounds__(256 * BackwardTile<D>::pieces)
   write_fragment<T>(tile + thread / 32 * 16 * 128, v, thread % 32);
   fence_async();
   sync_block();
-  if (thread == 0 && row < at.length) {
+  if (thread < kWarp && row < at.length && elect_lane()) {
     const HeadBox box(plan.q_offsets != nullptr, at.sample, at.head, at.start, at.length, row, 64);
     tma_store_4d(&dq_map, tile, col, box.y, box.z, box.w);
     tma_commit();
