@@ -83,6 +83,22 @@ def test_shapes(T, G, D, S, dtype, pieces, backend, device):
     check(paged_attention(q, *paged(k, v, lengths, 16), return_lse=True, backend=backend), q, k, v, lengths)
 
 
+@pytest.mark.only("cuda", "simt")
+@pytest.mark.parametrize("loud", [slice(0, 8), slice(8, 16), slice(0, 16)], ids=["upper", "lower", "all"])
+def test_scores_that_rise_from_tile_to_tile(loud, backend, device):
+    """Of the rows that a thread has in the upper or in the lower half of a block, or of both: by less and by more than
+    what a row's base bears before it follows, and by more than fp32 could. PyTorch in bf16 rounds scores of 800 to
+    multiples of 4: no measure for this."""
+    q, k, v = make(1, 16, 64, torch.bfloat16, device, S=700, Hkv=1)
+    level = torch.tensor([0, 3, 9, 40, 400, 800], device=device).repeat_interleave(128)[:700]
+    k[..., 0] = level.bfloat16()[:, None]
+    q[..., 0] = 0.0
+    q[..., loud, 0] = 8.0
+    out = attention(q, k, v, backend=backend)
+    wide = attention_reference(q.double(), k.double(), v.double())
+    torch.testing.assert_close(out.double(), wide, rtol=0.01, atol=0.01)
+
+
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize(
     "D, dtype", [pytest.param(20, torch.float32, marks=TRITON), pytest.param(24, torch.bfloat16, marks=CPP)]
