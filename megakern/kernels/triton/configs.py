@@ -378,8 +378,8 @@ def _attention_tile(
     name: str, BM: int, BN: int, warps: int, stages: int, why: str, generations: tuple[int, ...] = (8, 9, 10)
 ) -> Config:
     spills = (
-        "not mended: sums and scores exceed 255 registers. Gradients of keys and values spill outside of their loops on "
-        "sm_90 and sm_100: addresses of the next head's first tiles"
+        "not mended: sums and scores exceed 255 registers. Gradients of keys and values spill outside of their loops "
+        "on sm_90 and sm_100: addresses of the next head's first tiles"
     )
     return Config(name, {"BM": BM, "BN": BN}, warps, stages, why, spills, generations)
 
