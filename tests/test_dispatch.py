@@ -33,6 +33,13 @@ def test_results_can_be_changed_in_place_as_pytorchs(name):
     torch.testing.assert_close(gradients[1], gradients[0])
 
 
+@pytest.mark.parametrize("name", OPS)
+def test_a_second_derivative_is_refused(name):
+    x = X.clone().requires_grad_()
+    with pytest.raises(RuntimeError, match=r"there is no second derivative \(create_graph=True\); use PyTorch's own"):
+        torch.autograd.grad(OPS[name](x).square().sum(), x, create_graph=True)
+
+
 def test_the_gradient_of_the_loss_takes_the_place_of_our_logits():
     weight, targets = (
         torch.randn(50, 16, generator=torch.Generator().manual_seed(1)),
