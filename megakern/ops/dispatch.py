@@ -280,11 +280,10 @@ def _differentiable(name: str, op: Callable, kernel: Callable, setup_context: Ca
         return result
 
     def gradients(ctx, *upstream):
-        if (
-            torch.is_grad_enabled()
-        ):  # only under create_graph=True; kernels record nothing, so it would be wrong in silence
+        if torch.is_grad_enabled():  # under create_graph=True alone; kernels record nothing: wrong in silence
             raise RuntimeError(
-                f"{name}: there is no second derivative (create_graph=True); use PyTorch's own operator where one is needed"
+                f"{name}: there is no second derivative (create_graph=True); use PyTorch's own operator where one is "
+                f"needed"
             )
         found = backward(ctx, *upstream)
         return (*found, None) if isinstance(found, tuple) else (found, None)
