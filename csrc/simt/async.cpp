@@ -18,17 +18,24 @@ static std::deque<ClusterState> cluster_states;
 static std::vector<GuardedMemory> shadows;  // kept for the next launch
 
 ThreadAsync& async_of(Fiber& fiber) {
-  if (!fiber.async) fiber.async = &thread_states.emplace_back();
+  if (!fiber.async) {
+    const Hardware working;  // the list may move
+    fiber.async = &thread_states.emplace_back();
+  }
   return *fiber.async;
 }
 
 WarpAsync& async_of(Warp& warp) {
-  if (!warp.async) warp.async = &warp_states.emplace_back();
+  if (!warp.async) {
+    const Hardware working;  // the list may move
+    warp.async = &warp_states.emplace_back();
+  }
   return *warp.async;
 }
 
 BlockAsync& async_of(Block& block) {
   if (block.async) return *block.async;
+  const Hardware working;
   block.async = &block_states.emplace_back();
   const std::size_t bytes = std::size_t(block.shared_end - block.shared);
   if (!shadows.empty()) {
