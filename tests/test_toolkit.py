@@ -120,6 +120,7 @@ def test_doctor_says_why_there_are_no_kernels(places, monkeypatch):
     monkeypatch.setattr(doctor.machine, "matmul_rate", lambda *arguments: 1.0)
     monkeypatch.setattr(cuda, "_C", None)
     monkeypatch.setattr(cuda, "C_ERROR", "megakern._C is not built")
+    monkeypatch.setitem(doctor.UNAVAILABLE, "cuda", "it needs an NVIDIA GPU")  # told once where both reasons are one
     line = "\n  CUDA kernels  megakern._C is not built; "
     assert f"{line}there is no nvcc on the PATH, in /usr/local/cuda or as a wheel; install CUDA's" in doctor.report()
     put_nvcc(places / "usual")
