@@ -10,7 +10,6 @@ top, and outputs come from CUDA's allocator. Least and median of turns; "launche
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -19,10 +18,9 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
+from benchmarks.launch_cost import YARDSTICK, measure
 from megakern.kernels.torch.cross_entropy import Shard
 from megakern.kernels.triton import activation, cross_entropy, linear, norm, rope
-
-YARDSTICK = "torch.empty"
 
 
 class Driver:
@@ -95,25 +93,11 @@ def calls() -> dict[str, Callable]:
     }
 
 
-def measure(functions: dict[str, Callable], turns: int = 15, repeats: int = 200) -> dict[str, list[float]]:
-    """us a call in each turn, turn by turn through all functions."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for function in functions.values():
-        function()  # compiled
-    for _ in range(turns):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            for _ in range(repeats):
-                function()
-            times[name].append((time.perf_counter() - start) / repeats * 1e6)
-    return times
-
-
 def main() -> None:
     torch.set_num_threads(1)
     functions = calls()
     with without_gpu() as driver:
-        times, started = measure(functions), {}
+        times, started = measure(functions, repeats=200), {}
         for name, function in functions.items():
             before = driver.launches
             function()
