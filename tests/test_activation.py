@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch import library
 
 import megakern as mk
 from megakern.kernels.torch.activation import activation_backward, activation_forward
@@ -90,13 +91,11 @@ def test_opcheck():
     gate, up = draw(3, 14).chunk(2, -1)
     gate, up = gate.requires_grad_(), up.requires_grad_()
     for kind in KINDS:
-        torch.library.opcheck(torch.ops.megakern.activation.default, (gate, kind, "torch"))
-        torch.library.opcheck(
-            torch.ops.megakern.activation_backward.default, (up.detach(), gate.detach(), kind, "torch")
-        )
-    torch.library.opcheck(torch.ops.megakern.swiglu.default, (gate, up, "torch"))
+        library.opcheck(torch.ops.megakern.activation.default, (gate, kind, "torch"))
+        library.opcheck(torch.ops.megakern.activation_backward.default, (up.detach(), gate.detach(), kind, "torch"))
+    library.opcheck(torch.ops.megakern.swiglu.default, (gate, up, "torch"))
     detached = (draw(3, 7), gate.detach(), up.detach(), "torch")
-    torch.library.opcheck(torch.ops.megakern.swiglu_backward.default, detached)
+    library.opcheck(torch.ops.megakern.swiglu_backward.default, detached)
 
 
 def test_compiles_in_one_graph_and_repeats():

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
+from torch import library
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
@@ -225,9 +226,9 @@ def test_opcheck():
     moments = [torch.zeros_like(p) for p in params], [torch.zeros_like(p) for p in params]
     options = (True, 1, 1e-3, 0.9, 0.95, 1e-8, 0.1, "torch")
     scale = torch.tensor(0.5)
-    torch.library.opcheck(torch.ops.megakern.adamw.default, (params, grads, *moments, [], scale, *options))
+    library.opcheck(torch.ops.megakern.adamw.default, (params, grads, *moments, [], scale, *options))
     narrow = [p.bfloat16() for p in params]
-    torch.library.opcheck(torch.ops.megakern.adamw.default, (narrow, grads, *moments, params, None, *options))
+    library.opcheck(torch.ops.megakern.adamw.default, (narrow, grads, *moments, params, None, *options))
 
 
 def run_dtensors(dtype) -> list:

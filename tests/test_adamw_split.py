@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch import library
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
@@ -278,7 +279,7 @@ def test_opcheck():
     moments = [torch.zeros_like(p).float() for p in params], [torch.zeros_like(p).float() for p in params]
     low = [torch.full(p.shape, -3, dtype=torch.int16) for p in params]
     options = (False, 1, 1e-3, 0.9, 0.95, 1e-8, 0.1, "torch")
-    torch.library.opcheck(torch.ops.megakern.adamw.default, (params, draw(1), *moments, low, None, *options))
+    library.opcheck(torch.ops.megakern.adamw.default, (params, draw(1), *moments, low, None, *options))
 
 
 def test_bad_masters_are_named():

@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from torch import library
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import megakern as mk
@@ -286,13 +287,13 @@ def op_arguments(v, offsets=(None, None), *, slopes=None, window=(4, 0), softcap
     "options", [{}, {"dropout_p": 0.5}, {"window": (-1, -1), "softcap": 0.0}, {"slopes": torch.full((4,), 0.25)}]
 )
 def test_opcheck(options):
-    torch.library.opcheck(torch.ops.megakern.attention.default, op_arguments(make(2, 5, 7, 4, 2, 4), **options))
+    library.opcheck(torch.ops.megakern.attention.default, op_arguments(make(2, 5, 7, 4, 2, 4), **options))
 
 
 def test_opcheck_packed():
     offsets = tuple(torch.tensor(o, dtype=torch.int32) for o in ([0, 2, 5], [0, 4, 7]))
     packed = {name: x[0] for name, x in make(1, 5, 7, 4, 2, 4).items()}
-    torch.library.opcheck(torch.ops.megakern.attention.default, op_arguments(packed, offsets))
+    library.opcheck(torch.ops.megakern.attention.default, op_arguments(packed, offsets))
 
 
 def test_compiles_in_one_graph():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import library
 
 import megakern as mk
 from megakern.kernels.torch import native
@@ -105,9 +106,9 @@ def test_the_layer_takes_it_where_nothing_stands_between(monkeypatch):
 def test_opcheck():
     qkv = draw(2, 9, 2, 3, 8).requires_grad_()
     how = ([-1, 0], 0.4, 0.0, 0.2, [5, 1, 2], True, "torch")
-    torch.library.opcheck(torch.ops.megakern.attention_qkv.default, (qkv, *how))
+    library.opcheck(torch.ops.megakern.attention_qkv.default, (qkv, *how))
     dout, out, lse = draw(2, 9, 2, 8), draw(2, 9, 2, 8, seed=1), draw(2, 2, 9)
-    torch.library.opcheck(torch.ops.megakern.attention_qkv_backward.default, (dout, qkv.detach(), out, lse, *how))
+    library.opcheck(torch.ops.megakern.attention_qkv_backward.default, (dout, qkv.detach(), out, lse, *how))
 
 
 def test_compiles_in_one_graph():

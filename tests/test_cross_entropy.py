@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import library
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import megakern as mk
@@ -130,9 +131,9 @@ def test_opcheck():
         logits, targets = make((2, 3), 7, dtype)
         options = (-100, smoothing, 0.01, 6, "", "torch")
         targets = targets.clamp(max=5)
-        torch.library.opcheck(torch.ops.megakern.cross_entropy.default, (logits.requires_grad_(), targets, *options))
+        library.opcheck(torch.ops.megakern.cross_entropy.default, (logits.requires_grad_(), targets, *options))
         backward = (torch.ones(2, 3), logits.detach(), targets, logits.detach().float().logsumexp(-1), *options)
-        torch.library.opcheck(torch.ops.megakern.cross_entropy_backward.default, backward)
+        library.opcheck(torch.ops.megakern.cross_entropy_backward.default, backward)
 
 
 def test_compiles_in_one_graph():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
+from torch import library
 
 import megakern as mk
 from megakern.ops.cross_entropy import cross_entropy_reference
@@ -101,10 +102,10 @@ def test_opcheck():
     options = (-100, 0.1, 0.01, 7, "", "torch")
     tests = ("test_schema", "test_faketensor")
     op = torch.ops.megakern.cross_entropy_in_place.default
-    torch.library.opcheck(op, (logits, torch.tensor(0.5), targets, *options), test_utils=tests)
-    torch.library.opcheck(op, (logits, None, targets, *options), test_utils=tests)
+    library.opcheck(op, (logits, torch.tensor(0.5), targets, *options), test_utils=tests)
+    library.opcheck(op, (logits, None, targets, *options), test_utils=tests)
     scale = torch.ops.megakern.cross_entropy_scale.default
-    torch.library.opcheck(scale, (logits, torch.tensor(0.5), "torch"), test_utils=tests)
+    library.opcheck(scale, (logits, torch.tensor(0.5), "torch"), test_utils=tests)
 
 
 def on_a_rank(leaf, targets, options):

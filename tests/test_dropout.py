@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import library
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import megakern as mk
@@ -117,7 +118,7 @@ def test_mask_statistics(p):
 def test_opcheck():
     x, residual = torch.randn(3, 5, requires_grad=True), torch.randn(3, 5, requires_grad=True)
     for r in (None, residual):
-        torch.library.opcheck(torch.ops.megakern.dropout.default, (x, r, 0.5, SEED, [2, 2, 5], "torch"))
+        library.opcheck(torch.ops.megakern.dropout.default, (x, r, 0.5, SEED, [2, 2, 5], "torch"))
 
 
 def test_compiles_once_for_all_seeds():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
+from torch import library
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
@@ -98,7 +99,7 @@ def test_no_gradients_is_zero():
 
 def test_opcheck():
     gradients = [param.grad for param in with_gradients(torch.bfloat16)]
-    torch.library.opcheck(torch.ops.megakern.sum_of_squares.default, (gradients, "torch"))
+    library.opcheck(torch.ops.megakern.sum_of_squares.default, (gradients, "torch"))
 
 
 def test_wrong_input_is_named():

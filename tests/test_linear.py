@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import library
 
 import megakern as mk
 from megakern.ops.activation import KINDS
@@ -137,14 +138,12 @@ def test_opcheck(activation, extra):
     v = make((3, 5), 7, 6, torch.float32, bias=extra, residual=extra)
     v = {name: value.requires_grad_() for name, value in v.items()}
     arguments = (v["x"], v["weight"], v.get("bias"), v.get("residual"), activation, activation != "", "torch")
-    torch.library.opcheck(torch.ops.megakern.linear.default, arguments)
+    library.opcheck(torch.ops.megakern.linear.default, arguments)
     dy = torch.randn(3, 5, 6)
-    torch.library.opcheck(input_gradient, (dy, v["weight"].detach(), v["x"].detach() if extra else None, "torch"))
-    torch.library.opcheck(
-        weight_gradient, (dy, v["x"].detach(), torch.float32, torch.float32 if extra else None, "torch")
-    )
+    library.opcheck(input_gradient, (dy, v["weight"].detach(), v["x"].detach() if extra else None, "torch"))
+    library.opcheck(weight_gradient, (dy, v["x"].detach(), torch.float32, torch.float32 if extra else None, "torch"))
     added = (torch.zeros(6, 7), dy, v["x"].detach(), torch.float32 if extra else None, "torch")
-    torch.library.opcheck(accumulate_weight_gradient, added)
+    library.opcheck(accumulate_weight_gradient, added)
 
 
 def test_compiles_in_one_graph():

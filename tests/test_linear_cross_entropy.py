@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
+from torch import library
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import megakern as mk
@@ -169,13 +170,11 @@ def test_opcheck(dtype):
     inputs, targets = make((2, 3), 4, 7, dtype, vocab_size=6)
     x, weight = (value.requires_grad_() for value in inputs.values())
     options = (-100, 0.1, 0.01, 6, "", "torch")
-    torch.library.opcheck(
-        torch.ops.megakern.linear_cross_entropy_sum.default, (x, weight, targets, True, True, *options)
-    )
-    torch.library.opcheck(torch.ops.megakern.linear_cross_entropy_rows.default, (x, weight, targets, *options))
+    library.opcheck(torch.ops.megakern.linear_cross_entropy_sum.default, (x, weight, targets, True, True, *options))
+    library.opcheck(torch.ops.megakern.linear_cross_entropy_rows.default, (x, weight, targets, *options))
     x, weight = x.detach(), weight.detach()
     lse = (x @ weight[:6].t()).float().logsumexp(-1)
-    torch.library.opcheck(
+    library.opcheck(
         torch.ops.megakern.linear_cross_entropy_rows_backward.default,
         (torch.ones(2, 3), x, weight, targets, lse, True, False, *options),
     )

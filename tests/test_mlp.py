@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch import library
 from torch.nn import functional as F
 
 import megakern as mk
@@ -117,14 +118,14 @@ def test_opcheck(kind):
         up, up_bias = inputs["up_weight"], inputs["up_bias"]
         for keep in (True, False):
             values = [value if keep else value.detach() for value in (x, gate, up, gate_bias, up_bias)]
-            torch.library.opcheck(ops.linear_swiglu.default, (*values, keep, "torch"))
-        torch.library.opcheck(ops.linear_swiglu_open.default, (x, gate, up, gate_bias, up_bias, True, "torch"))
+            library.opcheck(ops.linear_swiglu.default, (*values, keep, "torch"))
+        library.opcheck(ops.linear_swiglu_open.default, (x, gate, up, gate_bias, up_bias, True, "torch"))
     else:
-        torch.library.opcheck(ops.linear_activated.default, (x, gate, gate_bias, kind, "torch"))
+        library.opcheck(ops.linear_activated.default, (x, gate, gate_bias, kind, "torch"))
     value, pre = torch.randn(2, 2, 7, 20)
     second = torch.randn(2, 7, 20).requires_grad_() if kind == "swiglu" else None
     after = (inputs["after"], inputs["after_bias"], inputs["residual"])
-    torch.library.opcheck(ops.linear_after.default, (value, pre.requires_grad_(), second, *after, kind, "torch"))
+    library.opcheck(ops.linear_after.default, (value, pre.requires_grad_(), second, *after, kind, "torch"))
     arguments = (
         torch.randn(2, 7, 9),
         inputs["after"].detach(),
@@ -133,7 +134,7 @@ def test_opcheck(kind):
         kind,
         "torch",
     )
-    torch.library.opcheck(activation_gradient, arguments)
+    library.opcheck(activation_gradient, arguments)
 
 
 @pytest.mark.parametrize("kind", ["gelu_tanh", "swiglu"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import library
 
 import megakern as mk
 from megakern.ops.attention_reference import attention_reference
@@ -54,7 +55,7 @@ def test_no_sequences():
 def test_opcheck_and_compile():
     q, k, v = make()
     given = paged(k, v, [37, 20, 3], 16)
-    torch.library.opcheck(
+    library.opcheck(
         torch.ops.megakern.paged_attention.default, (q, *given, None, [4, 0], 0.3, 2.0, "torch"),
         test_utils=("test_schema", "test_faketensor"),
     )  # fmt: skip

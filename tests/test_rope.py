@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch import library
 
 import megakern as mk
 import megakern.layers.attention as attention_layer
@@ -127,7 +128,7 @@ def test_opcheck(interleaved, positions):
         False,
         "torch",
     )
-    torch.library.opcheck(torch.ops.megakern.rope.default, arguments)
+    library.opcheck(torch.ops.megakern.rope.default, arguments)
 
 
 def test_compiles_in_one_graph():
@@ -261,7 +262,7 @@ def test_in_place_opcheck(interleaved):
     qkv = torch.randn(2, 3, 5, 6)
     for q, k in [tuple(v.values()), (qkv[:, :, :2], qkv[:, :, 2:4])]:
         arguments = (q, k, cos, sin, torch.tensor([[2, 0, 1], [1, 1, 1]]), interleaved, False, "torch")
-        torch.library.opcheck(torch.ops.megakern.rope_.default, arguments)
+        library.opcheck(torch.ops.megakern.rope_.default, arguments)
 
 
 def test_in_place_compiles_in_one_graph():

@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch import library
 
 import megakern as mk
 from megakern.ops.activation import KINDS, activation_reference, gelu_reference, swiglu_reference
@@ -118,8 +119,8 @@ def test_a_lazily_negated_input(device, backend):
 def test_gelu_compiles_and_passes_opcheck(approximate, device, unguarded, backend):
     x = draw(3, 14, device=device).requires_grad_()
     kind = "gelu_tanh" if approximate == "tanh" else "gelu"
-    torch.library.opcheck(torch.ops.megakern.activation.default, (x, kind, backend))
-    torch.library.opcheck(torch.ops.megakern.swiglu.default, (x, x.detach(), backend))
+    library.opcheck(torch.ops.megakern.activation.default, (x, kind, backend))
+    library.opcheck(torch.ops.megakern.swiglu.default, (x, x.detach(), backend))
     ours = torch.compile(
         partial(mk.gelu, approximate=approximate, backend=backend), fullgraph=True, backend="aot_eager"
     )

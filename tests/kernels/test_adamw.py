@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import library
 
 import megakern as mk
 from megakern.ops.adamw import adamw_reference
@@ -195,7 +196,7 @@ def test_opcheck_and_compile(kind, device, backend, unguarded):
         params = values if kind == "fp32" else [x.bfloat16() for x in values]
         return params, grads, exp_avgs, exp_avg_sqs, masters, torch.tensor(0.5, device=device)
 
-    torch.library.opcheck(adamw.default, (*arguments(), True, 3, 1e-2, 0.9, 0.95, 1e-8, 0.1, backend))
+    library.opcheck(adamw.default, (*arguments(), True, 3, 1e-2, 0.9, 0.95, 1e-8, 0.1, backend))
     eager, given = arguments(), arguments()
     expected = update(*eager)
     assert torch.equal(torch.compile(update, fullgraph=True, backend="aot_eager")(*given), expected)

@@ -10,6 +10,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch import library
 
 import megakern as mk
 from megakern.kernels.triton import configs
@@ -246,10 +247,10 @@ def test_opcheck(backend, device, unguarded, small_tiles):
     v = [x.requires_grad_() for x in make(1, 5, 7, 2, 1, 4, device=device).values()]
     slopes = torch.tensor([0.5, 0.1], device=device)
     how = ([4, 0], 0.3, 2.0, 0.5, [SEED, 1, 2], True, backend)
-    torch.library.opcheck(torch.ops.megakern.attention.default, (*v, None, None, slopes, *how))
+    library.opcheck(torch.ops.megakern.attention.default, (*v, None, None, slopes, *how))
     packed = [x.detach()[0].requires_grad_() for x in v]
     both = offsets(0, 2, 5, device=device), offsets(0, 4, 7, device=device)
-    torch.library.opcheck(torch.ops.megakern.attention.default, (*packed, *both, slopes, *how))
+    library.opcheck(torch.ops.megakern.attention.default, (*packed, *both, slopes, *how))
 
 
 def test_compiles_in_one_graph(backend, device, small_tiles):

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch import library
 
 from megakern.kernels.triton import configs
 from megakern.ops.attention import attention
@@ -89,7 +90,7 @@ def test_opcheck_and_compile(device, backend, unguarded, small_tiles):
     inputs = make(1, 9, 9, 2, 1, 8, device)
     arguments = [x.requires_grad_() for x in inputs.values()]
     how = (None, None, None, [4, 0], 0.3, 2.0, 0.0, [0, 0, 0], True, backend)
-    torch.library.opcheck(torch.ops.megakern.attention_sinks.default, (*arguments, *how))
+    library.opcheck(torch.ops.megakern.attention_sinks.default, (*arguments, *how))
     op = partial(attention, window=(4, None), softcap=2.0, backend=backend)
     compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
     reference = partial(attention_reference, window=(4, None), softcap=2.0)

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
+from torch import library
 
 import megakern as mk
 from megakern.kernels.torch.cross_entropy import Shard
@@ -243,7 +244,7 @@ def test_opcheck_compile_and_repeat(smoothing, device, unguarded, backend):
     logits, targets = make((2, 3), 11, device)
     arguments = (logits.requires_grad_(), targets, -100, smoothing, 1e-3, 11, "", backend)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(torch.ops.megakern.cross_entropy.default, arguments, test_utils=tests)
+    library.opcheck(torch.ops.megakern.cross_entropy.default, arguments, test_utils=tests)
     op = partial(mk.cross_entropy, targets=targets, label_smoothing=smoothing, backend=backend)
     compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(logits), op(logits)) and torch.equal(op(logits), op(logits))

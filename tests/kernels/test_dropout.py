@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch import library
 
 from megakern.ops.dropout import dropout, dropout_reference
 from tests.closeness import assert_gradients_close
@@ -59,7 +60,7 @@ def test_nan_beside_the_rows_never_leaks_in(device, backend):
 
 def test_opcheck_and_compile(device, backend, unguarded):
     x = draw(3, 5, 7, device=device).requires_grad_()
-    torch.library.opcheck(torch.ops.megakern.dropout.default, (x, x.detach(), 0.25, 3, [1, 1, 1], backend))
+    library.opcheck(torch.ops.megakern.dropout.default, (x, x.detach(), 0.25, 3, [1, 1, 1], backend))
     op = partial(dropout, p=0.25, seed=3, backend=backend)
     compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), op(x))

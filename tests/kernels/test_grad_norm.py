@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import library
 
 from megakern.ops.dispatch import launcher
 from megakern.ops.grad_norm import gradient_norm
@@ -60,7 +61,7 @@ def test_pieces_are_few_and_fill_a_gpu():
 def test_opcheck_and_compile(device, backend, unguarded):
     tensors = [draw(*shape, device=device, seed=i) for i, shape in enumerate([(7, 13), (1025,)])]
     sum_of_squares = torch.ops.megakern.sum_of_squares
-    torch.library.opcheck(sum_of_squares.default, (tensors, backend))
+    library.opcheck(sum_of_squares.default, (tensors, backend))
     compiled = torch.compile(lambda *x: sum_of_squares(x, backend).sqrt(), fullgraph=True, backend="aot_eager")
     expected = sum(tensor.double().square().sum() for tensor in tensors).sqrt()
     torch.testing.assert_close(compiled(*tensors).double(), expected, rtol=1e-6, atol=0)

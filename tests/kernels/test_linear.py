@@ -10,6 +10,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch import library
 
 import megakern as mk
 from megakern.kernels.cuda import linear as cuda_linear
@@ -388,7 +389,7 @@ def test_the_interpreter_refuses_bf16_products():
 def test_opcheck_and_compile(device, unguarded, backend):
     v = make((3,), *size_of(backend, (5, 7), (8, 16)), size_of(backend, torch.float32, torch.float16), device)
     arguments = [value.requires_grad_() for value in v.values()]
-    torch.library.opcheck(torch.ops.megakern.linear.default, (*arguments, "gelu_tanh", True, backend))
+    library.opcheck(torch.ops.megakern.linear.default, (*arguments, "gelu_tanh", True, backend))
     compiled = torch.compile(
         partial(mk.linear, activation="silu", backend=backend), fullgraph=True, backend="aot_eager"
     )

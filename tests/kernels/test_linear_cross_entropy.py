@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
+from torch import library
 
 import megakern as mk
 from megakern.kernels.cuda import linear as cuda_linear
@@ -185,7 +186,7 @@ def test_opcheck_and_compile(device, unguarded, backend):
     arguments = [value.requires_grad_() for value in inputs.values()]
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     op = torch.ops.megakern.linear_cross_entropy_sum.default
-    torch.library.opcheck(op, (*arguments, targets, True, True, -100, 0.1, 0.0, 11, "", backend), test_utils=tests)
+    library.opcheck(op, (*arguments, targets, True, True, -100, 0.1, 0.0, 11, "", backend), test_utils=tests)
     ours = partial(mk.linear_cross_entropy, targets=targets, backend=backend)
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
     assert_gradients_close(compiled, partial(linear_cross_entropy_reference, targets=targets), inputs)

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch import library
 from torch.nn import functional as F
 
 import megakern as mk
@@ -132,7 +133,7 @@ def test_opcheck_and_compile(device, unguarded, backend):
     v = make((3,), *size_of(backend, (5, 7), (8, 16)), size_of(backend, torch.float32, torch.float16), device)
     arguments = [value.requires_grad_() for value in v.values()]
     for op in (torch.ops.megakern.linear_swiglu, torch.ops.megakern.linear_swiglu_open):
-        torch.library.opcheck(op.default, (*arguments, True, backend))
+        library.opcheck(op.default, (*arguments, True, backend))
     compiled = torch.compile(partial(mk.linear_swiglu, backend=backend), fullgraph=True, backend="aot_eager")
     assert_gradients_close(compiled, linear_swiglu_reference, v)
 
@@ -146,7 +147,7 @@ def test_two_layers_in_one_graph(kind, device, unguarded, backend):
     after = draw(C, N, dtype=torch.float16, device=device, seed=5, scale=N**-0.5).requires_grad_()
     gate, up, gate_bias, up_bias = weights
     if kind == "gelu_tanh":
-        torch.library.opcheck(torch.ops.megakern.linear_activated.default, (x, gate, gate_bias, kind, backend))
+        library.opcheck(torch.ops.megakern.linear_activated.default, (x, gate, gate_bias, kind, backend))
 
     def layers(x, gate, up, gate_bias, up_bias, after):
         pairs = [(gate, gate_bias), (up, up_bias)][: 1 + (kind == "swiglu")]

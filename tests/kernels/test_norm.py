@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch import library
 
 import megakern as mk
 from megakern.kernels.cuda import configs as cuda_configs
@@ -156,7 +157,7 @@ def test_opcheck(norm, device, backend, unguarded):
     v = make((3, 5, 7), torch.float32, device, norm=norm, residual=True)
     v = {name: value.requires_grad_() for name, value in v.items()}
     arguments = (v["x"], v["weight"], v.get("bias"), v["residual"], 1e-5, norm == "layer", backend)
-    torch.library.opcheck(torch.ops.megakern.norm.default, arguments)
+    library.opcheck(torch.ops.megakern.norm.default, arguments)
 
 
 def test_compiles_in_one_graph(device, backend):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import library
 
 import megakern as mk
 from megakern.kernels.cuda import attention_decode as launchers
@@ -154,7 +155,7 @@ def test_no_sample(backend, device):
 def test_opcheck_and_compile(backend, device, unguarded):
     q, k, v = make(1, 2, 16, torch.float16, device)
     given = paged(k, v, LENGTHS, 16)
-    torch.library.opcheck(
+    library.opcheck(
         torch.ops.megakern.paged_attention.default, (q, *given, None, [4, 0], 0.3, 2.0, backend),
         test_utils=("test_schema", "test_faketensor"),
     )  # fmt: skip

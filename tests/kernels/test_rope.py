@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch import library
 
 import megakern as mk
 from megakern.kernels.cuda import module
@@ -127,14 +128,14 @@ def test_a_position_outside_the_tables_is_nan(device, backend):
 def test_opcheck_and_compile(device, backend, unguarded):
     inputs, tables = make(2, 3, 2, 1, 8, 3, device)
     arguments = (inputs["q"].requires_grad_(), inputs["k"].requires_grad_(), *tables.values(), None, True, False)
-    torch.library.opcheck(torch.ops.megakern.rope.default, (*arguments, backend))
+    library.opcheck(torch.ops.megakern.rope.default, (*arguments, backend))
     op = partial(mk.rope, **tables, backend=backend)
     compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
     assert_gradients_close(
         compiled, partial(rope_reference, **tables), {k: v.detach() for k, v in inputs.items() if v is not None}
     )
     arguments = (inputs["q"].detach(), inputs["k"].detach(), *tables.values(), None, True, False, backend)
-    torch.library.opcheck(torch.ops.megakern.rope_.default, arguments)
+    library.opcheck(torch.ops.megakern.rope_.default, arguments)
 
 
 @pytest.mark.only("simt")
