@@ -10,14 +10,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import megakern as mk
 from megakern.kernels import cuda
+from megakern.kernels.cuda import attention, module
 from megakern.kernels.cuda import configs as cuda_configs
 from megakern.kernels.cuda import linear as cxx
-from megakern.kernels.cuda import module
 from megakern.kernels.triton import configs
 from megakern.ops.dispatch import UNAVAILABLE
 from megakern.ops.linear import chosen_backend
 from megakern.ops.mlp import swiglu_backend
 
+tile_for = attention.tile_for
 ALL = "by nvcc 13.0 for sm_80, sm_90a, sm_100"
 
 
@@ -129,6 +130,24 @@ def test_attention_names_the_gpu_before_what_another_call_could_change(gpu, D, d
     gpu((9, 0), ALL)
     assert reason in attention_refusal(D, dtype, S)
     assert "TMA and wgmma" in attention_refusal(64, torch.bfloat16)
+
+
+@pytest.mark.parametrize("scale, softcap", [(None, 0.0), (0.3, 0.0), (0.0, 0.0), (-0.125, 0.0), (0.3, 2.0)])
+@pytest.mark.parametrize("T", [2047, 2048])
+def test_attention_names_the_tile_that_its_launcher_takes(gpu, monkeypatch, T, scale, softcap):
+    """Of 192 queries from 2048 on, for a scale above 0 without a cap; else of 128."""
+    gpu((9, 0), ALL)
+    with FakeTensorMode():
+        q, k, v = (torch.empty(1, T, 1, 64, dtype=torch.bfloat16, device="cuda") for _ in range(3))
+        said = mk.explain("attention", q, k, v, scale=scale, softcap=softcap).reasons["cuda"]
+    taken = []
+    monkeypatch.setattr(attention, "tile_for", lambda *problem: taken.append(tile_for(*problem)) or taken[0])
+    monkeypatch.setattr(attention, "call", lambda *arguments: None)
+    q, k, v = (torch.empty(1, T, 1, 64, dtype=torch.bfloat16) for _ in range(3))
+    scale = 0.125 if scale is None else scale
+    attention.attention_forward(q, k, v, None, None, None, (-1, 0), scale, softcap, 0.0, (0, 0, 0), False)
+    assert taken[0].queries == (192 if T == 2048 and scale > 0 and softcap == 0 else 128)
+    assert f"forward: TMA and wgmma, {taken[0]}, " in said
 
 
 @pytest.mark.parametrize("D, dtype", [(264, torch.bfloat16), (64, torch.float32), (64, torch.bfloat16)])

@@ -61,6 +61,7 @@ def _problem(
         "softcap": softcap,
         "alibi": alibi_slopes is not None,
         "dropout": dropout_p > 0,
+        "positive_scale": scale is None or scale > 0,
         "packed": cu_seqlens is not None,
         "deterministic": deterministic,
     }
@@ -378,6 +379,7 @@ def attention(
         causal=causal,
         window=window,
         softcap=softcap,
+        scale=scale,
         alibi_slopes=alibi_slopes,
         dropout_p=dropout_p,
         cu_seqlens=cu_seqlens,

@@ -159,7 +159,8 @@ def _attention_tile(problem) -> str:
     from megakern.kernels.cuda.attention_decode import decodes
 
     D, T, H, Hkv = (problem.sizes[name] for name in ("D", "T", "H", "Hkv"))
-    plain = not any(problem.options[name] for name in ("softcap", "alibi", "dropout"))
+    featured = any(problem.options[name] for name in ("softcap", "alibi", "dropout"))
+    plain = problem.options["positive_scale"] and not featured
     forward = f"TMA and wgmma, {tile_for(D, T, plain)}, consumer warpgroups in turn, persistent blocks"
     few = decodes(T, H // Hkv, problem.options["packed"], problem.options["dropout"])
     return f"forward: {_DECODE if few else forward}; {_attention_backward(problem)}"
