@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from megakern.layers.dropout import DropoutKey
 from megakern.model.presets import presets
 from megakern.train import machine
 from tests.closeness import FLOOR, assert_close_to_ref
-from tests.runs import config_of, losses, train
+from tests.runs import config_of, losses, open_trainer, train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -60,6 +61,22 @@ def test_a_run_follows_the_run_on_the_cpu_and_either_goes_on_with_the_other(tiny
             train(tmp_path / run, longer)
     assert losses(tmp_path / "gpu") == pytest.approx(losses(tmp_path / "cpu"), rel=1e-4)
     assert max(losses(tmp_path / "gpu")) == 9  # from 0
+
+
+def test_a_step_waits_for_the_gpu_once(tiny_data, tmp_path):
+    """PyTorch's own count of calls that wait for a GPU."""
+    trainer = open_trainer(tmp_path / "run", config_of(tiny_data, steps=8, precision="bf16"))
+    for _ in range(3):  # kernels are compiled and chosen
+        trainer.train_step()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer.train_step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    waits = [str(warning.message) for warning in caught if "synchronizing CUDA operation" in str(warning.message)]
+    assert len(waits) == 1, waits
 
 
 def test_bf16_training_lowers_the_loss(tiny_data, tmp_path):

@@ -16,7 +16,6 @@ import pytest
 import torch
 
 import megakern as mk
-from megakern.parallel.context import ParallelContext
 from megakern.train.config import RunConfig
 from megakern.train.launch import StopRequest
 from megakern.train.trainer import Trainer
@@ -75,8 +74,13 @@ def test_stopped_by_a_signal_half_way(tiny_data, tmp_path, steps):
     trainer = open_trainer(tmp_path / "halves", config)
 
     class HalfWay(StopRequest):
-        def agreed(self, parallel: ParallelContext) -> int:
-            return signal.SIGTERM if trainer.step == steps // 2 else 0
+        @property
+        def number(self) -> int:
+            return signal.SIGTERM if trainer.step == steps // 2 - 1 else 0  # while this step is made
+
+        @number.setter
+        def number(self, value: int) -> None:
+            assert value == 0  # of the constructor
 
     assert trainer.fit(HalfWay()) == signal.SIGTERM and trainer.step == steps // 2
     assert digest(finish(tmp_path / "halves", config)) == whole
@@ -99,9 +103,9 @@ LONG = replace(MODEL, sequence_length=256)  # so that an epoch has few samples
 
 def record(trainer: Trainer, log: Path) -> None:
     """From here on each batch is written down: a line with step, index and the hash of the tokens of each sample."""
-    original = trainer.loader.batch
+    original = trainer.batches.take
 
-    def batch(first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def take(first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         tokens, targets = original(first, count)
         lines = [
             f"{trainer.step} {first + row} {hashlib.sha256(tokens[row].numpy().tobytes()).hexdigest()[:16]}\n"
@@ -111,7 +115,7 @@ def record(trainer: Trainer, log: Path) -> None:
             file.write("".join(lines))
         return tokens, targets
 
-    trainer.loader.batch = batch
+    trainer.batches.take = take
 
 
 def samples(*logs: Path) -> dict[int, Counter]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import resource
+import sys
 
 import pytest
 import torch
 
 from megakern.cli import main
 from megakern.config import ConfigError, GPTConfig
+from megakern.data.files import DataError
 from megakern.parallel.context import ParallelContext
 from megakern.train.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
 from megakern.train.launch import StopRequest
@@ -128,7 +130,7 @@ def poison(trainer: Trainer, steps: set[int]) -> None:
     """One gradient gets a NaN in each of these steps."""
     original = trainer._gradients
 
-    def poisoned() -> float:
+    def poisoned() -> torch.Tensor:
         loss = original()
         if trainer.step in steps:
             next(iter(trainer.model.parameters())).grad.view(-1)[3] = float("nan")
@@ -226,3 +228,50 @@ def test_fp16_gradients_reach_the_optimizer_unscaled_and_clipped(make, clip):
         assert moments["fp32"].norm().item() == pytest.approx(
             0.1 * clip, rel=1e-3
         )  # (1 - beta1) x the clipped gradient
+
+
+def test_a_step_waits_for_its_device_once(make, monkeypatch):
+    """Every way from a tensor to a Python number would stop the queue of a GPU."""
+    trainer = make(micro_batch=1, batch=4)
+    read: list[str] = []
+
+    def counted(name: str):
+        original = getattr(torch.Tensor, name)
+
+        def method(tensor: torch.Tensor):
+            # The optimizer counts its steps on the CPU; tokens, and what kernels for CPUs read, are looked at there.
+            on_the_cpu = any(tensor is state["step"] for state in trainer.optimizer.state.values())
+            kernel = "/kernels/torch/" in sys._getframe(1).f_code.co_filename
+            if not (on_the_cpu or kernel or tensor.dtype == torch.int64):
+                read.append(name)
+            return original(tensor)
+
+        return method
+
+    for name in ("item", "tolist", "numpy", "__bool__", "__float__", "__int__"):
+        monkeypatch.setattr(torch.Tensor, name, counted(name))
+    for _ in range(3):
+        trainer.train_step()
+    monkeypatch.undo()
+    assert read == ["tolist"] * 3
+
+
+def test_each_batch_is_read_once_ahead_and_its_error_comes_with_its_own_step(make):
+    trainer = make(micro_batch=2, batch=4, steps=4)
+    original, read = trainer.loader.batch, []
+
+    def batch(first: int, count: int):
+        read.append((trainer.step, first, count))
+        if first == 8:
+            raise DataError("sample 8 is bad")
+        return original(first, count)
+
+    trainer.loader.batch = batch
+    with pytest.raises(DataError, match="sample 8 is bad"):
+        trainer.fit(StopRequest())
+    assert (trainer.step, trainer.updates) == (2, 2)
+    assert read == [(0, 0, 2), (0, 2, 2), (0, 4, 2), (1, 6, 2), (1, 8, 2), (2, 8, 2)]
+    trainer.loader.batch = original
+    trainer.fit(StopRequest())
+    whole = losses(make("whole", micro_batch=2, batch=4, steps=4))
+    assert [r["loss"] for r in read_metrics(trainer.run / "metrics.jsonl") if r["kind"] == "train"] == whole

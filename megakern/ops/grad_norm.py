@@ -99,13 +99,13 @@ def gradient_norm(params: torch.Tensor | Iterable[torch.Tensor], *, backend: str
         groups.update(own)
         batches.setdefault(tuple(own), []).append(_local(gradient))
     wide = torch.float64 if any(g.dtype == torch.float64 for g in gradients) else torch.float32
-    sums = torch.stack([_sum_of_squares(tensors, chosen).to(wide) for tensors in batches.values()])
+    sums = {names: _sum_of_squares(tensors, chosen).to(wide) for names, tensors in batches.items()}
     for name, group in groups.items():
-        members = [i for i, names in enumerate(batches) if name in names]
-        part = sums[members]
+        members = [names for names in sums if name in names]
+        part = torch.stack([sums[names] for names in members])
         all_reduce_in_place(part, group)
-        sums[members] = part
-    return sums.sum().sqrt()
+        sums.update(zip(members, part, strict=True))
+    return torch.stack(list(sums.values())).sum().sqrt()
 
 
 def clip_coefficient(norm: torch.Tensor, max_norm: float) -> torch.Tensor:

@@ -130,10 +130,6 @@ def _die_with_parent() -> None:
     threading.Thread(target=watch, daemon=True, name="watch-parent").start()
 
 
-class DivergedError(RuntimeError):
-    """The ranks of a run no longer do the same."""
-
-
 class StopRequest:
     """Set by SIGINT, SIGTERM or SIGUSR1; a second signal leaves at once with 128 + n."""
 
@@ -148,25 +144,3 @@ class StopRequest:
         if self.number:
             os._exit(128 + number)
         self.number = number
-
-    def agreed(self, parallel: ParallelContext) -> int:
-        """The signal number that any rank has received, the same on all ranks; 0 for none.
-
-        The same small all-reduce compares what collectives each rank has made in this step. gloo answers another shape
-        on one rank with an abort, a time-out, or silently with garbage: this check stands before each save, so that
-        no garbage is saved. Raises DivergedError on every rank.
-        """
-        if parallel.mesh is None:
-            return self.number
-        trace.phase("agreement at the end of the step")
-        digest = trace.digest()
-        flags = torch.tensor([self.number, digest, -digest], dtype=torch.int64, device=parallel.device())
-        trace.collective("all_reduce", flags, None)
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        number, highest, minus_lowest = flags.tolist()
-        if highest != -minus_lowest:
-            raise DivergedError(
-                "the ranks have not made the same collectives in this step, so their sums may be garbage; nothing of "
-                "this step is saved, go on from the newest checkpoint"
-            )
-        return number

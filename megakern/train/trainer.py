@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from pathlib import Path
 
@@ -15,11 +14,12 @@ from megakern.layers.dropout import DropoutKey
 from megakern.model.flops import flops_per_token
 from megakern.ops.grad_norm import clip_coefficient, gradient_norm
 from megakern.parallel import trace
-from megakern.parallel.collectives import all_reduce, finish_gradients
+from megakern.parallel.collectives import finish_gradients
 from megakern.parallel.context import ParallelContext
 from megakern.parallel.data import begin_pass
 from megakern.train import checkpoint, machine
-from megakern.train.batches import evaluate, loss_of, make_loader
+from megakern.train.agreement import agree
+from megakern.train.batches import Batches, evaluate, loss_of, make_loader
 from megakern.train.build import make_model, make_optimizer
 from megakern.train.config import RunConfig, as_table
 from megakern.train.launch import StopRequest
@@ -49,6 +49,7 @@ class Trainer:
         self.data = PreparedData(config.data.path)
         model, seed = config.model, config.train.seed
         self.loader = make_loader(self.data, model.sequence_length, seed, vocab_size=model.vocab_size)
+        self.batches = Batches(self.loader, self.device)
         precision = machine.DTYPES[config.train.precision]
         torch.set_float32_matmul_precision(config.train.matmul_precision)
         self.model = make_model(config, parallel, self.device)
@@ -58,6 +59,8 @@ class Trainer:
         self.updates = 0  # steps that were not skipped
         self.samples = 0  # sequences consumed: the position in the data, and all the state the loader has
         self.skipped_in_a_row = 0
+        self.stop = StopRequest()
+        self.signal = 0  # that any rank had received when they agreed on the step
         self.base = Base.of(config) if config.lora.rank else None
         self.saver = Saver(run / "ckpt", parallel, config.train, config.parallel, self._log_failed_save)
         self._restore()
@@ -92,22 +95,20 @@ class Trainer:
         return 0
 
     def _loop(self, stop: StopRequest) -> int:
-        settings = self.config.train
+        settings, self.stop = self.config.train, stop
         while self.step < settings.steps:
             self.train_step()
-            # Before anything is saved: ranks that did not make the same collectives may hold garbage.
-            number = stop.agreed(self.parallel)
             self.saver.poll()
             # Evaluation first: killed between the two, a resumed run makes both again, and no record is missing.
             if settings.eval_every and self.step % settings.eval_every == 0 and self.step < settings.steps:
                 self._log_evaluation(self.evaluate(settings.eval_batches))
-            if number:
+            if self.signal:
                 self.save(last=True)
                 self._say(
-                    f"stopped by signal {number} after step {self.step} of {settings.steps}; saved {self.saved}\n"
+                    f"stopped by signal {self.signal} after step {self.step} of {settings.steps}; saved {self.saved}\n"
                     f"resume with: megakern train --resume {self.run}"
                 )
-                return number
+                return self.signal
             if settings.save_every and self.step % settings.save_every == 0 and self.step < settings.steps:
                 self.save()
         return 0
@@ -124,20 +125,20 @@ class Trainer:
         norm = gradient_norm(self.model.parameters())
         if self.scaler:
             norm = norm / self.scaler.scale
-        norm_value = norm.item()
-        loss, finite = self._agree(loss, math.isfinite(norm_value))
+        outcome = agree(loss, norm, self.stop.number, self.parallel)
+        self.signal, finite = outcome.signal, outcome.finite
         if finite:
             trace.phase("optimizer step")
             for group in self.optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
-            self.optimizer.step(grad_scale=self._gradient_scale(norm, norm_value))
+            self.optimizer.step(grad_scale=self._gradient_scale(norm, outcome.norm))
             self.updates += 1
         self.optimizer.zero_grad(set_to_none=True)
         if self.scaler:
             self.scaler.update(finite)
         self.step += 1
         self.samples += settings.batch
-        self._log_step(loss, norm_value, lr, finite, time.perf_counter() - started)
+        self._log_step(outcome.loss, outcome.norm, lr, finite, time.perf_counter() - started)
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         if self.skipped_in_a_row >= settings.max_skipped:
             raise NonFiniteError(
@@ -154,20 +155,9 @@ class Trainer:
         scale = clip_coefficient(norm, clip) if clips else torch.ones_like(norm)
         return scale / self.scaler.scale if self.scaler else scale
 
-    def _agree(self, loss: float, finite: bool) -> tuple[float, bool]:
-        """The mean loss over all ranks, and whether the gradient is finite on every one of them.
-
-        A replicated parameter has a gradient on each rank of its own: one of them can be broken alone.
-        """
-        if self.parallel.mesh is None:
-            return loss, finite
-        sums = torch.tensor([loss, float(not finite)], dtype=torch.float64, device=self.device)
-        sums = all_reduce(sums, dist.group.WORLD)
-        total, broken = sums.tolist()
-        return total / self.parallel.world_size, broken == 0
-
-    def _gradients(self) -> float:
-        """Forward and backward over this rank's micro-batches of one step; returns their mean loss in nats a token.
+    def _gradients(self) -> torch.Tensor:
+        """Forward and backward over this rank's micro-batches of one step; returns their mean loss in nats a token,
+        which a GPU may still be computing.
 
         Of conversations each answer token of the whole batch weighs the same, whatever the layout: the losses of the
         ranks are parts of a sum, whose mean over dp is that of the step.
@@ -183,15 +173,17 @@ class Trainer:
             share, reduction = self.loader.answers(self.samples, settings.batch) / dp, "sum"
         for index in range(passes):
             first = (index * dp + self.parallel.rank("dp")) * rows
-            batch = self.loader.batch(self.samples + first, rows)
+            batch = self.batches.take(self.samples + first, rows)
             begin_pass(self.model, zero=self.config.parallel.zero, last=index == passes - 1)
             key = DropoutKey(seed=settings.seed, step=self.step, first_sample=first)
             trace.phase(f"forward of micro-batch {index + 1} of {passes}")
-            loss = loss_of(self.model, batch, self.device, reduction=reduction, dropout_key=key) / share
+            loss = loss_of(self.model, batch, reduction=reduction, dropout_key=key) / share
             trace.phase(f"backward of micro-batch {index + 1} of {passes}")
             (loss * self.scaler.scale if self.scaler else loss).backward()
             total += loss.detach()
-        return total.item()
+            if index + 1 < passes or self.step + 1 < settings.steps:
+                self.batches.prepare(self.samples + first + dp * rows, rows)  # of the next step too
+        return total
 
     # --- evaluation ---
 

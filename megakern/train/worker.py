@@ -17,6 +17,7 @@ import torch.distributed as dist
 from megakern.config import ConfigError
 from megakern.data.files import DataError
 from megakern.train import launch, watch
+from megakern.train.agreement import DivergedError
 from megakern.train.checkpoint import CheckpointError
 from megakern.train.config import load_config
 from megakern.train.run import NewRun
@@ -54,7 +55,7 @@ def work(run: Path, new: NewRun | None = None) -> int:
         kind, code, cause = "checkpoint", launch.LOST, error
     except NonFiniteError as error:
         kind, code, cause = "non-finite", launch.NON_FINITE, error
-    except launch.DivergedError as error:
+    except DivergedError as error:
         kind, code, cause = "diverged", launch.LOST, error
     except BrokenPipeError:
         os._exit(launch.NO_READER)
