@@ -252,17 +252,21 @@ def test_the_number_of_items_divides_the_loss():
     torch.testing.assert_close(model(**inputs, shift_labels=moved).loss, mean)
 
 
-def test_autocast():
-    plain = make("llama")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_autocast(family):
+    plain = make(family)
     patched = copy.deepcopy(plain)
     mk.patch(patched)
     inputs = batch("left")
     reference = wide(plain)
     expected = reference_loss(reference, inputs)
     expected.backward()
-    for model in (plain, patched):
+    losses = []
+    for model in (patched, plain):
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            model(**inputs).loss.backward()
+            losses.append(model(**inputs).loss)
+        losses[-1].backward()
+    assert_close_to_ref(losses[0], expected, losses[1], name="loss", floor=2e-3)
     found = [gradients(model) for model in (patched, reference, plain)]
     for name in found[0]:
         assert_close_to_ref(*(each[name] for each in found), name=name, floor=8e-3)

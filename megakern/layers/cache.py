@@ -51,7 +51,8 @@ class LayerCache:
         places = self.places
         for pages, new in ((self.keys, k), (self.values, v)):
             rows = new.flatten(0, 1)
-            pages.flatten(0, 1).index_copy_(0, places.slots, rows if places.kept is None else rows[places.kept])
+            rows = rows if places.kept is None else rows[places.kept]
+            pages.flatten(0, 1).index_copy_(0, places.slots, rows.to(pages.dtype))  # under autocast they may differ
         if places.whole:
             return attention(q, k, v, causal=True, window=window)
         return paged_attention(q, self.keys, self.values, places.block_table, places.lengths, window=window)

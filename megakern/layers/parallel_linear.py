@@ -30,7 +30,15 @@ from torch.autograd.function import once_differentiable
 from megakern.ops.activation import activation_backward
 from megakern.ops.gradients import target_of
 from megakern.ops.linear import chosen_backend, forward_pieces, input_gradient, linear, parameter_gradients
-from megakern.ops.mlp import Activated, activated, gradients_before, linear_activated, linear_after, open_pieces
+from megakern.ops.mlp import (
+    Activated,
+    activated,
+    autocast_layers,
+    gradients_before,
+    linear_activated,
+    linear_after,
+    open_pieces,
+)
 from megakern.parallel.collectives import (
     start_all_reduce,
     start_gather_sequence,
@@ -200,6 +208,7 @@ def column_parallel_linear(
     """
     if region.group is None or not torch.is_grad_enabled():
         return tuple(linear(x, weight, bias, activation=activation) for weight, bias in parameters)
+    x, parameters = autocast_layers(x, parameters)
     flat = [tensor for pair in parameters for tensor in pair]
     return _ColumnParallel.apply(x, region, region.shards_sequence, activation, *flat)
 
@@ -213,6 +222,7 @@ def column_parallel_activated(
     """act(enter(x) W^T + b) of one (W, b), or silu(gate) * up of two and "swiglu": what `row_parallel_linear` reads."""
     if region.group is None or not torch.is_grad_enabled():
         return linear_activated(x, parameters, activation)
+    x, parameters = autocast_layers(x, parameters)
     flat = [tensor for pair in parameters for tensor in pair]
     outputs = _ColumnParallelOpen.apply(x, region, region.shards_sequence, activation, *flat)
     return activated(outputs, activation)
@@ -225,5 +235,5 @@ def row_parallel_linear(x: torch.Tensor | Activated, weight: torch.Tensor, regio
     if isinstance(x, Activated) and x.pre is not None:
         pres = (x.pre,) if x.up is None else (x.pre, x.up)
         return _RowParallel.apply(x.value, weight, region, region.shards_sequence, x.activation, *pres)
-    x = x.value if isinstance(x, Activated) else x
+    x, ((weight, _),) = autocast_layers(x.value if isinstance(x, Activated) else x, [(weight, None)])
     return _RowParallel.apply(x, weight, region, region.shards_sequence, None)

@@ -6,7 +6,8 @@
 
 Dropout masks are functions of keys and not of a generator's state, so the second run gives the same bits. The attention
 op never keeps the T x T scores, so of the core only what lies between qkv and o is won: q and k after norm and rope
-and the log-sum-exp. megakern/model/memory.py counts what each choice keeps.
+and the log-sum-exp. megakern/model/memory.py counts what each choice keeps. Under `torch.autocast` "norm" wins nothing:
+products keep narrow copies of their own of what the norms give.
 """
 
 from __future__ import annotations

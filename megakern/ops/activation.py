@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from megakern.ops import checks
+from megakern.ops import autocast, checks
 from megakern.ops.dispatch import Problem, describes, launcher, register, resolve
 
 KINDS = ("gelu", "gelu_tanh", "relu_squared", "silu")
@@ -156,6 +156,7 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor, *, backend: str | None = None) 
     gate and up of one shape and floating dtype; they may be strided halves of one tensor. Returns y of their shape,
     contiguous. Raises TypeError or ValueError when dtypes, devices or shapes differ.
     """
+    gate, up = autocast.alike(gate, up)
     checks.floating("swiglu", gate=gate, up=up)
     checks.shape("swiglu", "up", up, tuple(gate.shape), "of gate", "pass the two halves of the same projection")
     return _swiglu(gate, up, resolve(_swiglu_problem(gate, up), backend))

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import torch
 
-from megakern.ops import checks
+from megakern.ops import autocast, checks
 from megakern.ops.dispatch import Problem, describes, launcher, register, resolve
 from megakern.ops.dropout import check_rate_and_seed
 
@@ -263,6 +263,9 @@ def attention_qkv(
     """
     if qkv.ndim != 5 or qkv.shape[3] != 3:
         raise ValueError(f"attention: qkv must have shape (B, T, H, 3, D), got {tuple(qkv.shape)}")
+    low = autocast.autocast_dtype(qkv)
+    if low is not None:
+        qkv = qkv.to(low)
     q, k, v = qkv.unbind(3)
     _check(q, k, v, window, 0.0, None, dropout_p, seed, dropout_offset, None)
     options = {"causal": causal, "window": window, "dropout_p": dropout_p, "deterministic": deterministic}
@@ -369,6 +372,10 @@ def attention(
     deterministic: gradients have the same bits at each run. Without it the C++ backward pass may add dq in any order.
     Raises ValueError or TypeError on other shapes, dtypes, devices and values.
     """
+    low = autocast.autocast_dtype(q)
+    if low is not None:
+        q, k, v = autocast.narrow(low, q, k, v)
+        (sinks,) = autocast.readable(low, sinks)
     _check(q, k, v, window, softcap, alibi_slopes, dropout_p, seed, dropout_offset, cu_seqlens)
     if sinks is not None:
         check_sinks("attention", q, sinks)

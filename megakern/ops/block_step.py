@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from megakern.kernels.torch import native
-from megakern.ops import dispatch
+from megakern.ops import autocast, dispatch
 from megakern.ops.activation import activation_reference
 from megakern.ops.linear import linear_reference
 from megakern.ops.norm import layer_norm_reference, rms_norm_reference
@@ -112,7 +112,12 @@ def block_step(
     rope: cos, sin (positions, D/2) fp32. kept: what a call leaves there spares the next one, of the same block and
     pages, a part of its work. Raises ValueError for lengths, pages or positions that are not there.
     """
-    if dispatch.is_overridden() or not native.takes_step(hidden) or hidden.dtype != pages.keys.dtype:
+    if (
+        dispatch.is_overridden()
+        or autocast.autocast_dtype(hidden) is not None
+        or not native.takes_step(hidden)
+        or hidden.dtype != pages.keys.dtype
+    ):
         return None
     if rope is not None and (rope[0].dtype != torch.float32 or 2 * rope[0].shape[1] != weights.head_dim):
         return None

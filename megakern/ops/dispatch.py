@@ -23,12 +23,14 @@ import os
 import pkgutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import library
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+
+from megakern.ops import autocast
 
 log = logging.getLogger("megakern")
 
@@ -40,6 +42,7 @@ DEFAULT_PREFERENCE = ("torch",)
 
 LIBRARY = library.Library("megakern", "DEF")
 _DEVICES = (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
+_AUTOCAST = ("AutocastCPU", "AutocastCUDA")
 
 
 @dataclass(frozen=True)
@@ -206,6 +209,7 @@ def explain(op: str | Callable, *args, **kwargs) -> Explanation:
         raise ValueError(f"unknown op {name!r}; the ops are {', '.join(sorted(OPS))}")
     asked = kwargs.pop("backend", None) or _overridden(name)
     problem = OPS[name](*args, **kwargs)
+    problem = replace(problem, dtype=autocast.computed_in(name, problem.device, problem.dtype))
     refusals = {backend: refusal(backend, problem) for backend in BACKENDS}
     order = (asked,) if asked else PREFERENCE.get(problem.device, DEFAULT_PREFERENCE)
     chosen = next((backend for backend in order if refusals[backend] is None), None)
@@ -244,9 +248,18 @@ def register(
     rule = functools.partial(_decompose, forward, opaque)
     library.register_torch_dispatch(f"megakern::{name}", FunctionalTensorMode, rule, lib=LIBRARY)
     op = getattr(torch.ops.megakern, name).default
+    for key in _AUTOCAST:
+        LIBRARY.impl(name, functools.partial(_as_given, op, getattr(torch._C.DispatchKey, key)), key)
     if backward is not None:
         LIBRARY.impl(name, _differentiable(name, op, forward, setup_context, backward), "Autograd", with_keyset=True)
     return op
+
+
+def _as_given(op: Callable, key, *arguments):
+    """The op's kernel for an Autocast key: the op with autocast off, whose public function has cast what is to be cast.
+    A backend's own matrix products would be cast as well, those that it makes in fp32 on purpose too."""
+    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+        return op(*arguments)
 
 
 def _whole(result):

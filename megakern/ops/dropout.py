@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import torch
 
-from megakern.ops import checks
+from megakern.ops import autocast, checks
 from megakern.ops.dispatch import Problem, describes, launcher, register, resolve
 
 _MASK_64, _MASK_32 = (1 << 64) - 1, (1 << 32) - 1
@@ -139,6 +139,7 @@ def dropout(x, p, seed, *, row_offset=0, row_blocks=None, residual=None, backend
     like x; with p = 0 that is x itself, or x + residual. Raises ValueError or TypeError on other values, shapes,
     dtypes, devices.
     """
+    x, residual = autocast.alike(x, residual)
     _check(x, p, seed, row_offset, row_blocks, residual)
     chosen = resolve(_problem(x, p, seed, residual=residual), backend)
     if p == 0.0:

@@ -24,7 +24,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from megakern.ops import checks
+from megakern.ops import autocast, checks
 from megakern.ops.activation import KINDS, activation_backward, activation_reference
 from megakern.ops.dispatch import Problem, describes, launcher, register, resolve
 from megakern.ops.gradients import GradientTarget, target_of
@@ -199,12 +199,25 @@ def linear(
     (cast to x's for the product, with fp32 gradients).
     Raises ValueError or TypeError on other shapes, dtypes, devices, names.
     """
+    low = autocast.autocast_dtype(x)
+    if low is not None:
+        x, weight, bias = x.to(low), *autocast.readable(low, weight, bias)
+        if residual is not None and residual.dtype != low:
+            return plus(linear(x, weight, bias, activation=activation, backend=backend), residual)
     _check(x, weight, bias, activation, residual)
     chosen = resolve(_problem(x, weight, bias, activation=activation, residual=residual), backend)
     needs = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     keep = activation is not None and needs and torch.is_grad_enabled()
     y, _ = _linear(x, weight, bias, residual, activation or "", keep, chosen)
     return y
+
+
+def plus(y: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    """y + residual of another dtype, under autocast, in the wider of both."""
+    checks.floating("linear", residual=residual)
+    checks.shape("linear", "residual", residual, tuple(y.shape), "(..., N) of the output")
+    checks.same_device("linear", "x", y, "residual", residual)
+    return y + residual
 
 
 def chosen_backend(

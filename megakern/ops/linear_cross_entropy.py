@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from megakern.ops import checks
+from megakern.ops import autocast, checks
 from megakern.ops.cross_entropy import (
     OPTIONS,
     check_options,
@@ -217,6 +217,9 @@ def linear_cross_entropy(
     equal part of the vocabulary, x and targets are the same on all ranks, and the gradient of x is this rank's partial
     sum. Other options and errors are those of `cross_entropy`. Returns a scalar, or (...) for reduction "none".
     """
+    low = autocast.autocast_dtype(x)
+    if low is not None:
+        x, (weight,) = x.to(low), autocast.readable(low, weight)
     _check(x, weight, targets)
     check_options("linear_cross_entropy", targets, ignore_index, label_smoothing, z_loss, reduction)
     size = whole_vocabulary("linear_cross_entropy", weight.shape[0], vocab_size, group)

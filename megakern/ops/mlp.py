@@ -24,11 +24,19 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from megakern.ops import checks
+from megakern.ops import autocast, checks
 from megakern.ops.activation import KINDS, swiglu_backward
 from megakern.ops.dispatch import Problem, describes, launcher, register, resolve
 from megakern.ops.gradients import target_of
-from megakern.ops.linear import chosen_backend, forward_pieces, input_gradient, launch, linear, parameter_gradients
+from megakern.ops.linear import (
+    chosen_backend,
+    forward_pieces,
+    input_gradient,
+    launch,
+    linear,
+    parameter_gradients,
+    plus,
+)
 
 
 class Activated(NamedTuple):
@@ -275,6 +283,9 @@ def linear_swiglu(
     for the product, with fp32 gradients). Raises ValueError or TypeError on other shapes, dtypes, devices.
     """
     arguments = x, gate_weight, up_weight, gate_bias, up_bias
+    low = autocast.autocast_dtype(x)
+    if low is not None:
+        arguments = x.to(low), *autocast.readable(low, *arguments[1:])
     chosen = swiglu_backend(*arguments, backend)
     return _linear_swiglu(*arguments, _recording(*arguments), chosen)[0]
 
@@ -304,9 +315,20 @@ def linear_activated(
     x: torch.Tensor, parameters: list[tuple[torch.Tensor, torch.Tensor | None]], activation: str
 ) -> Activated:
     """act(x W^T + b) of one (W, b), or for "swiglu" of two, those of gate and up, for `linear_after` to read."""
+    x, parameters = autocast_layers(x, parameters)
     keep = _recording(x, *(tensor for pair in parameters for tensor in pair))
     outputs, _ = open_pieces(x, parameters, activation, keep=keep)
     return activated(outputs, activation) if keep else Activated(outputs[0], None, None, activation)
+
+
+def autocast_layers(
+    x: torch.Tensor, parameters: list[tuple[torch.Tensor, torch.Tensor | None]]
+) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor | None]]]:
+    """x and the (weight, bias) of layers that read it, as autocast wants them; elsewhere as they are."""
+    low = autocast.autocast_dtype(x)
+    if low is None:
+        return x, parameters
+    return x.to(low), [tuple(autocast.readable(low, *pair)) for pair in parameters]
 
 
 def activated(outputs: tuple[torch.Tensor, ...], activation: str) -> Activated:
@@ -327,5 +349,9 @@ def linear_after(
         return linear(x.value, weight, bias, residual=residual)
     if x.activation not in (*KINDS, "swiglu") or (x.up is not None) != (x.activation == "swiglu"):
         raise ValueError(f"linear_after: up goes with activation 'swiglu' and no other, got {x.activation!r}")
+    if autocast.autocast_dtype(x.value) is not None:
+        weight, bias = autocast.readable(x.value.dtype, weight, bias)
+        if residual is not None and residual.dtype != x.value.dtype:
+            return plus(linear_after(x, weight, bias), residual)
     chosen = chosen_backend(x.value, weight, bias, None, residual)
     return _linear_after(x.value, x.pre, x.up, weight, bias, residual, x.activation, chosen)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from megakern.ops import checks
+from megakern.ops import autocast, checks
 from megakern.ops.attention import UNLIMITED, check_sinks, check_slopes, check_window_and_cap, with_sinks
 from megakern.ops.attention_reference import attention_reference
 from megakern.ops.dispatch import Problem, describes, launcher, register, resolve
@@ -132,8 +132,13 @@ def paged_attention(
 
     Returns out like q; with return_lse (out, lse), lse (B, H, T) in fp32 (fp64 for fp64). The other arguments are those
     of `mk.attention`. Raises ValueError or TypeError on other shapes, dtypes, devices and values, and on tensors that
-    want a gradient; on a GPU the values of block_table and lengths are not looked at.
+    want a gradient; on a GPU the values of block_table and lengths are not looked at. Under autocast q is cast to the
+    caches' dtype, which may be large, and out to autocast's.
     """
+    low = autocast.autocast_dtype(q)
+    if low is not None:
+        (q,) = autocast.narrow(k_cache.dtype, q)
+        (sinks,) = autocast.readable(q.dtype, sinks)
     _check(q, k_cache, v_cache, block_table, lengths, window, softcap, alibi_slopes)
     if sinks is not None:
         check_sinks("paged_attention", q, sinks)
@@ -150,4 +155,5 @@ def paged_attention(
     )
     if sinks is not None:
         out, lse = with_sinks(out, lse, sinks.detach())
+    out = out if low is None else out.to(low)
     return (out, lse) if return_lse else out

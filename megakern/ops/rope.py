@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch.autograd.graph import increment_version
 
-from megakern.ops import checks
+from megakern.ops import autocast, checks
 from megakern.ops.dispatch import LIBRARY, Problem, describes, launcher, register, resolve
 
 
@@ -178,6 +178,8 @@ def rope(q, k, cos, sin, *, positions=None, interleaved=False, in_place=False, b
     Raises ValueError or TypeError on other shapes, dtypes, devices, in place on q and k that overlap, and on a CPU for
     positions outside the tables.
     """
+    if not in_place:
+        q, k = autocast.alike(q, k)
     _check(q, k, cos, sin, positions)
     chosen = resolve(_problem(q, k, cos, sin, interleaved=interleaved, in_place=in_place), backend)
     if in_place:

@@ -174,9 +174,6 @@ def attend(
     if dropout and compiling:  # its seed is drawn on the host
         visible = _visible(query, offsets, window, causal)
         return sdpa_attention_forward(module, query, key, value, visible, dropout=dropout, scaling=scaling)
-    if torch.is_autocast_enabled(query.device.type):  # as PyTorch's own: rope may have widened q and k
-        dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     tensors = [x.transpose(1, 2) for x in (query, key, value)]
     if offsets is not None:
         tensors = [x.flatten(0, 1) for x in tensors]

@@ -43,13 +43,11 @@ class RMSNorm:
         if not _takes(hidden_states, self.weight):
             return super().forward(hidden_states)
         y = rms_norm(hidden_states, self.weight, self.variance_epsilon, backend=self._megakern.backend)
-        return y.to(torch.promote_types(y.dtype, self.weight.dtype))
+        return y.to(torch.promote_types(hidden_states.dtype, self.weight.dtype))
 
 
 class LayerNorm:
     def forward(self, x):
-        if torch.is_autocast_enabled(x.device.type):  # layer norm is one of the functions that autocast runs in fp32
-            x = x.float()
         if not _takes(x, self.weight, self.bias):
             return super().forward(x)
         return layer_norm(x, self.weight, self.bias, self.eps, backend=self._megakern.backend)
@@ -140,8 +138,6 @@ def causal_loss(
     """
     if shift_labels is None:
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    if torch.is_autocast_enabled(hidden.device.type):
-        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     loss = linear_cross_entropy(
         hidden,
         head,
