@@ -15,8 +15,8 @@ from megakern.kernels.triton import (
     activation,
     adamw,
     attention,
+    attention_configs,
     attention_decode,
-    configs,
     cross_entropy,
     dropout,
     grad_norm,
@@ -26,6 +26,7 @@ from megakern.kernels.triton import (
     norm,
     rope,
 )
+from megakern.kernels.triton.tile_config import Choice
 from megakern.ops.activation import KINDS
 
 CASES: dict[str, Callable[[], object]] = {}
@@ -191,9 +192,9 @@ def _attention(
     offsets = tensor(5, dtype=torch.int32) if packed else None
     slopes = tensor(8, dtype=torch.float32) if alibi else None
     how = (offsets, offsets, slopes, window, D**-0.5, softcap, dropout_p, (12345, 0, 0), True)
-    whole = configs.attention
-    table = lambda *problem: configs.Choice(whole(*problem).options[:1])  # noqa: E731
-    with mock.patch.object(configs, "attention", whole if every else table):
+    whole = attention_configs.attention
+    table = lambda *problem: Choice(whole(*problem).options[:1])  # noqa: E731
+    with mock.patch.object(attention_configs, "attention", whole if every else table):
         out, lse = attention.attention_forward(q, k, v, *how)
         attention.attention_backward(out, q, k, v, out, lse, *how)
 

@@ -30,8 +30,8 @@ from triton.compiler import ASTSource
 
 from benchmarks import budget
 from benchmarks.compile_cases import CASES
-from megakern.kernels.triton.configs import Config
 from megakern.kernels.triton.launch import Launch, recording
+from megakern.kernels.triton.tile_config import Config
 
 BUDGET = Path(__file__).with_name("compile_budget.json")
 ARCHITECTURES = (80, 90, 100)

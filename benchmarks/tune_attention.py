@@ -1,5 +1,5 @@
 """Configurations of the attention kernels, timed on a GPU one after another: for the tables in
-megakern/kernels/triton/configs.py, and the sizes in megakern/kernels/cuda/attention*.py.
+megakern/kernels/triton/attention_configs.py, and the sizes in megakern/kernels/cuda/attention*.py.
 
     python -m benchmarks.tune_attention [--backend cuda triton] [--shape 2x8192x64x8x128[:full] ...] [--dtype bf16]
                                         [--decode 32x8192x64x8x128 ...] [--role ...] [--json FILE]
@@ -31,7 +31,8 @@ from benchmarks.common import describe_machine, machine_facts, sizes
 from megakern.kernels.cuda import attention as cuda_attention
 from megakern.kernels.cuda import attention_backward as cuda_backward
 from megakern.kernels.cuda import attention_decode as cuda_decode
-from megakern.kernels.triton import attention, attention_backward, attention_tiles, configs
+from megakern.kernels.triton import attention, attention_backward, attention_tiles
+from megakern.kernels.triton import attention_configs as configs
 from megakern.ops.dispatch import UNAVAILABLE
 from megakern.train.machine import DTYPES
 

@@ -13,7 +13,7 @@ from megakern.kernels import cuda
 from megakern.kernels.cuda import attention, module
 from megakern.kernels.cuda import configs as cuda_configs
 from megakern.kernels.cuda import linear as cxx
-from megakern.kernels.triton import configs
+from megakern.kernels.triton import tile_config
 from megakern.ops.dispatch import UNAVAILABLE
 from megakern.ops.linear import chosen_backend
 from megakern.ops.mlp import swiglu_backend
@@ -32,7 +32,7 @@ def gpu(monkeypatch):
         for place in (cuda, module):
             monkeypatch.setattr(place, "_C", SimpleNamespace(built=built))
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: capability)
-        monkeypatch.setattr(configs, "recorded_generation", capability[0])
+        monkeypatch.setattr(tile_config, "recorded_generation", capability[0])
         monkeypatch.setattr(cxx, "multiprocessors", lambda device: 132)
         cuda._unsuited_gpu.cache_clear()
 

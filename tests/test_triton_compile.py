@@ -21,7 +21,7 @@ from benchmarks import compile_report, launch_cost_triton
 from benchmarks.compile_cases import SHORT
 from benchmarks.compile_report import Need
 from megakern.kernels import triton as backend
-from megakern.kernels.triton import configs
+from megakern.kernels.triton import attention_configs, configs
 from megakern.kernels.triton import norm as triton_norm
 from megakern.ops import activation, attention, cross_entropy, dropout, linear, norm, rope  # noqa: F401 - they define the ops
 from megakern.ops.dispatch import Problem
@@ -93,13 +93,14 @@ def possible(generation: int):
         for transposed, heavy, accumulate in product((True, False), repeat=3):
             found = configs.linear(8192, 8192, dtype, transposed, heavy, accumulate, generation)
             yield from (("product", short, c.name) for c in found)
-        for role, BD in configs.ATTENTION:
+        for role, BD in attention_configs.ATTENTION:
             kernel = f"attention_{role.replace(' ', '_').replace('-', '_')}"
             if BD != 32 or dtype == torch.bfloat16:  # others: of 16 and 64, the same tiles
-                found = configs._attention_choice(role, BD, dtype, 512, 512, "causal", generation).options
+                found = attention_configs._attention_choice(role, BD, dtype, 512, 512, "causal", generation).options
                 yield from ((kernel, f"attention {BD} {short}", c.name) for c in found)
         for BD, rows in product((16, 32, 64, 128, 256), (16, 32, 64)):
-            yield "attention_decode", f"attention decode {BD} {short}", configs.attention_decode(rows, BD, dtype).name
+            name = attention_configs.attention_decode(rows, BD, dtype).name
+            yield "attention_decode", f"attention decode {BD} {short}", name
 
 
 def test_every_configuration_of_the_tables_is_in_the_committed_budget():

@@ -14,9 +14,9 @@ pytest.importorskip("triton", reason="triton is not installed: pip install -r re
 import megakern as mk
 import megakern.ops.attention  # which states its problem
 from megakern.kernels import triton as backend
-from megakern.kernels.triton import configs, tune
-from megakern.kernels.triton.configs import Choice, Config
+from megakern.kernels.triton import attention_configs, configs, tune
 from megakern.kernels.triton.launch import recording
+from megakern.kernels.triton.tile_config import Choice, Config
 from megakern.ops.dispatch import OPS, Problem
 
 A, B, C = (Config(name, {"BM": size}, 4) for name, size in (("a", 16), ("b", 32), ("c", 64)))
@@ -213,12 +213,13 @@ def test_classes_of_attention_are_those_that_explain_names(options, kind, monkey
     assert {choice.key for choice in seen} == {choice.key for choice in choices.values()} and len(seen) == 3
     assert all(choice.key.endswith(f"T<=512 S<=512 {kind}") for choice in seen)
     for role, choice in choices.items():
-        assert choice.options == tuple(config for config in configs.ATTENTION[role, 64] if 9 in config.generations)
+        listed = attention_configs.ATTENTION[role, 64]
+        assert choice.options == tuple(config for config in listed if 9 in config.generations)
 
 
 def test_names_of_attention_tiles_are_one_configuration_each_on_every_generation():
     """Tuning remembers them by name."""
-    for (role, BD), listed in configs.ATTENTION.items():
+    for (role, BD), listed in attention_configs.ATTENTION.items():
         for generation in configs.MULTIPROCESSORS:
             names = [config.name for config in listed if generation in config.generations]
             assert names and len(set(names)) == len(names), (role, BD, generation)

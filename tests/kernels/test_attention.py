@@ -13,7 +13,7 @@ import torch
 from torch import library
 
 import megakern as mk
-from megakern.kernels.triton import configs
+from megakern.kernels.triton import attention_configs as configs
 from megakern.ops.attention import attention
 from megakern.ops.attention_reference import attention_reference
 from tests.closeness import assert_gradients_close

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import library
 
-from megakern.kernels.triton import configs
+from megakern.kernels.triton import attention_configs as configs
 from megakern.ops.attention import attention
 from megakern.ops.attention_reference import attention_reference
 from megakern.ops.paged_attention import paged_attention, paged_attention_reference

@@ -8,7 +8,7 @@ from torch import library
 
 import megakern as mk
 from megakern.kernels.cuda import attention_decode as launchers
-from megakern.kernels.triton import configs
+from megakern.kernels.triton import attention_configs as configs
 from megakern.ops.attention import attention
 from megakern.ops.attention_reference import attention_reference
 from megakern.ops.paged_attention import paged_attention

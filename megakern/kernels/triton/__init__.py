@@ -13,6 +13,7 @@ import torch
 
 from megakern.kernels.constant import constant_result
 from megakern.kernels.triton import configs, tune
+from megakern.kernels.triton.tile_config import Choice, Config
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -46,8 +47,8 @@ def configuration(problem) -> str:
     """The named tile configurations that this problem gets, for `mk.explain`."""
     parts = []
     for role, choice in configs.OPS[problem.op].choices(problem).items():
-        if isinstance(choice, configs.Config):
-            choice = configs.Choice((choice,))
+        if isinstance(choice, Config):
+            choice = Choice((choice,))
         config, source = tune.told(choice)
         tiles = " ".join(f"{name}={size}" for name, size in config.tiles.items())
         how = f"{tiles}, {config.warps} warps, {config.stages} stages: {source or config.why}"

@@ -13,8 +13,9 @@ import triton.language as tl
 
 from megakern.kernels.memory import empty, empty_like
 from megakern.kernels.triton import attention_backward as backward
+from megakern.kernels.triton import attention_configs as configs
 from megakern.kernels.triton import attention_tiles as tiles
-from megakern.kernels.triton import configs, tune
+from megakern.kernels.triton import tune
 from megakern.kernels.triton.attention_decode import decode
 from megakern.kernels.triton.dropout import fold, keep
 from megakern.kernels.triton.launch import launch

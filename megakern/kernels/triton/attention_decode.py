@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 
 from megakern.kernels.memory import empty, empty_like
+from megakern.kernels.triton import attention_configs as configs
 from megakern.kernels.triton import attention_tiles as tiles
-from megakern.kernels.triton import configs
-from megakern.kernels.triton.configs import cdiv
 from megakern.kernels.triton.launch import launch
+from megakern.kernels.triton.tile_config import cdiv
 
 # --- kernels ---
 

@@ -11,9 +11,10 @@ import torch
 import triton
 import triton.language as tl
 
-from megakern.kernels.triton import configs
-from megakern.kernels.triton.configs import cdiv, head_tile
+from megakern.kernels.triton import attention_configs as configs
+from megakern.kernels.triton.attention_configs import head_tile
 from megakern.kernels.triton.dropout import fold, seed_key, threshold_of
+from megakern.kernels.triton.tile_config import cdiv
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)

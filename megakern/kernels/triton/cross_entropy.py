@@ -15,8 +15,8 @@ from torch.distributed import ReduceOp
 from megakern.kernels.cross_entropy import launchers
 from megakern.kernels.memory import empty
 from megakern.kernels.triton import INTERPRETED, configs, tune
-from megakern.kernels.triton.configs import cdiv
 from megakern.kernels.triton.launch import launch
+from megakern.kernels.triton.tile_config import cdiv
 from megakern.parallel.collectives import all_reduce_in_place
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # of fp32: the maximum of a row of -inf, or of nothing but padding

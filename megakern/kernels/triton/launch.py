@@ -10,8 +10,8 @@ import torch
 from torch import library
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from megakern.kernels.triton import configs
-from megakern.kernels.triton.configs import Config
+from megakern.kernels.triton import tile_config
+from megakern.kernels.triton.tile_config import Config
 
 _recorded: list[Launch] | None = None
 
@@ -54,8 +54,8 @@ def recording(generation: int = 9) -> Iterator[list[Launch]]:
     global _recorded
     assert _recorded is None, "recordings do not nest"
     _recorded = launches = []
-    configs.recorded_generation = generation
+    tile_config.recorded_generation = generation
     try:
         yield launches
     finally:
-        _recorded = configs.recorded_generation = None
+        _recorded = tile_config.recorded_generation = None

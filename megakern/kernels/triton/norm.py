@@ -13,8 +13,8 @@ import triton.language as tl
 
 from megakern.kernels.memory import empty, empty_like, nothing, rows_of
 from megakern.kernels.triton import configs, tune
-from megakern.kernels.triton.configs import cdiv
 from megakern.kernels.triton.launch import launch
+from megakern.kernels.triton.tile_config import cdiv
 
 # --- kernels ---
 

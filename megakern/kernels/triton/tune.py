@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from megakern.kernels.triton.configs import Choice, Config
+from megakern.kernels.triton.tile_config import Choice, Config
 
 log = logging.getLogger("megakern")
 
