@@ -9,7 +9,8 @@ from pathlib import Path
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit code (0 done, 1 error, 2 wrong input, 128 + n stopped by signal n)."""
+    """Run one command; returns the exit code: 0 done; 2 wrong options, settings or data; 1 a failure at work, as a full
+    disk; 128 + n stopped by signal n."""
     words = list(sys.argv[1:] if argv is None else argv)
     settings: list[str] = []
     if words[:1] and words[0] in OPTIONS_BESIDE_SETTINGS:
@@ -20,12 +21,12 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"unknown option {rest[0]!r} for {options.command}; see megakern {options.command} --help")
     options.overrides = settings
     from megakern.config import ConfigError
-    from megakern.data.files import DataError
+    from megakern.data.files import DataError, DiskFull
 
     try:
         return options.run_command(options) or 0
     except (ConfigError, DataError) as error:
-        return _say_error(error, 2)
+        return _say_error(error, 1 if isinstance(error, DiskFull) else 2)
     except KeyboardInterrupt:
         return _say_error("interrupted", 130)
     except BrokenPipeError:  # the reader of a pipe has gone, as with `| head`
@@ -336,19 +337,17 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> None:
+    from megakern.data.progress import Meanwhile
     from megakern.plan import plan
     from megakern.train.config import load_config, make_config
-    from megakern.train.metrics import say_meanwhile
 
     if options.config is None:
         config = make_config({}, options.overrides, "the default settings")
     else:
         config = load_config(options.config, options.overrides)
-    say_meanwhile(f"simulating a training step of {config.model.layers} layers ...")
-    try:
+    with Meanwhile() as meanwhile:
+        meanwhile.say(f"simulating a training step of {config.model.layers} layers ...")
         planned = plan(config)
-    finally:
-        say_meanwhile("")
     print(planned.describe())
 
 

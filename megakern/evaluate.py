@@ -10,6 +10,7 @@ from megakern.config import require
 from megakern.data.files import DataError
 from megakern.data.loader import check_vocabulary
 from megakern.data.manifest import PreparedData
+from megakern.data.progress import Progress
 from megakern.data.tokenizer import Tokenizer
 from megakern.inference import Loaded, load_run
 from megakern.model.generate import complete
@@ -82,15 +83,17 @@ def answer_held_out(loaded: Loaded, data: PreparedData, limit: int) -> list[Answ
             break
     asked = asked[:limit]
     found: list[Answer] = []
-    for i in range(0, len(asked), TOGETHER):
-        some = asked[i : i + TOGETHER]
-        longest = max(len(wanted) for _, wanted in some)
-        how = {"max_new_tokens": longest, "stop_tokens": loaded.stop_tokens}
-        done = complete(loaded.model, [before for before, _ in some], **how)
-        found += [
-            Answer(*pair, each.tokens[: len(pair[1])] if each.finish == "length" else each.tokens)
-            for pair, each in zip(some, done, strict=True)
-        ]
+    with Progress(len(asked), "answering", unit=" answers") as progress:
+        for i in range(0, len(asked), TOGETHER):
+            some = asked[i : i + TOGETHER]
+            longest = max(len(wanted) for _, wanted in some)
+            how = {"max_new_tokens": longest, "stop_tokens": loaded.stop_tokens}
+            done = complete(loaded.model, [before for before, _ in some], **how)
+            found += [
+                Answer(*pair, each.tokens[: len(pair[1])] if each.finish == "length" else each.tokens)
+                for pair, each in zip(some, done, strict=True)
+            ]
+            progress.update(len(some))
     return found
 
 

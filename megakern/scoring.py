@@ -15,6 +15,7 @@ import torch
 
 from megakern.config import require
 from megakern.data.loader import IGNORE
+from megakern.data.progress import Progress
 from megakern.data.tokenizer import Tokenizer
 from megakern.inference import Loaded
 
@@ -49,9 +50,11 @@ def score_text(loaded: Loaded, text: str, *, stride: int | None = None) -> TextS
     require(1 <= stride <= T, f"--stride must be from 1 to the model's sequence_length of {T}, got {stride}")
     require(bool(text), "there is no text to score: it is empty")
     ids = loaded.tokenizer.encode(text)
-    nats = -sum(
-        score for window in token_scores(loaded, [first_token(loaded.tokenizer), *ids], stride) for score in window
-    )
+    nats = 0.0
+    with Progress(len(ids), "scoring", unit=" tokens") as progress:
+        for window in token_scores(loaded, [first_token(loaded.tokenizer), *ids], stride):
+            nats -= sum(window)
+            progress.update(len(window))
     return TextScore(nats, len(ids), len(text.encode()))
 
 

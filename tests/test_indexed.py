@@ -255,5 +255,5 @@ def test_disk_full_is_named_and_leaves_nothing(tmp_path):
         "        writer.add_document(np.ones(1000, np.uint16))\n"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "x")], capture_output=True, text=True)
-    assert "DataError" in done.stderr and "x.bin: File too large after" in done.stderr, done.stderr
+    assert "DiskFull" in done.stderr and "x.bin: File too large after" in done.stderr, done.stderr
     assert os.listdir(tmp_path) == []

@@ -8,15 +8,18 @@ import io
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from megakern.config import ConfigError
 from megakern.data import prepare as module
+from megakern.data import progress
 from megakern.data.files import DataError
 from megakern.data.manifest import PreparedData
 from megakern.data.prepare import prepare
@@ -253,15 +256,29 @@ def test_skipped_files_are_logged_and_strict_raises(corpus, tmp_path, caplog):
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_bars_are_for_terminals(corpus, tmp_path, monkeypatch, terminal):
+def test_bars_are_for_terminals_and_short_work_says_nothing_when_piped(corpus, tmp_path, monkeypatch, terminal):
     screen = io.StringIO()
     screen.isatty = lambda: terminal
     monkeypatch.setattr(sys, "stderr", screen)
     run(corpus, tmp_path / "out", tokenizer="train", vocab_size=260, progress=True)
     shown = [name for name in ("reading", "learning the vocabulary", "writing tokens") if name in screen.getvalue()]
     assert len(shown) == (3 if terminal else 0)
-    if not terminal:
-        assert "%|" not in screen.getvalue()
+    assert terminal or screen.getvalue() == ""
+
+
+def test_long_work_says_a_line_now_and_then_when_piped(tmp_path, monkeypatch):
+    """Twenty files, on a clock that gains 8 s at each look at it."""
+    (tmp_path / "texts").mkdir()
+    for i in range(20):
+        (tmp_path / "texts" / str(i)).write_text(f"some words of text {i}\n")
+    screen, clock = io.StringIO(), iter(range(0, 10**6, 8))
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    run(tmp_path / "texts", tmp_path / "out", progress=True)
+    lines = screen.getvalue().splitlines()
+    assert lines and all(
+        re.fullmatch(r"(reading|writing tokens): \d+%, (\d+:)?\d+:\d\d left", line) for line in lines
+    ), lines
 
 
 @pytest.mark.parametrize(
@@ -287,13 +304,16 @@ def child(code, *arguments):
 
 
 def test_disk_full_is_named_and_leaves_nothing(corpus, tmp_path):
+    """As a command: a failure at work (1), as that of `train`, and not wrong input (2)."""
     code = (
-        "import resource, sys\nfrom megakern.data.prepare import prepare\n"
+        "import resource, sys\nfrom megakern.cli import main\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
-        "prepare(sys.argv[1], sys.argv[2], tokenizer='bytes', progress=False)\n"
+        "sys.exit(main(['prepare', sys.argv[1], '--out', sys.argv[2], '--tokenizer', 'bytes']))\n"
     )
     done = child(code, corpus, tmp_path / "out")
-    assert "DataError" in done.stderr and "train.bin: File too large after" in done.stderr, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert re.fullmatch(r"megakern: .*train\.bin: File too large after [\d,]+ bytes; free some .*", last), done.stderr
+    assert done.returncode == 1
     assert not (tmp_path / "out").exists()
 
 

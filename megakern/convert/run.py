@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from megakern.config import ConfigError, GPTConfig, require
 from megakern.convert import foreign
@@ -23,6 +22,7 @@ from megakern.convert.ours import Checkpoint, chunks, write_checkpoint
 from megakern.convert.proof import Proof, ProofError, compare_logits, same_tensors, same_tokens, transformers_missing
 from megakern.convert.tokenizer import Carried, from_hf, from_run, named_tokenizer
 from megakern.data.files import DataError
+from megakern.data.progress import Progress
 from megakern.data.tokenizer import Tokenizer
 from megakern.model.hf.families import Imported, family_of, from_config_json, same_function, to_config_json
 from megakern.model.hf.names import Read, Rule, rules_of, tensor_problems
@@ -138,10 +138,6 @@ def _new_folder(out: Path, need: int, files: Files) -> Iterator[Path]:
         raise CheckpointError(f"cannot write {out}: {error}") from error
 
 
-def _bar(size: int, what: str) -> tqdm:
-    return tqdm(total=size, unit="B", unit_scale=True, desc=what, disable=None, leave=False)
-
-
 def _bytes_of(rules: list[Rule], dtype: str) -> int:
     return sum(math.prod(shape) for rule in rules for shape in rule.theirs.values()) * CODES[dtype][1]
 
@@ -173,7 +169,7 @@ def _import(source: Path, out: Path, dtype, ranks: int, tokenizer, proof: bool, 
         }
         with _new_folder(out, size, files) as folder:
             files.make_folder(folder / "ckpt")
-            with _bar(size, "writing") as bar:
+            with Progress(size, "writing") as bar:
                 read = _counted(weights.read, bar.update)
                 path = write_checkpoint(
                     folder / "ckpt", rules, read, dtype=stored, ranks=ranks, state=state, files=files
@@ -279,7 +275,7 @@ def _export(run: Path, out: Path, dtype, step, shard_bytes: int, proof: bool, fi
         shards = shards_of({name: shape for name, (_, shape) in shapes.items()}, stored, shard_bytes)
         table = to_config_json(config, family, stored, carried.token_ids())
         with _new_folder(out, size, files) as folder:
-            with _bar(size, "writing") as bar:
+            with Progress(size, "writing") as bar:
                 for shard in shards:
                     files.write_stream(folder / shard.file, _shard_bytes(shard, shapes, ours, stored, bar.update))
             if len(shards) > 1:
@@ -333,7 +329,7 @@ def _prove(
     imported: Imported, rules: list[Rule], ours: Checkpoint, theirs: Read, dtype: str, *, exporting: bool
 ) -> Proof:
     narrow = getattr(torch, dtype)
-    with _bar(_bytes_of(rules, dtype), "reading again") as bar:
+    with Progress(_bytes_of(rules, dtype), "reading again") as bar:
         count = same_tensors(rules, ours, theirs, narrow, exporting=exporting, progress=bar.update)
     if reason := transformers_missing(imported.family, imported.config):
         return Proof(count, why_not=reason)

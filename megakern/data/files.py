@@ -17,21 +17,25 @@ class DataError(ValueError):
     """Data on disk is missing, damaged or of another kind. The message is one sentence that names the file."""
 
 
+class DiskFull(DataError):
+    """Nothing is wrong with the data: there is no room for what is written. Commands end with 1, not 2."""
+
+
 @contextlib.contextmanager
 def disk_full_named(path: Path, written: int) -> Iterator[None]:
-    """Turns "no space" and "file too large" from the system into a DataError. `written`: bytes that did fit before."""
+    """Turns "no space" and "file too large" from the system into a DiskFull. `written`: bytes that did fit before."""
     try:
         yield
     except OSError as error:
         if error.errno not in _FULL:
             raise
-        raise DataError(
+        raise DiskFull(
             f"{path}: {error.strerror} after {written:,} bytes; free some space or choose another folder"
         ) from error
 
 
 def write_atomically(path: str | os.PathLike, content: bytes) -> None:
-    """Write a small file so that `path` holds the old content or the new, never a part. Raises DataError: disk full."""
+    """Write a small file so that `path` holds the old content or the new, never a part. Raises DiskFull."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
     try:

@@ -21,7 +21,6 @@ from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from megakern.config import require
 from megakern.data.chat import CHAT_FILES, GENERATION_FILE, TEMPLATE_FILE, ChatTemplate
@@ -40,6 +39,7 @@ from megakern.data.manifest import (
     SplitInfo,
     TokenizerInfo,
 )
+from megakern.data.progress import Progress
 from megakern.data.tokenizer import EOD, Tokenizer, train_bpe
 
 __all__ = ["ChatOptions", "Manifest", "PreparedData", "prepare"]
@@ -78,10 +78,10 @@ def prepare(
     it stays on its side when others come or go. If a side would be empty it gets the document nearest to it; if there
     is one document only, its last lines are held out.
     chat: the inputs are conversations (conversations.py), of .jsonl files alone; see `ChatOptions`.
-    overwrite: replace a folder that was prepared before. progress: bars, on a terminal.
+    overwrite: replace a folder that was prepared before. progress: bars on a terminal, else a line now and then.
 
-    Raises ConfigError: an option out of range. DataError: nothing to read, bad input (file and line), `out` is in use,
-    disk full; then nothing is left behind, and what `out` held before is untouched.
+    Raises ConfigError: an option out of range. DataError: nothing to read, bad input (file and line), `out` is in use.
+    DiskFull. Then nothing is left behind, and what `out` held before is untouched.
     """
     inputs = [inputs] if isinstance(inputs, (str, os.PathLike)) else list(inputs)
     out = Path(out)
@@ -196,9 +196,8 @@ class _Plan:
             self._sides[np.argmax(np.where(kept, place, -1.0))] = _TRAIN
 
     def _read(self, what: str) -> Iterator[str]:
-        disable = None if self._progress else True  # None: tqdm shows bars on a terminal only
-        with tqdm(total=self._documents.size, desc=what, unit="B", unit_scale=True, disable=disable) as bar:
-            yield from self._documents.read(bar.update)
+        with Progress(self._documents.size, what, shown=self._progress) as progress:
+            yield from self._documents.read(progress.update)
 
     def _digest(self, text: str) -> tuple[bytes, int]:
         content = text.encode()

@@ -10,6 +10,7 @@ from megakern.data.files import DataError
 from megakern.data.loader import IGNORE, Loader, validation_batches
 from megakern.data.manifest import PreparedData
 from megakern.data.packing import PackedLoader, PackedRows, packed_validation_batches
+from megakern.data.progress import Progress
 from megakern.model.gpt import GPT
 from megakern.parallel.collectives import all_reduce
 from megakern.parallel.context import ParallelContext
@@ -78,12 +79,17 @@ def evaluate(
     how = {"limit": windows, "shard": shard}
     if data.template is None:
         batches = validation_batches(data.validation, length, rows, **how)
+        there = -(-(data.validation.token_count - 1) // length)
     else:
         held_out = PackedRows(data.validation, data.answers("validation"), length)
         batches = packed_validation_batches(held_out, rows, **how)
-    for batch in batches:
-        count += int((batch[1] != IGNORE).sum())
-        total += loss_of(model, to_device(batch, device), reduction="sum")
+        there = len(held_out)
+    own = -(-(min(windows, there) if windows else there) // shard[1])
+    with Progress(own, "evaluating", unit=" windows", shown=parallel.world_rank == 0) as progress:
+        for batch in batches:
+            count += int((batch[1] != IGNORE).sum())
+            total += loss_of(model, to_device(batch, device), reduction="sum")
+            progress.update(len(batch[0]))
     model.train()
     release(model)
     sums = torch.stack([total, torch.full_like(total, count)])

@@ -8,14 +8,8 @@ import sys
 from collections import deque
 from pathlib import Path
 
+from megakern.data.progress import duration
 from megakern.train.files import write_atomic
-
-
-def duration(seconds: float) -> str:
-    """3723 -> "1:02:03"."""
-    minutes, second = divmod(int(max(0, seconds)), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
 
 
 def quantity(value: float, unit: str) -> str:
@@ -24,13 +18,6 @@ def quantity(value: float, unit: str) -> str:
         if abs(value) >= 0.9995 * size:  # what is rounded to 1000 of a prefix is 1 of the next
             return f"{value / size:.3g} {prefix}{unit}"
     return f"{value:.3g} {unit}"
-
-
-def say_meanwhile(text: str) -> None:
-    """What is waited for, on a terminal, where the next text takes its place; "" takes it away."""
-    if sys.stderr.isatty():
-        sys.stderr.write(f"\r\x1b[K{text}")
-        sys.stderr.flush()
 
 
 class MetricsFile:

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megakern.config import require
+from megakern.data.progress import Meanwhile
 from megakern.model.gpt import parameter_count
 from megakern.model.presets import presets
 from megakern.ops import dispatch
 from megakern.train import machine
 from megakern.train.config import RunConfig, dump_config, load_config, make_config
-from megakern.train.metrics import say_meanwhile
 from megakern.train.run import check_run, open_run
 from megakern.verify import processes
 from megakern.verify.layouts import ALONE, Layout, check_layout, default_layouts, no_room, parse_layout
@@ -65,7 +65,8 @@ def verify(
             check_run(layout.of(config, "fp32"), layout.processes)
         for note in notes:
             print(note, flush=True)
-        rows = _Runs(Path(folder), config, steps).all(chosen, precisions, backends)
+        with Meanwhile() as meanwhile:
+            rows = _Runs(Path(folder), config, steps, meanwhile).all(chosen, precisions, backends)
     return Report(notes=tuple(notes), rows=tuple(rows))
 
 
@@ -134,14 +135,14 @@ def _settle(
 class _Runs:
     """Trains one run after the other in folders of its own below `folder`."""
 
-    def __init__(self, folder: Path, config: RunConfig, steps: int) -> None:
-        self.folder, self.config, self.steps = folder, config, steps
+    def __init__(self, folder: Path, config: RunConfig, steps: int, meanwhile: Meanwhile) -> None:
+        self.folder, self.config, self.steps, self.meanwhile = folder, config, steps, meanwhile
         self._made = 0
 
     def all(self, layouts: list[Layout], precisions: Sequence[str], backends: Sequence[str]) -> list[Row]:
         """Every combination as a row; one row that says so when the reference itself fails."""
         total = len(layouts) * len(precisions) * len(backends)
-        say_meanwhile("the reference")
+        self.meanwhile.say("the reference")
         try:
             self._reference = self._train(ALONE, "fp32", "torch", None)
         except processes.LayoutError as error:
@@ -155,12 +156,11 @@ class _Runs:
                     if (layout, precision, backend) == (ALONE, "fp32", "torch"):
                         total -= 1
                         continue
-                    say_meanwhile(f"{len(rows) + 1} of {total}: {layout} {precision} {backend}")
+                    self.meanwhile.say(f"{len(rows) + 1} of {total}: {layout} {precision} {backend}")
                     row = self._row(layout, precision, backend, alone)
                     if layout == ALONE:
                         alone = row.distance
                     rows.append(row)
-        say_meanwhile("")
         return rows
 
     def _row(self, layout: Layout, precision: str, backend: str, alone: Measures | None) -> Row:
