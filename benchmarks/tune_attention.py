@@ -5,8 +5,9 @@ megakern/kernels/triton/attention_configs.py, and the sizes in megakern/kernels/
                                         [--decode 32x8192x64x8x128 ...] [--role ...] [--json FILE]
 
 Triton: each kernel is launched alone: the named configurations, and those of GRID below. They are compiled first, on
-all cores. C++: forward and backward whole; each tile of the forward pass, and with heads side by side whose data fill
-so many MB of cache; dq is added in any order and in a fixed one; PyTorch's FlashAttention 2 and cuDNN beside them.
+all cores. C++: forward and backward whole; each tile of the forward pass, single blocks and pairs that share keys and
+values, and heads side by side whose data fill so many MB of cache; dq is added in any order and in a fixed one;
+PyTorch's FlashAttention 2 and cuDNN beside them.
 FLOPs are those of attention (forward 1, backward 2.5), not of the products a kernel makes: of the backward pass the
 key-value gradient counts 1.5 and the query gradient 1. Decoding, one query a sample, BxSxHxHkvxD: pieces that the keys
 are split into; bytes of keys and values. A configuration that does not fit on the GPU is named. Other tables:
@@ -92,6 +93,11 @@ def cuda_calls(role: str, shape: str, dtype: str, device: str = "cuda"):
         most = next(most for most in cuda_attention.TILES if q.shape[-1] <= most)
         for tile in cuda_attention.TILES[most]:
             found.append((str(tile), with_value(cuda_attention, "tile_for", lambda *problem, tile=tile: tile, call)))
+        (T, H, D), Hkv = q.shape[-3:], k.shape[-2]
+        for pairs in cuda_attention.possible_pairs(T, H, Hkv, cuda_attention.tile_for(D, T, True), how[3] == (-1, -1)):
+            found.append(
+                (str(pairs), with_value(cuda_attention, "pairs_for", lambda *problem, pairs=pairs: pairs, call))
+            )
     for size in CACHES:
         if role == "forward":
             found.append((f"{size} MB", with_value(cuda_attention, "KEYS_IN_CACHE", size << 20, call)))

@@ -318,6 +318,10 @@ struct AttentionFeatures {
   float kept;
 };
 
+// Blocks in clusters of two, which bring keys and values once for both: none; two query heads of one head of keys, where it
+// has an even number; two tiles of queries, where their number is even and each query sees all keys, not packed.
+enum class AttentionPairs : int { none = 0, heads = 1, tiles = 2 };
+
 // q, out (B, T, H, D), k, v (B, S, Hkv, D), out contiguous, lse (B, H, T) fp32. A query sees at most `left` keys before and
 // `right` after the one beside it; -1: no limit. Packed, with B 1: offsets (sequences + 1,) of the queries and the keys
 // of each sequence; else null. tile: one of attention_forward.cu's. section: heads in flight at a time; blocks: at most so many.
@@ -332,6 +336,7 @@ struct AttentionForward {
   AttentionStrides q_strides, k_strides, v_strides;
   int64_t left, right, section, blocks;
   int tile_rows, tile_keys;
+  AttentionPairs pairs;
   float scale;
   AttentionFeatures features;
 };

@@ -3,9 +3,10 @@
 //
 // Writes: out and lse whole (=). Same bits at each run.
 // Parallel: a block lives until its tiles are done; a tile is 128 queries of one head, of which a consumer warpgroup owns
-// 64. One thread of the producer warpgroup fetches q, then k and v in tiles of up to 128 keys, last keys first, with TMA
-// into two stages each, and goes on with the next tile while consumers write this one. The scores of the next keys run on
-// the tensor cores beside the softmax of these; the warpgroups issue their products in turn.
+// 64. One thread of the producer warpgroup fetches k and v in tiles of up to 128 keys, last keys first, with TMA into two
+// stages each, another one q; they go on with the next tile while consumers write this one. The scores of the next keys
+// run on the tensor cores beside the softmax of these; the warpgroups issue their products in turn. Two blocks of a
+// cluster may share keys and values: each fetches half of them, and TMA writes it to both.
 // Limits: sm_90a; bf16 and fp16; D a multiple of 8 up to 256; rows on multiples of 16 bytes.
 #include <algorithm>
 #include <cmath>
@@ -29,6 +30,7 @@ struct AttentionPlan {
   int heads;    // B H
   int section;  // of them in flight at a time: their keys and values fit the L2 cache
   int tiles;    // a head
+  int paired, by_tiles;  // 0 or 1: blocks 2 i and 2 i + 1 have two heads of a group, or two tiles of a head: the same keys
   int sections, rounds;  // see AttentionRound
   AttentionScoring scoring;
 };
@@ -80,8 +82,9 @@ struct AttentionPlace {
   AttentionMask mask;
 
   MK_DEVICE AttentionPlace(const AttentionPlan& p, const AttentionRound& at, int rows, int keys) {
-    const int from = at.section * p.section, heads = min(p.heads - from, p.section);
-    const int one = from + at.index % heads, tile = p.tiles - 1 - at.index / heads;
+    const int from = at.section * p.section, across = p.by_tiles ? p.tiles : min(p.heads - from, p.section);
+    const int far = at.index / across, near = at.index % across;
+    const int one = from + (p.by_tiles ? far : near), tile = p.tiles - 1 - (p.by_tiles ? near : far);
     if (p.q_offsets == nullptr) {
       sample = one / p.H, head = one % p.H, row = tile * rows;
       T = p.T, q_start = k_start = 0;
@@ -158,7 +161,7 @@ MK_KERNEL void __launch_bounds__(Tile::threads, 1)
   MBarrier *q_empty = q_full + Tile::q_stages, *k_full = q_empty + Tile::q_stages, *k_empty = k_full + Tile::stages;
   MBarrier *v_full = k_empty + Tile::stages, *v_empty = v_full + Tile::stages;
 
-  const int warpgroup = warpgroup_index(), thread = int(threadIdx.x) % 128;
+  const int warpgroup = warpgroup_index();
   const bool packed = plan.q_offsets != nullptr;
   if (threadIdx.x == 0) {
     for (int s = 0; s < Tile::q_stages; ++s) {
@@ -166,68 +169,79 @@ MK_KERNEL void __launch_bounds__(Tile::threads, 1)
     }
     for (int s = 0; s < Tile::stages; ++s) {
       mbar_init(&k_full[s], 1, "k full"), mbar_init(&v_full[s], 1, "v full");
-      mbar_init(&k_empty[s], 4 * Tile::consumers, "k empty"), mbar_init(&v_empty[s], 4 * Tile::consumers, "v empty");
+      const int warps = 4 * Tile::consumers << plan.paired;
+      mbar_init(&k_empty[s], warps, "k empty"), mbar_init(&v_empty[s], warps, "v empty");
     }
     mbar_init_fence();
     prefetch_map(&q_map), prefetch_map(&k_map), prefetch_map(&v_map), prefetch_map(&out_map);
   }
-  sync_block();
+  const bool paired = plan.paired != 0;
+  if (paired) cluster_arrive(), cluster_wait();
+  else sync_block();
 
   Ring<Tile::stages> ring;
   Ring<Tile::q_stages> q_ring;
   if (warpgroup == 0) {
     registers_shrink<Tile::producer_registers>();
-    if (thread < kWarp && elect_lane()) {
-      const auto fetch = [&](unsigned char* to, const TensorMap* map, MBarrier* full, int slab, const HeadBox& box) {
-        mbar_expect(full, Tile::slabs * slab);
+    const int warp = shuffle(int(threadIdx.x) / kWarp, 0);
+    constexpr int alone = -1;
+    // The slabs of a tile. For both blocks of a pair each fetches every second, of k those that the other fetches of v: half
+    // of the bytes for any number of slabs, in the boxes that one block fetches.
+    const auto fetch = [&](unsigned char* to, const TensorMap* map, MBarrier* full, int slab, const HeadBox& box, int turn) {
+      mbar_expect(full, Tile::slabs * slab);
 #pragma unroll
-        for (int i = 0; i < Tile::slabs; ++i) tma_load_4d(to + i * slab, map, full, 64 * i, box.y, box.z, box.w);
-      };
+      for (int i = 0; i < Tile::slabs; ++i) {
+        if (!paired || turn == alone) tma_load_4d(to + i * slab, map, full, 64 * i, box.y, box.z, box.w);
+        else if ((i + turn + int(blockIdx.x)) % 2 == 0) {
+          tma_load_4d_multicast(to + i * slab, map, full, 64 * i, box.y, box.z, box.w, 3);
+        }
+      }
+    };
+    const auto for_tiles = [&](auto bring) {
 #pragma unroll 1
       for (AttentionRound of_block; of_block.next(plan);) {
         if (of_block.index < 0) continue;
         const AttentionPlace at(plan, of_block, Tile::rows, Tile::keys);
-        if (!at.exists()) continue;
+        if (at.exists()) bring(at);
+      }
+    };
+    if (warp == 0 && elect_lane()) {
+      for_tiles([&](const AttentionPlace& at) {
         const int head = at.head / plan.group;
 #pragma unroll 1
-        for (int j = at.end - 1; j >= at.first || j == at.end - 1; --j) {  // once at least: q is fetched in any case
+        for (int j = at.end - 1; j >= at.first; --j, ring.advance()) {
           const int stage = ring.stage;
-          const bool keys = at.first < at.end;
           const HeadBox box(packed, at.sample, head, at.k_start, at.mask.S, j * Tile::keys, Tile::keys);
-          if (keys) {
-            mbar_wait(&k_empty[stage], ring.phase ^ 1);
-            fetch(k + stage * Tile::kv_bytes, &k_map, &k_full[stage], Tile::kv_slab, box);
-          }
-          if (j == at.end - 1) {  // behind k, whose stage is free before q's is
-            mbar_wait(&q_empty[q_ring.stage], q_ring.phase ^ 1);
-            fetch(q + q_ring.stage * Tile::q_bytes, &q_map, &q_full[q_ring.stage], Tile::q_slab,
-                  {packed, at.sample, at.head, at.q_start, at.T, at.row, Tile::rows});
-            q_ring.advance();
-          }
-          if (keys) {
-            mbar_wait(&v_empty[stage], ring.phase ^ 1);
-            fetch(v + stage * Tile::kv_bytes, &v_map, &v_full[stage], Tile::kv_slab, box);
-            ring.advance();
-          }
+          mbar_wait(&k_empty[stage], ring.phase ^ 1);
+          fetch(k + stage * Tile::kv_bytes, &k_map, &k_full[stage], Tile::kv_slab, box, 0);
+          mbar_wait(&v_empty[stage], ring.phase ^ 1);
+          fetch(v + stage * Tile::kv_bytes, &v_map, &v_full[stage], Tile::kv_slab, box, 1);
         }
-      }
+      });
+    } else if (warp == 1 && elect_lane()) {  // a thread of its own for q: one would run out of its 24 registers
+      for_tiles([&](const AttentionPlace& at) {
+        mbar_wait(&q_empty[q_ring.stage], q_ring.phase ^ 1);
+        fetch(q + q_ring.stage * Tile::q_bytes, &q_map, &q_full[q_ring.stage], Tile::q_slab,
+              {packed, at.sample, at.head, at.q_start, at.T, at.row, Tile::rows}, alone);
+        q_ring.advance();
+      });
     }
   } else {
     registers_grow<Tile::consumer_registers>();
-    const int consumer = warpgroup - 1, lane = thread % 32;
+    const int consumer = warpgroup - 1, thread = int(threadIdx.x % 128), lane = thread % 32;
     const int own = consumer * 64 + thread / 32 * 16 + lane / 4;  // row of s[0] in the tile
     const AttentionScoring& scoring = plan.scoring;
     const float unit = Featured ? 1.0f : scoring.scale;
     const auto release = [&](MBarrier* empty) {
-      if (lane == 0) mbar_arrive(empty);
+      if (lane <= plan.paired) mbar_arrive_at(empty, lane);  // of both: each producer writes to both
     };
     // The softmax of the others runs beside this one's products. Consumer 0 begins.
     constexpr int n = Tile::consumers;
     const auto take_turn = [&] { consumer_sync<4, n>(consumer, 256); };
     const auto give_turn = [&] { consumer_arrive<4, n>(consumer == n - 1 ? 0 : consumer + 1, 256); };
     if (consumer == n - 1) give_turn();
-    const std::uint64_t of_q = matrix_descriptor(q + consumer * 64 * 128), of_k = matrix_descriptor(k);
-    const std::uint64_t of_v = matrix_descriptor(v, 0, Tile::kv_slab);
+    const std::uint64_t of_q = matrix_descriptor(q + consumer * 64 * 128), of_k = shuffle(matrix_descriptor(k), 0);
+    const std::uint64_t of_v = shuffle(matrix_descriptor(v, 0, Tile::kv_slab), 0);
     AttentionRows<T, Tile> rows;
 #pragma unroll 1
     for (AttentionRound of_block; of_block.next(plan);) {
@@ -341,6 +355,8 @@ MK_KERNEL void __launch_bounds__(Tile::threads, 1)
     if (consumer == 0) take_turn();  // the one that nobody took
     if (thread == 0) tma_wait<0>();
   }
+  // Neither leaves while the other may still write to its shared memory or arrive at its barriers.
+  if (paired) cluster_arrive(), cluster_wait();
 #endif
 }
 
@@ -363,16 +379,22 @@ static void launch_attention(const AttentionForward& p, Place place) {
   plan.T = int(s.T), plan.S = int(s.S), plan.H = int(s.H), plan.group = int(s.H / s.Hkv);
   plan.left = window_side(p.left), plan.right = window_side(p.right);
   plan.heads = int(s.B * s.H), plan.section = int(std::min(p.section, s.B * s.H));
-  const int count = int(s.B * s.H * tiles);
-  const dim3 grid(unsigned(std::min<int64_t>(count, p.blocks))), block(Tile::threads);
+  plan.paired = p.pairs != AttentionPairs::none, plan.by_tiles = p.pairs == AttentionPairs::tiles;
+  check.require(p.pairs != AttentionPairs::heads || (plan.group % 2 == 0 && plan.section % 2 == 0),
+                "pairs of heads are for an even number of query heads of each head of keys, and in a section; got " +
+                    std::to_string(plan.group) + " and " + std::to_string(plan.section));
+  check.require(!plan.by_tiles || (!packed && p.left < 0 && p.right < 0 && tiles % 2 == 0),
+                "pairs of tiles are for an even number of tiles, each of which sees all keys, and not packed");
   plan.tiles = int(tiles), plan.sections = ceil_div(plan.heads, plan.section);
+  const int cluster = plan.paired ? 2 : 1, clusters = std::max(1, int(p.blocks) / cluster);
+  const dim3 grid(unsigned(std::min(plan.heads * plan.tiles, clusters * cluster))), block(Tile::threads);
   plan.rounds = ceil_div(plan.section * plan.tiles, int(grid.x));
   plan.scoring = attention_scoring(p.scale, p.features);
   const AttentionFeatures& f = p.features;
   if (f.slopes == nullptr && f.softcap == 0 && f.threshold == kDropNothing && p.scale > 0) {
-    MK_LAUNCH((attention_forward_kernel<T, Tile, false>), grid, block, Tile::shared, place, q, k, v, out, plan);
+    MK_LAUNCH_CLUSTER((attention_forward_kernel<T, Tile, false>), grid, block, Tile::shared, cluster, place, q, k, v, out, plan);
   } else if constexpr (Options) {
-    MK_LAUNCH((attention_forward_kernel<T, Tile, true>), grid, block, Tile::shared, place, q, k, v, out, plan);
+    MK_LAUNCH_CLUSTER((attention_forward_kernel<T, Tile, true>), grid, block, Tile::shared, cluster, place, q, k, v, out, plan);
   } else {
     check.require(false, "this tile is for a scale above 0 without cap, ALiBi and dropout");
   }
@@ -399,7 +421,7 @@ void attention_forward(const AttentionForward& p, Place place) {
   const AttentionSizes& s = p.sizes;
   AttentionChecks check("attention_forward", p.dtype, s, p.left, p.right, p.scale);
   check.size("S", s.S, 1, check.most), check.size("section", p.section, 1, check.most);
-  check.size("blocks", p.blocks, 1, 1 << 16);
+  check.size("blocks", p.blocks, 1, 1 << 16), check.known("pairs", p.pairs, AttentionPairs::tiles);
   const bool packed = check.offsets(p.q_offsets, p.k_offsets, p.sequences);
   check.features(p.features, packed ? p.sequences : s.B);
   check.rows("q", p.q, p.q_strides, s.B, s.T, s.H);

@@ -415,6 +415,7 @@ def attention_forward(
     blocks: int,
     tile_rows: int,
     tile_keys: int,
+    pairs: int,
     scale: float,
     features_slopes: int,
     features_slope_stride: int,

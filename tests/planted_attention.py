@@ -17,6 +17,7 @@ from __future__ import annotations
 from tests.planted import Bug
 
 FORWARD = ("tests/kernels/test_attention_cuda.py",)
+PAIRS = ("tests/kernels/test_attention_pairs_cuda.py",)
 BACKWARD = ("tests/kernels/test_attention_backward_cuda.py",)
 DECODE = ("tests/kernels/test_paged_attention.py",)
 
@@ -122,8 +123,8 @@ BUGS = _of(
         ),
         "q fetched before it is free": ("mbar_wait(&q_empty[q_ring.stage], q_ring.phase ^ 1);", ";"),
         "q not fetched where there are no keys": (
-            "j >= at.first || j == at.end - 1",
-            "j >= at.first",
+            "if (at.exists()) bring(at);",
+            "if (at.exists() && at.first < at.end) bring(at);",
         ),
         "k fetched before its stage is free": ("mbar_wait(&k_empty[stage], ring.phase ^ 1);", ";"),
         "v fetched before its stage is free": ("mbar_wait(&v_empty[stage], ring.phase ^ 1);", ";"),
@@ -182,6 +183,37 @@ BUGS = _of(
             "offsets[middle] / size + middle <= block",
             "offsets[middle] / size + middle < block",
         ),
+    },
+)
+
+MULTICAST = "tma_load_4d_multicast(to + i * slab, map, full, 64 * i, box.y, box.z, box.w, 3);"
+ACROSS = "p.by_tiles ? p.tiles : min(p.heads - from, p.section)"
+BUGS += _of(
+    "pairs",
+    "attention_forward.cu",
+    PAIRS,
+    {
+        "bytes of the own slabs alone expected": (
+            "mbar_expect(full, Tile::slabs * slab);",
+            "mbar_expect(full, (turn == alone || !paired ? Tile::slabs : ceil_div(Tile::slabs, 2)) * slab);",
+        ),
+        "stages given back to the first block alone": ("lane <= plan.paired", "lane == 0"),
+        "stages given back to the own block alone": (
+            "mbar_arrive_at(empty, lane);",
+            "mbar_arrive_at(empty, int(blockIdx.x) & plan.paired);",
+        ),
+        "stages free when one block has read them": ("4 * Tile::consumers << plan.paired", "4 * Tile::consumers"),
+        "the same slabs by both blocks": ("(i + turn + int(blockIdx.x)) % 2 == 0", "(i + turn) % 2 == 0"),
+        "every slab by both blocks": ("(i + turn + int(blockIdx.x)) % 2 == 0", "true"),
+        "slabs for the own block alone": (MULTICAST, MULTICAST.replace(", 3)", ", 1 << int(blockIdx.x) % 2)")),
+        "q for both blocks": ("!paired || turn == alone", "!paired"),
+        "a start before the other block's barriers are there": (
+            "if (paired) cluster_arrive(), cluster_wait();\nelse sync_block();",
+            "sync_block();",
+        ),
+        "an end while the other may still arrive": ("@if (paired) cluster_arrive(), cluster_wait();@\n#endif", ";"),
+        "blocks that part on the way back": ("blocks - 1 - block", "(blocks - block) % blocks"),
+        "tiles of two heads": (ACROSS, ACROSS.split(" : ")[1]),
     },
 )
 

@@ -114,7 +114,7 @@ SOUND: dict[str, dict] = {
     },
     "attention_forward": {
         **SIZES, "absent": {"q_offsets", "k_offsets"}, "sequences": 0, **strides("q", "k", "v"), "section": 2,
-        "blocks": 8, "tile_rows": 128, "tile_keys": 128,
+        "blocks": 8, "tile_rows": 128, "tile_keys": 128, "pairs": 0,
     },
     "attention_backward": {
         **SIZES, "absent": {"q_offsets", "k_offsets", "row_keys"}, "lines": B * H, "sequences": 0,

@@ -130,6 +130,13 @@ MK_DEVICE void tma_load_2d_multicast(void* to, const TensorMap* map, MBarrier* b
                "l"(map), "r"(shared_address(b)), "r"(x), "r"(y), "h"(static_cast<unsigned short>(blocks))
                : "memory");
 }
+MK_DEVICE void tma_load_4d_multicast(void* to, const TensorMap* map, MBarrier* b, int x, int y, int z, int w, int blocks) {
+  asm volatile(MK_TMA_LOAD "4d" MK_TMA_TO_SHARED ".multicast::cluster [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(
+                   shared_address(to)),
+               "l"(map), "r"(shared_address(b)), "r"(x), "r"(y), "r"(z), "r"(w),
+               "h"(static_cast<unsigned short>(blocks))
+               : "memory");
+}
 // `bytes` side by side; addresses and size are multiples of 16.
 MK_DEVICE void bulk_load(void* to, const void* from, MBarrier* b, int bytes) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %3, [%2];" ::"r"(

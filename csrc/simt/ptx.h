@@ -91,6 +91,11 @@ inline void tma_load_2d_multicast(void* to, const TensorMap* map, MBarrier* b, i
   const int at[] = {x, y};
   simt::tma_load(to, map, b, at, 2, blocks, site);
 }
+inline void tma_load_4d_multicast(void* to, const TensorMap* map, MBarrier* b, int x, int y, int z, int w, int blocks,
+                                  MK_SITE) {
+  const int at[] = {x, y, z, w};
+  simt::tma_load(to, map, b, at, 4, blocks, site);
+}
 inline void bulk_load(void* to, const void* from, MBarrier* b, int bytes, MK_SITE) {
   simt::bulk_load(to, from, b, bytes, site);
 }

@@ -177,9 +177,11 @@ MK_KERNEL void __launch_bounds__(256, 1) named_barriers_kernel(float* y, int rou
 #endif
 }
 
-// A cluster of two: block r loads half r of x and gives it to both; then both add 100 and tell the other. y (2, 2 half).
+// A cluster of two: block r loads half r of x, by a map of 2 or of 4 dimensions, and gives it to both; then both add 100 and
+// tell the other. y (2, 2 half).
 // Each of 64 threads stores into the other block's shared memory, and loads from there: stored, loaded (2, 64).
-MK_KERNEL void cluster_kernel(const MK_GRID_CONSTANT TensorMap map, float* y, int* ranks, float* stored, float* loaded) {
+MK_KERNEL void cluster_kernel(const MK_GRID_CONSTANT TensorMap map, const MK_GRID_CONSTANT TensorMap map_4d, float* y,
+                              int* ranks, float* stored, float* loaded) {
 #if MK_SM90A
   constexpr int half = 8 * 32;
   SharedMemory shared;
@@ -198,7 +200,8 @@ MK_KERNEL void cluster_kernel(const MK_GRID_CONSTANT TensorMap map, float* y, in
   cluster_wait();
   if (threadIdx.x == 0) {
     mbar_expect(full, 2 * half * 4);
-    tma_load_2d_multicast(tile + rank * half, &map, full, 0, 8 * rank, 3);
+    if (rank == 0) tma_load_2d_multicast(tile, &map, full, 0, 0, 3);
+    else tma_load_4d_multicast(tile + half, &map_4d, full, 0, 0, 2, 1, 3);
   }
   mbar_wait(full, 0);
   for (int i = int(threadIdx.x); i < 2 * half; i += int(blockDim.x)) y[blockIdx.x * 2 * half + i] = tile[i] + 100.0f;
@@ -376,7 +379,10 @@ MK_CASE(named_barriers) {  // y; rounds
 
 MK_CASE(cluster) {  // x (16, 32) fp32, y (2, 512), ranks (2,), stored and loaded (2, 64)
   const TensorMap map = matrix_map(a.tensor<void>(0), Dtype::f32, 16, 32, 32, 8, 32, Swizzle::none);
-  MK_LAUNCH_CLUSTER(cluster_kernel, 2, 64, 2 * 1024 + 1024 + 32 + 256, 2, a.place, map, a.tensor<float>(1),
+  const std::uint64_t sizes[] = {32, 8, 3, 2}, strides[] = {128, 256, 512};  // of a row, two rows, four
+  const std::uint32_t box[] = {32, 8, 1, 1};
+  const TensorMap map_4d = tensor_map(a.tensor<void>(0), Dtype::f32, 4, sizes, strides, box, Swizzle::none);
+  MK_LAUNCH_CLUSTER(cluster_kernel, 2, 64, 2 * 1024 + 1024 + 32 + 256, 2, a.place, map, map_4d, a.tensor<float>(1),
                     a.tensor<int>(2), a.tensor<float>(3), a.tensor<float>(4));
 }
 

@@ -5,6 +5,7 @@ The copy engine wants rows that start on multiples of 16 bytes: other views are 
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ import torch
 from megakern.kernels.cuda.attention_backward import attention_backward
 from megakern.kernels.cuda.attention_decode import copyable, decode, decodes, features_of
 from megakern.kernels.cuda.linear import multiprocessors
-from megakern.kernels.cuda.module import DTYPES, call, pointer
+from megakern.kernels.cuda.module import DTYPES, call, cdiv, pointer
 from megakern.kernels.memory import empty, empty_like
 
 __all__ = ["attention_backward", "attention_forward"]
@@ -59,6 +60,36 @@ def tile_for(D: int, T: int, plain: bool) -> Tile:
     return next((tile for tile in tiles if tile.queries == 192 and plain and T >= LONG), tiles[0])
 
 
+class Pairs(enum.IntEnum):
+    """AttentionPairs of csrc/api.h: what the two blocks of a cluster compute, for which keys and values come once."""
+
+    NONE = 0
+    HEADS = 1
+    TILES = 2
+
+    def __str__(self) -> str:
+        return "single blocks" if self is Pairs.NONE else f"blocks that fetch for two {self.name.lower()}"
+
+
+PAIRED_DEPTH = 128
+"""Head dim from which blocks are paired where they can. At full speed a multiprocessor would read keys and values at 32
+bytes a cycle (64 KB for 128 queries in 2048 cycles), of the 24 to 32 that the L2 cache gives; paired it reads 16.
+Smaller head dims are slower, for their exponentials. FlashAttention-3 pairs tiles from 128 on, without a mask; not yet
+measured."""
+
+
+def possible_pairs(T: int, H: int, Hkv: int, tile: Tile, sees_all: bool) -> tuple[Pairs, ...]:
+    """The best first. sees_all: each query sees all keys, and samples are not packed."""
+    heads = (Pairs.HEADS,) if H // Hkv % 2 == 0 else ()
+    tiles = (Pairs.TILES,) if sees_all and cdiv(T, tile.queries) % 2 == 0 else ()
+    return *heads, *tiles, Pairs.NONE
+
+
+def pairs_for(D: int, *problem) -> Pairs:
+    """problem: as of possible_pairs."""
+    return possible_pairs(*problem)[0] if D >= PAIRED_DEPTH else Pairs.NONE
+
+
 def attention_forward(
     q, k, v, q_offsets, k_offsets, slopes, window, scale, softcap, dropout_p, dropout_key, deterministic
 ):
@@ -78,10 +109,12 @@ def attention_forward(
     strides = [x.stride(dim) for x in (q, k, v) for dim in (0, 1, 2)]
     slopes, features = features_of(slopes, softcap, dropout_p, dropout_key)
     tile = tile_for(D, T, slopes is None and softcap == 0 and dropout_p == 0 and scale > 0)
+    pairs = pairs_for(D, T, H, Hkv, tile, q_offsets is None and tuple(window) == (-1, -1))
     call(
         "attention_forward", q, q.data_ptr(), k.data_ptr(), v.data_ptr(), pointer(q_offsets), pointer(k_offsets),
         out.data_ptr(), lse.data_ptr(), DTYPES[q.dtype], q.shape[0], T, S, H, Hkv, D, sequences, *strides, *window,
-        heads_at_a_time(S, H, Hkv, D), multiprocessors(q.device), tile.queries, tile.keys, scale, *features,
+        heads_at_a_time(S, H, Hkv, D), multiprocessors(q.device), tile.queries, tile.keys, pairs, scale,
+        *features,
     )  # fmt: skip
     return out, lse
 

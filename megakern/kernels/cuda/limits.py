@@ -155,13 +155,16 @@ def _small_block() -> str | None:
 
 
 def _attention_tile(problem) -> str:
-    from megakern.kernels.cuda.attention import tile_for  # which loads the compiled modules
+    from megakern.kernels.cuda.attention import pairs_for, tile_for  # which loads the compiled modules
     from megakern.kernels.cuda.attention_decode import decodes
 
     D, T, H, Hkv = (problem.sizes[name] for name in ("D", "T", "H", "Hkv"))
     featured = any(problem.options[name] for name in ("softcap", "alibi", "dropout"))
     plain = problem.options["positive_scale"] and not featured
-    forward = f"TMA and wgmma, {tile_for(D, T, plain)}, consumer warpgroups in turn, persistent blocks"
+    unlimited = not problem.options["causal"] and not any(side is not None for side in problem.options["window"] or ())
+    tile = tile_for(D, T, plain)
+    pairs = pairs_for(D, T, H, Hkv, tile, unlimited and not problem.options["packed"])
+    forward = f"TMA and wgmma, {tile}, consumer warpgroups in turn, persistent {pairs}"
     few = decodes(T, H // Hkv, problem.options["packed"], problem.options["dropout"])
     return f"forward: {_DECODE if few else forward}; {_attention_backward(problem)}"
 
