@@ -68,7 +68,7 @@ def rms_norms_with_residual(options):
             **ours(options, "rms_norm", lambda x, w, r, backend: mk.rms_norm(x, w, residual=r, backend=backend)),
             "torch": plain_residual,
             **peer(options, *LIGER, fused_add),
-            **peer(options, *QUACK, lambda quack, x, w, r: quack.rmsnorm(x, w, residual=r, eps=1e-6)),
+            **peer(options, *QUACK, lambda quack, x, w, r: quack.rmsnorm(x, w, residual=r, eps=1e-6, prenorm=True)),
         }
         yield Case(shape, contestants, (x, weight, residual), 4 * moved, "B", 4 * moved)
 

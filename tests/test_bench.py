@@ -8,11 +8,12 @@ import json
 import re
 import shutil
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import bench_patch, breakdown, plots, report, suite, tables
+from benchmarks import bench_activation, bench_patch, breakdown, plots, report, suite, tables
 from benchmarks.contestants import Contestant, FailedError, NotHereError, goal, ratio_to
 from benchmarks.peers import libraries
 from benchmarks.timing import CpuClock
@@ -175,6 +176,32 @@ def test_contestants_are_processes_that_tell_what_they_raise():
     finally:
         here.end()
         absent.end()
+
+
+def test_a_library_that_writes_over_its_inputs_gets_others():
+    """Liger's swiglu does in its backward pass: the contestants after it, and its own next gradient, see ours whole."""
+
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, y):
+            ctx.save_for_backward(x, y)
+            return x * y
+
+        @staticmethod
+        def backward(ctx, dout):
+            x, y = ctx.saved_tensors
+            gradients = dout * y, dout * x
+            x.fill_(torch.nan), y.fill_(torch.nan)
+            return gradients
+
+    inputs = [torch.randn(3, 4).requires_grad_() for _ in range(2)]
+    before = [x.detach().clone() for x in inputs]
+    call = bench_activation.liger_swiglu(*inputs)
+    out = call(SimpleNamespace(liger_swiglu=Product.apply), *inputs)
+    assert torch.equal(out, before[0] * before[1])
+    gradients = torch.autograd.grad(out.sum(), inputs)
+    assert torch.equal(gradients[0], before[1]) and torch.equal(gradients[1], before[0])
+    assert all(torch.equal(x, value) for x, value in zip(inputs, before, strict=True))
 
 
 def test_a_library_that_is_not_installed_is_a_reason(monkeypatch):
