@@ -17,7 +17,7 @@ namespace megakern {
 // megakern/kernels/cuda/linear_plan.py chooses among them.
 using Tiles = std::tuple<ProductTile<128, 256, 4, 1, false>, ProductTile<128, 256, 4, 2, false>,
                          ProductTile<128, 128, 6, 1, true>, ProductTile<128, 128, 6, 2, true>,
-                         ProductTile<128, 160, 4, 1, true>, ProductTile<64, 128, 8, 1, true>>;
+                         ProductTile<128, 192, 4, 1, true>, ProductTile<128, 160, 4, 1, true>, ProductTile<64, 128, 8, 1, true>>;
 
 // f(Tile{}) for the tile shape that the problem names.
 template <int I = 0, class F>
@@ -127,8 +127,8 @@ void with_kernel(const Checks& check, const LinearProduct& p, Place place) {
     if (p.layout == Layout::nt) launch_product<T, T, Layout::nt, Tile>(p, place);
     else if (p.layout == Layout::nn) launch_product<T, T, Layout::nn, Tile>(p, place);
     else if (p.layout == Layout::gated) {
-      if constexpr (Tile::cluster == 1 && Tile::cols % 128 == 0) launch_product<T, T, Layout::gated, Tile>(p, place);
-      else check.require(false, "layout 3 is for tiles of single blocks, and of columns that 128 divides");
+      if constexpr (Tile::cluster == 1 && Tile::cols % 64 == 0) launch_product<T, T, Layout::gated, Tile>(p, place);
+      else check.require(false, "layout 3 is for tiles of single blocks, and of columns that 64 divides");
     } else if (wide) launch_product<T, float, Layout::tn, Tile>(p, place);
     else launch_product<T, T, Layout::tn, Tile>(p, place);
   });

@@ -40,8 +40,8 @@ struct ProductTile {
   static constexpr int a_bytes = Rows * depth * 2;
   static constexpr int b_bytes = round_up(Cols, 64) * depth * 2;  // MN-major B comes in tiles of 64 columns
   static constexpr int chunk_bytes = 16 * 128;  // 16 rows of 128 bytes on their way to global memory
-  static constexpr int chunks = 2;              // for each of 8 consumer warps
   static constexpr int sums = fragments * Cols / 2;  // of a consumer's thread
+  static constexpr int chunks = sums > 160 ? 4 : 2;  // for each of 8 consumer warps; 4: those of all outputs at once
   static constexpr int area = Rows * Cols;
   // Where things lie behind one aligned address: an address each would be computed anew in each step.
   static constexpr int b = Stages * a_bytes, pieces = b + Stages * b_bytes, barriers = pieces + 8 * chunks * chunk_bytes;
@@ -224,7 +224,10 @@ MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
       mbar_init(&empty[s], Tile::readers * 4 * Tile::cluster, "empty");  // one arrival a warp
     }
     mbar_init_fence();
+  }
+  if (threadIdx.x == kWarp) {  // the first copy would wait for its map; beside the barriers, not behind them
     prefetch_map(&a_map), prefetch_map(&b_map), prefetch_map(&out_map);
+    if constexpr (L == Layout::gated) prefetch_map(&up_map);
   }
   if constexpr (Tile::cluster == 1) sync_block();
   else cluster_arrive(), cluster_wait();
@@ -247,7 +250,7 @@ MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
     registers_grow<kConsumerRegisters>();
     const int consumer = warpgroup - 1;
     const int top = Tile::ping_pong ? 0 : consumer * fragments * 64;  // first row in the tile
-    const int warp = thread / 32, lane = thread % 32;
+    const int warp = shuffle(thread / 32, 0), lane = thread % 32;
     Epilogue<T, Out, L, Tile> epilogue{
         p, &out_map, &second_map, &third_map, chunks + (consumer * 4 + warp) * Tile::chunks * Tile::chunk_bytes, warp, lane};
     const auto release = [&](int stage) {
@@ -311,6 +314,7 @@ MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
       release(previous);
 
       if (a_major_m && summing) sums.write(p.sums + std::int64_t(4 * max(task.part, 0) + warp) * p.M, row, p.M, lane);
+      if constexpr (Tile::sums > 160) opaque(epilogue.lane);  // or addresses of each lane are held through the main loop
       if (!kSplits<Tile, L> || task.part < 0) {
 #pragma unroll
         for (int m = 0; m < fragments; ++m) {
@@ -326,7 +330,7 @@ MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
         }
       }
     }
-    if (elect_lane()) tma_wait<0>();
+    if (elect_lane()) tma_wait_read<0>();  // that they have arrived is sure when the grid is done
   }
   // No block leaves while another may still write to its shared memory or arrive at its barriers.
   if constexpr (Tile::cluster > 1) cluster_arrive(), cluster_wait();

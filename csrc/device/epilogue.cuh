@@ -69,43 +69,54 @@ struct Epilogue {
   static constexpr int width = 128 / int(sizeof(Out));  // columns of a chunk
   static constexpr int cols = gated ? Tile::cols / 2 : Tile::cols;  // of out
   static constexpr int count = ceil_div(cols, width);               // chunks of a fragment
-  // Where a chunk begins: the last of 160 columns repeats half of the one before, bit by bit.
-  MK_DEVICE static constexpr int at(int chunk) { return min(chunk * width, cols - width); }
+  // Where a chunk begins: the last of 160 columns, or of 96, repeats half of the one before, bit by bit.
+  MK_DEVICE static constexpr int at(int chunk) { return chunk * width < cols - width ? chunk * width : cols - width; }
   static constexpr int repeated = count * width - cols;
+  static constexpr int most = gated ? 3 : L == Layout::tn ? 1 : 2;  // outputs
   static constexpr bool reads = !gated && !wide;
   static constexpr bool ahead = reads && Tile::fragments == 1;
-  static_assert(repeated == 0 || (repeated == 32 && !gated && !ahead));
+  static_assert(repeated == 0 || (repeated == 32 && !ahead));
+  // Beside 192 sums a thread has registers for 16 columns at a time: a chunk of each output is filled slice by slice. Sums
+  // that have been read free none, as ptxas keeps all of a wgmma's until the next: later slices are no wider.
+  static constexpr bool crowded = Tile::sums > 160 && !wide;
+  static constexpr int slice = crowded ? 16 : width;
+  static_assert(!crowded || Tile::chunks >= most);
 
   const Follows& p;
   const TensorMap *out_map, *second_map, *third_map;
   unsigned char* chunks;  // of this warp
   int warp, lane;         // of 4, of 32
   int turn = 0;
-  std::uint32_t bias[forward ? ceil_div(Tile::cols, 64) : 1][2] = {};  // see load_bias
+  std::uint32_t bias[forward && !crowded ? (1 + gated) * count : 1][2] = {};  // see load_bias
   std::uint32_t beside[16] = {};  // beside[0] of the next chunk: one word for each pair of neighbours
 
-  // A thread adds the bias of 16 columns in 64, but loads two, before the main loop; the other lanes have the rest.
+  // A thread adds the bias of 16 columns in 64, but loads two; the other lanes have the rest. Before the main loop, where
+  // there are registers for that.
   MK_DEVICE void load_bias(int col) {
-    if constexpr (forward) {
-      if (p.bias[0] == nullptr) return;
+    if constexpr (forward && !crowded) {
 #pragma unroll
-      for (int i = 0; i < ceil_div(Tile::cols, 64); ++i) {
-        const int c = col + at(i % count) + 2 * lane;
-        bias[i][0] = bias[i][1] = 0;
-        if (c < p.N) {
-          const std::uint32_t* words = static_cast<const std::uint32_t*>(p.bias[i / count]);
-          if (p.bias_is_fp32) bias[i][0] = words[c], bias[i][1] = words[c + 1];
-          else bias[i][0] = words[c / 2];
-        }
-      }
+      for (int i = 0; i < (1 + gated) * count; ++i) load_bias(bias[i], i / count, col + at(i % count));
     }
   }
 
-  MK_DEVICE void add_bias(float (&v)[32], const std::uint32_t (&words)[2]) {
+  MK_DEVICE void load_bias(std::uint32_t (&to)[2], int which, int col) {
+    if (p.bias[0] == nullptr) return;
+    const int c = col + 2 * lane;
+    to[0] = to[1] = 0;
+    if (c < p.N) {
+      const std::uint32_t* words = static_cast<const std::uint32_t*>(p.bias[which]);
+      if (p.bias_is_fp32) to[0] = words[c], to[1] = words[c + 1];
+      else to[0] = words[c / 2];
+    }
+  }
+
+  // v: from column `first` of the 64 on.
+  template <int N>
+  MK_DEVICE void add_bias(float (&v)[N], const std::uint32_t (&words)[2], int first) {
     if (p.bias[0] == nullptr) return;
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const int source = 4 * j + lane % 4;
+    for (int j = 0; j < N / 4; ++j) {
+      const int source = 4 * j + first / 2 + lane % 4;
       float b0, b1;
       if (p.bias_is_fp32) b0 = as_float(shuffle(words[0], source)), b1 = as_float(shuffle(words[1], source));
       else unpacked<T>(shuffle(words[0], source), b0, b1);
@@ -113,15 +124,16 @@ struct Epilogue {
     }
   }
 
-  // The words of beside[which] that lie as 64 columns of the fragment do, from the first that is to be read.
-  MK_DEVICE void load_beside(int which, std::uint32_t (&to)[16], int row, int col, int first = 0) {
+  // The words of beside[which] that lie as 4 Words columns of the fragment do, from the first that is to be read.
+  template <int Words>
+  MK_DEVICE void load_beside(int which, std::uint32_t (&to)[Words], int row, int col, int first = 0) {
     if (p.beside[which] == nullptr) return;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int r = row + 16 * warp + lane / 4 + 8 * h, c = col + lane % 4 * 2;
       const T* from = static_cast<const T*>(p.beside[which]) + r * p.beside_stride[which] + c;
 #pragma unroll
-      for (int j = first / 8; j < 8; ++j) {
+      for (int j = first / 8; j < Words / 2; ++j) {
         to[2 * j + h] = 0;
         if (r < p.M && c + 8 * j < p.N) to[2 * j + h] = *reinterpret_cast<const std::uint32_t*>(from + 8 * j);
       }
@@ -133,10 +145,15 @@ struct Epilogue {
     if constexpr (ahead) load_beside(0, beside, row, col);
   }
 
-  MK_DEVICE unsigned char* begin() {
-    if (elect_lane()) tma_wait_read<Tile::chunks - 1>();  // the store that last used this chunk has read it
+  // Until the next so many chunks are free: the stores that last used them have read them.
+  template <int Chunks>
+  MK_DEVICE void open() {
+    if (elect_lane()) tma_wait_read<Tile::chunks - Chunks>();
     sync_warp();
-    return chunks + turn * Tile::chunk_bytes;
+  }
+
+  MK_DEVICE unsigned char* chunk(int number = 0) const {
+    return chunks + (turn + number) % Tile::chunks * Tile::chunk_bytes;
   }
 
   MK_DEVICE void finish(const TensorMap* map, unsigned char* chunk, int row, int col) {
@@ -153,64 +170,81 @@ struct Epilogue {
     turn = (turn + 1) % Tile::chunks;
   }
 
-  // 64 columns as 16-bit values.
-  MK_DEVICE void write(const TensorMap* map, const float (&v)[32], int row, int col) {
-    unsigned char* chunk = begin();
-    write_fragment<T>(chunk, v, lane);
-    finish(map, chunk, row, col);
+  // 2 N columns, from number `first` of a chunk on, as 16-bit values. All 64 go out at once; a slice goes to that of the
+  // open chunks which is the output's.
+  template <int N>
+  MK_DEVICE void write(const TensorMap* map, const float (&v)[N], int row, int col, int first, int output) {
+    constexpr bool whole = N == width / 2;
+    if constexpr (whole) open<1>();
+    unsigned char* to = chunk(whole ? 0 : output);
+#pragma unroll
+    for (int j = 0; j < N / 8; ++j) {
+      const float* w = v + 8 * j;
+      write_columns(to, {packed<T>(w[0], w[1]), packed<T>(w[2], w[3]), packed<T>(w[4], w[5]), packed<T>(w[6], w[7])},
+                    first / 16 + j, lane);
+    }
+    if constexpr (whole) finish(map, to, row, col);
   }
 
   // Rounded first: backward must see the value that the activation saw.
-  MK_DEVICE void write_kept(const TensorMap* map, float (&v)[32], int row, int col) {
+  template <int N>
+  MK_DEVICE void write_kept(const TensorMap* map, float (&v)[N], int row, int col, int first, int output) {
     if (!p.keep) return;
 #pragma unroll
-    for (int i = 0; i < 32; ++i) v[i] = to_float(from_float<T>(v[i]));
-    write(map, v, row, col);
+    for (int i = 0; i < N; ++i) v[i] = to_float(from_float<T>(v[i]));
+    write(map, v, row, col, first, output);
   }
 
   // v[i] = f(v[i], x), x the value of `words` beside it.
-  template <class F>
-  MK_DEVICE static void combine(float (&v)[32], const std::uint32_t (&words)[16], F f) {
+  template <int Words, class F>
+  MK_DEVICE static void combine(float (&v)[2 * Words], const std::uint32_t (&words)[Words], F f) {
 #pragma unroll
-    for (int i = 0; i < 16; ++i) {
+    for (int i = 0; i < Words; ++i) {
       float a, b;
       unpacked<T>(words[i], a, b);
       v[2 * i] = f(v[2 * i], a), v[2 * i + 1] = f(v[2 * i + 1], b);
     }
   }
 
+  // Of the next slice: on their way while this one is written.
+  template <int N>
+  MK_DEVICE void load_next(std::uint32_t (&to)[N / 2], int row, int col, int first) {
+    if (first + 2 * N < width) load_beside(0, to, row, col + first + 2 * N);
+  }
+
   // Loaded: `added` is there already. Else it is loaded where it is used: earlier, tiles of 160 columns spill registers.
-  template <bool Loaded>
-  MK_DEVICE void forward_chunk(float (&v)[32], std::uint32_t (&added)[16], int row, int col) {
-    write_kept(second_map, v, row, col);
+  template <bool Loaded, int N>
+  MK_DEVICE void forward_chunk(float (&v)[N], std::uint32_t (&added)[N / 2], int row, int col, int first) {
+    write_kept(second_map, v, row, col, first, 0);
     if (p.activation >= 0) activate_all(v, Activation(p.activation));
     if (p.beside[0] != nullptr) {
-      if (!Loaded) load_beside(0, added, row, col);
+      if (!Loaded) load_beside(0, added, row, col + first);
       combine(v, added, [](float x, float a) { return x + a; });
+      load_next<N>(added, row, col, first);
     }
-    write(out_map, v, row, col);
+    write(out_map, v, row, col, first, outputs() - 1);
   }
 
-  MK_DEVICE void gated_chunk(float (&v)[32], float (&up)[32], int row, int col) {
-    write_kept(second_map, v, row, col);
-    write_kept(third_map, up, row, col);
+  template <int N>
+  MK_DEVICE void gated_chunk(float (&v)[N], float (&up)[N], int row, int col, int first) {
+    write_kept(second_map, v, row, col, first, 0);
+    write_kept(third_map, up, row, col, first, 1);
 #pragma unroll
-    for (int i = 0; i < 32; ++i) v[i] = activate<Activation::silu>(v[i]) * up[i];
-    write(out_map, v, row, col);
+    for (int i = 0; i < N; ++i) v[i] = activate<Activation::silu>(v[i]) * up[i];
+    write(out_map, v, row, col, first, outputs() - 1);
   }
 
-  // Both gradients leave 16 columns at a time: there are no registers for 64 of each.
-  MK_DEVICE void swiglu_gradient(const float (&v)[32], const std::uint32_t (&gates)[16], int row, int col) {
-    static_assert(Tile::chunks == 2);
-    std::uint32_t ups[16];
-    constexpr bool first = Tile::sums <= 128;  // before the wait, where there are registers for that
-    if (first) load_beside(1, ups, row, col);
-    if (elect_lane()) tma_wait_read<0>();
-    sync_warp();
-    if (!first) load_beside(1, ups, row, col);
-    unsigned char *dup_chunk = chunks + turn * Tile::chunk_bytes, *dgate_chunk = chunks + (1 - turn) * Tile::chunk_bytes;
+  // Both gradients leave 16 columns at a time, side by side: there are no registers for 64 of each.
+  template <int N>
+  MK_DEVICE void swiglu_gradient(const float (&v)[N], std::uint32_t (&gates)[N / 2], int row, int col, int first) {
+    std::uint32_t ups[N / 2];
+    constexpr bool before = Tile::sums <= 128;  // the wait, where there are registers for that
+    if (before) load_beside(1, ups, row, col + first);
+    if constexpr (slice == width) open<2>();
+    if (!before) load_beside(1, ups, row, col + first);
+    unsigned char *dup_chunk = chunk(0), *dgate_chunk = chunk(1);
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
+    for (int j = 0; j < N / 8; ++j) {
       std::uint32_t dup[4], dgate[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -224,32 +258,37 @@ struct Epilogue {
         }
         dup[i] = packed<T>(of_up[0], of_up[1]), dgate[i] = packed<T>(of_gate[0], of_gate[1]);
       }
-      write_columns(dup_chunk, dup, j, lane), write_columns(dgate_chunk, dgate, j, lane);
+      write_columns(dup_chunk, dup, first / 16 + j, lane), write_columns(dgate_chunk, dgate, first / 16 + j, lane);
     }
-    finish(second_map, dup_chunk, row, col), finish(out_map, dgate_chunk, row, col);
+    load_next<N>(gates, row, col, first);
+    if constexpr (slice == width) finish(second_map, dup_chunk, row, col), finish(out_map, dgate_chunk, row, col);
   }
 
-  MK_DEVICE void gradient_chunk(float (&v)[32], const std::uint32_t (&saved)[16], int row, int col) {
+  template <int N>
+  MK_DEVICE void gradient_chunk(float (&v)[N], std::uint32_t (&saved)[N / 2], int row, int col, int first) {
     if (p.activation >= 0) {
       with_activation(Activation(p.activation), [&](auto k) {
         combine(v, saved, [](float x, float pre) { return x * slope<decltype(k)::value>(pre); });
       });
     } else if (p.beside[1] != nullptr) {
-      swiglu_gradient(v, saved, row, col);
+      swiglu_gradient(v, saved, row, col, first);
       return;
     } else if (p.beside[0] != nullptr) {
       combine(v, saved, [](float x, float a) { return x + a; });
     }
-    write(out_map, v, row, col);
+    load_next<N>(saved, row, col, first);
+    write(out_map, v, row, col, first, 0);
   }
-
-  MK_DEVICE void added_chunk(float (&v)[32], const std::uint32_t (&added)[16], int row, int col) {
+  template <int N>
+  MK_DEVICE void added_chunk(float (&v)[N], std::uint32_t (&added)[N / 2], int row, int col, int first) {
     if (p.beside[0] != nullptr) combine(v, added, [](float x, float a) { return x + a; });
-    write(out_map, v, row, col);
+    load_next<N>(added, row, col, first);
+    write(out_map, v, row, col, first, 0);
   }
 
   MK_DEVICE void wide_chunk(const float (&v)[16], int row, int col) {
-    unsigned char* chunk = begin();
+    open<1>();
+    unsigned char* chunk = this->chunk();
     const int r = lane / 4;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {  // 8 columns: two pieces of 16 bytes
@@ -263,39 +302,72 @@ struct Epilogue {
     finish(out_map, chunk, row, col);
   }
 
-  // The 64 rows from `row` on; load_ahead has been called for them if the sums are held.
-  template <class Sums>
-  MK_DEVICE void fragment(const Sums& sums, int row, int col) {
+  MK_DEVICE int outputs() const {
+    if (forward && p.keep) return most;
+    return L == Layout::nn && p.beside[1] != nullptr ? 2 : 1;
+  }
+
+  template <int C, class Sums>
+  MK_DEVICE void fill(const Sums& sums, int row, int col) {
     constexpr bool early = ahead && Sums::held;  // the accumulators' registers count as taken until the next wgmma
+    const int place = col + at(C);
+    std::uint32_t own_bias[1 + gated][2];
+    const auto bias_of = [&](int which) -> const std::uint32_t(&)[2] {
+      if constexpr (crowded) return own_bias[which];
+      else return bias[which * count + C];
+    };
+    std::uint32_t words[slice / 4];
+    if constexpr (crowded) {
+      if constexpr (forward) load_bias(own_bias[0], 0, place);
+      if constexpr (gated) load_bias(own_bias[1], 1, place);
+      if constexpr (reads) load_beside(0, words, row, place);
+      if (outputs() == 1) open<1>();
+      else open<most>();
+    } else if constexpr (reads) {
+      if (!early && !forward) {
+        // Of out that accumulates, the chunk before may have changed what is repeated.
+        constexpr int known = L == Layout::tn && at(C) < C * width ? repeated : 0;
 #pragma unroll
-    for (int c = 0; c < count; ++c) {
-      const int place = col + at(c);
-      float v[width / 2];
-      sums.read(v, at(c) / 2);
+        for (int i = 0; i < known / 4; ++i) beside[i] = beside[(width - known) / 4 + i];
+        load_beside(0, beside, row, place, known);
+      }
+#pragma unroll
+      for (int i = 0; i < 16; ++i) words[i] = beside[i];
+      if (early && C + 1 < count) load_ahead(row, place + width);
+    }
+#pragma unroll
+    for (int first = 0; first < width; first += slice) {
+      float v[slice / 2];
+      sums.read(v, (at(C) + first) / 2);
       if constexpr (wide) {
         wide_chunk(v, row, place);
       } else if constexpr (gated) {
-        float up[32];
-        sums.read(up, (count + c) * width / 2);
-        add_bias(v, bias[c]), add_bias(up, bias[count + c]);
-        gated_chunk(v, up, row, place);
-      } else if constexpr (reads) {
-        std::uint32_t read[16];
-        if (!early && !forward) {
-          // Of out that accumulates, the chunk before may have changed what is repeated.
-          const int known = L == Layout::tn && at(c) < c * width ? repeated : 0;
-#pragma unroll
-          for (int i = 0; i < known / 4; ++i) beside[i] = beside[(width - known) / 4 + i];
-          load_beside(0, beside, row, place, known);
-        }
-#pragma unroll
-        for (int i = 0; i < 16; ++i) read[i] = beside[i];
-        if (early && c + 1 < count) load_ahead(row, place + width);
-        if constexpr (forward) add_bias(v, bias[c]), forward_chunk<early>(v, read, row, place);
-        else if constexpr (L == Layout::nn) gradient_chunk(v, read, row, place);
-        else added_chunk(v, read, row, place);
+        float up[slice / 2];
+        sums.read(up, (cols + at(C) + first) / 2);
+        add_bias(v, bias_of(0), first), add_bias(up, bias_of(1), first);
+        gated_chunk(v, up, row, place, first);
+      } else if constexpr (forward) {
+        add_bias(v, bias_of(0), first);
+        forward_chunk<early || crowded>(v, words, row, place, first);
+      } else if constexpr (L == Layout::nn) {
+        gradient_chunk(v, words, row, place, first);
+      } else {
+        added_chunk(v, words, row, place, first);
       }
     }
+    if constexpr (crowded) {
+      const int stores = outputs();
+      if (stores > 1) finish(second_map, chunk(), row, place);
+      if (stores > 2) finish(third_map, chunk(), row, place);
+      finish(out_map, chunk(), row, place);
+    }
+  }
+
+  // The 64 rows from `row` on, from chunk C on; load_ahead has been called for them if the sums are held.
+  template <int C = 0, class Sums>
+  MK_DEVICE void fragment(const Sums& sums, int row, int col) {
+    fill<C>(sums, row, col);
+    if constexpr (C + 1 < count) fragment<C + 1>(sums, row, col);
   }
 };
 

@@ -258,6 +258,9 @@ MK_DEVICE std::uint64_t matrix_descriptor(const void* tile, int offset = 0, int 
   return (address & 0x3FFFF) >> 4 | std::uint64_t(slab >> 4) << 16 | std::uint64_t(1024 >> 4) << 32 | std::uint64_t(1) << 62;
 }
 
+// The compiler knows nothing of x from here on, and computes nothing from it before.
+MK_DEVICE void opaque(int& x) { asm volatile("" : "+r"(x)); }
+
 // The compiler keeps the registers of d where they are, and no access to them crosses this line.
 template <int N>
 MK_DEVICE void pin(float (&d)[N]) {
@@ -338,7 +341,7 @@ MK_DEVICE void wgmma_wait(D&... d) {
 // T bf16 or fp16. Both operands in shared memory; not accumulate: D = A B.
 template <class T, int N, bool AMajorM, bool BMajorN>
 MK_DEVICE void wgmma_ss(float (&d)[N / 2], std::uint64_t a_tile, std::uint64_t b_tile, bool accumulate) {
-  static_assert(N == 64 || N == 80 || N == 112 || N == 128 || N == 160 || N == 176 || N == 256);
+  static_assert(N == 64 || N == 80 || N == 112 || N == 128 || N == 160 || N == 176 || N == 192 || N == 256);
 #define MK_TYPES(N, ...)                                                                        \
   if constexpr (std::is_same_v<T, bf16>) MK_SS(N, "bf16", MK_PLACES_OF_##N, MK_D_OF_##N, __VA_ARGS__); \
   else MK_SS(N, "f16", MK_PLACES_OF_##N, MK_D_OF_##N, __VA_ARGS__)
@@ -348,6 +351,7 @@ MK_DEVICE void wgmma_ss(float (&d)[N / 2], std::uint64_t a_tile, std::uint64_t b
   if constexpr (N == 128) MK_TYPES(128, "%64", "%65", "%66", "%67", "%68");
   if constexpr (N == 160) MK_TYPES(160, "%80", "%81", "%82", "%83", "%84");
   if constexpr (N == 176) MK_TYPES(176, "%88", "%89", "%90", "%91", "%92");
+  if constexpr (N == 192) MK_TYPES(192, "%96", "%97", "%98", "%99", "%100");
   if constexpr (N == 256) MK_TYPES(256, "%128", "%129", "%130", "%131", "%132");
 #undef MK_TYPES
 }

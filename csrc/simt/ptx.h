@@ -197,6 +197,7 @@ inline std::uint64_t matrix_descriptor(const void* tile, int offset = 0, int sla
   return (address & 0x3FFFF) >> 4 | std::uint64_t(slab >> 4) << 16 | std::uint64_t(1024 >> 4) << 32 | std::uint64_t(1) << 62;
 }
 
+inline void opaque(int&) {}
 template <class... D>
 void wgmma_fence(D&... d) {
   const simt::Registers named[] = {{&d, sizeof d}..., {}};

@@ -142,7 +142,8 @@ def test_every_tile_shape_and_layout(tile, layout, dtype, device, backend):
             into = multiply(layout, a, b, tile, torch.float32, into=start)
             assert_close_to_ref(into, wide + start.double(), (a.float() @ b.float().t()) + start)
             narrow = (start * K**0.5).to(dtype)
-            assert_rounded_once(multiply(layout, a, b, tile, into=narrow), wide + narrow.double(), K**0.5)
+            # The largest of the sums is 4 to 5 times their deviation, K^0.5.
+            assert_rounded_once(multiply(layout, a, b, tile, into=narrow), wide + narrow.double(), 4 * K**0.5)
 
 
 @cxx
@@ -281,7 +282,7 @@ def test_the_launch_checks_its_arguments(device, backend):
         "an activation goes with layouts 0 and 1 alone": lambda: multiply(GATED, a, b, tile, b_up=a, activation="gelu"),
         "a, b and with layout 3 b_up must not be null": lambda: multiply(GATED, a, b, tile),
         "layout 3 is for tiles of single blocks": lambda: multiply(GATED, a, b, OTHER_TILES[0], b_up=a),
-        "layout 3 is for .* and of columns that 128 divides": lambda: multiply(
+        "layout 3 is for .* and of columns that 64 divides": lambda: multiply(
             GATED, a, b, next(tile for tile in TILES if not tile.gated), b_up=a
         ),
     }

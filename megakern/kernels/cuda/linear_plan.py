@@ -61,12 +61,15 @@ class Tile:
 
 
 # Fitted to times on an H200, bf16, in results/h200/tuning_linear.md; tests/test_linear_plan.py holds the choice against
-# all of them. 128 x 160, for sizes that 160 divides as GPT-2's 1600, 4800 and 6400: not yet measured, expected from the
-# bytes that pass through shared memory, at 128 a cycle as rates of 128 x 128 suggest: 448 cycles of reading and 288 of
-# writing for 640 of multiplying.
+# all of them. 128 x 192 and 128 x 160 (for sizes that 160 divides, as GPT-2's 1600, 4800 and 6400): not yet measured.
+# Their rates are expected to lie between those of the two measured shapes as what passes through shared memory does:
+# 1.08 and 1.15 cycles for one of multiplying, beside 1.00 of 128 x 256 and 1.25 of 128 x 128. Neither comes in parts
+# along K: nt of 160 and tn of both into 16 bits spill 12 to 88 bytes, and no product of the layers in tuning_linear.md
+# would take them. Halves of 160 are not whole chunks of 64 columns, so gated products take the others.
 TILES = (
     Tile(128, 256, 1, rate=0.866, epilogue=4860, more=7600, splits=False),
     Tile(128, 128, 1, rate=0.81, epilogue=300, more=2100),
+    Tile(128, 192, 1, rate=0.845, epilogue=500, more=3150, splits=False, margin=0.98),
     Tile(128, 160, 1, rate=0.83, epilogue=400, more=2600, splits=False, gated=False, margin=0.96),
     Tile(64, 128, 1, rate=0.50, epilogue=300, more=1050),
 )
@@ -104,7 +107,9 @@ class Plan:
 
 
 @functools.lru_cache(maxsize=1024)
-def choose(M: int, N: int, K: int, blocks: int, layout: int = NT, weight: float = 0.0) -> Plan:
+def choose(
+    M: int, N: int, K: int, blocks: int, layout: int = NT, weight: float = 0.0, tiles: tuple[Tile, ...] = TILES
+) -> Plan:
     """The cheapest plan of a product (M, N) of sums over K on so many multiprocessors, what follows it of `weight`."""
     least = 2 * (M * K + N * K + M * N) / MEMORY_BYTES
 
@@ -115,7 +120,7 @@ def choose(M: int, N: int, K: int, blocks: int, layout: int = NT, weight: float 
     most = min(MOST_SPLITS, -(-K // DEPTH))
     plans = (
         plan_of(tile, M, N, K, blocks, layout, weight, splits)
-        for tile in TILES
+        for tile in tiles
         if tile.gated or layout != GATED
         for splits in range(1, (most if tile.splits and layout in SPLIT_LAYOUTS else 1) + 1)
     )
