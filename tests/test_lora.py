@@ -18,12 +18,14 @@ from megakern.config import ConfigError, GPTConfig
 from megakern.data.chat import ChatTemplate
 from megakern.data.tokenizer import train_bpe
 from megakern.inference import load_run
+from megakern.layers.dropout import DropoutKey
 from megakern.layers.lora import LowRank, add_adapters, merge_adapters
 from megakern.model.gpt import GPT
+from megakern.ops.dropout import keep_reference
 from megakern.parallel.collectives import finish_gradients
 from megakern.parallel.context import ParallelContext
 from megakern.train import checkpoint
-from megakern.train.config import LoraConfig, load_config
+from megakern.train.config import LoraConfig, RunConfig, load_config
 from megakern.train.run import new_run
 from megakern.train.start import merge_run
 from tests import runs
@@ -44,10 +46,12 @@ def batch(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randint(257, (2, 16), generator=draw), torch.randint(257, (2, 16), generator=draw)
 
 
-def adapted(model: GPTConfig, parallel: ParallelContext | None = None, *, zero: bool = False, **lora) -> GPT:
+def adapted(
+    model: GPTConfig, parallel: ParallelContext | None = None, *, zero: bool = False, how: dict | None = None, **lora
+) -> GPT:
     """With adapters whose B is not zero, the same under every layout: as if trained."""
     parallel = parallel or ParallelContext()
-    made = GPT(model, parallel, seed=1, device="meta")
+    made = GPT(model, parallel, seed=1, device="meta", **(how or {}))
     add_adapters(made, parallel, **{**LORA, **lora})
     made.materialize("cpu", seed=1)
     for path, layer in made.named_modules():
@@ -139,6 +143,50 @@ def test_two_ranks_are_one(ranks, name, sequence_parallel):
             assert_close_to_ref(gradient, wide[2][key], same[2][key], name=key, floor=4e-6)
 
 
+# --- dropout ---
+
+KEY = DropoutKey(seed=5, step=3, first_sample=2)
+
+
+def test_what_adapters_read_is_dropped_by_masks_of_their_own():
+    """Against x with the mask multiplied in, by each layer's own numbers; what W reads is whole."""
+    p, T = 0.4, 16
+    model = adapted(MODELS["llama"], dropout=p)
+    block = model.blocks[1]
+    x = torch.randn(2, T, 32, generator=torch.Generator().manual_seed(3))
+    inner = torch.randn(2, T, 48, generator=torch.Generator().manual_seed(4))
+    for name, layer, read in (("qkv", block.attention.qkv, x), ("up", block.mlp.up, x), ("fc2", block.mlp.fc2, inner)):
+        seed, K, width = KEY.seed_of(f"lora.{name}"), read.shape[-1], 8 if name == "fc2" else read.shape[-1]
+        kept = [
+            [keep_reference(p, seed, (row * (K // width) + column // width,), column % width) for column in range(K)]
+            for row in range(2 * T, 4 * T)  # of the third and fourth sample
+        ]
+        mask = torch.tensor(kept, dtype=torch.float32).view(2, T, K) / (1 - p)
+        adapter = layer.adapter
+        wanted = read @ layer.weight.T + adapter.scale * (read * mask @ adapter.a.T) @ adapter.b.T
+        torch.testing.assert_close(layer(read, dropout_key=KEY), wanted, rtol=1e-4, atol=1e-5)
+        assert 0.5 < torch.tensor(kept).float().mean() < 0.7
+        with pytest.raises(ValueError, match=r"dropout = 0.4 in training mode needs a dropout_key, got None"):
+            layer(read)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_dropout_of_adapters_is_for_training_alone(name):
+    plain, dropping = adapted(MODELS[name]), adapted(MODELS[name], dropout=0.5)
+    tokens, targets = batch()
+    losses = [dropping(tokens, targets, dropout_key=dataclasses.replace(KEY, step=step)).item() for step in (1, 1, 2)]
+    assert losses[0] == losses[1] != losses[2] and losses[0] != plain(tokens, targets).item()
+    assert torch.equal(dropping.eval()(tokens), plain.eval()(tokens))
+    for how in ({"recompute": "full"}, {"recompute": "selective", "recompute_modules": ("attention", "mlp", "norm")}):
+        again = adapted(MODELS[name], dropout=0.5, how=how)
+        gradients = []
+        for model in (dropping.train(), again):
+            model.zero_grad()
+            model(tokens, targets, dropout_key=KEY).backward()
+            gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+        assert gradients[0] and all(torch.equal(a, b) for a, b in zip(*gradients, strict=True)), how
+
+
 # --- runs ---
 
 
@@ -195,17 +243,22 @@ def test_resume_of_adapters_is_exact(tiny_data, base, tmp_path, master):
     assert runs.digests(tmp_path / "half")[last] == runs.digests(tmp_path / "whole")[last]
 
 
-def train_under(folder: Path, data: Path, base: Path, tp: int, sequence_parallel: bool) -> dict[int, float]:
+def train_under(folder: Path, config: RunConfig, tp: int, sequence_parallel: bool) -> dict[int, float]:
     parallel = ParallelContext.create(tp=tp, sequence_parallel=sequence_parallel)
     run = folder / f"{tp}-{sequence_parallel}"
-    runs.train(run, tuned(data, base, save_every=0, steps=2), parallel)
+    runs.train(run, config, parallel)
     return runs.losses(run)
 
 
-def test_adapters_train_the_same_under_every_layout(ranks, tiny_data, base, tmp_path):
-    wanted = runs.losses(runs.train(tmp_path / "alone", tuned(tiny_data, base, save_every=0, steps=2)).run)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_adapters_train_the_same_under_every_layout(ranks, tiny_data, base, tmp_path, dropout):
+    """Three steps: the masks reach the losses from the second on, and the gradient of A, for which B must not be zero,
+    from the third."""
+    config = tuned(tiny_data, base, save_every=0, steps=3)
+    config = dataclasses.replace(config, lora=dataclasses.replace(config.lora, dropout=dropout))
+    wanted = runs.losses(runs.train(tmp_path / "alone", config).run)
     for layout in ((2, False), (2, True), (1, False)):
-        found, _ = ranks.run(train_under, 2, tmp_path, tiny_data, base, *layout)
+        found, _ = ranks.run(train_under, 2, tmp_path, config, *layout)
         assert found == pytest.approx(wanted, rel=2e-6), layout
 
 
@@ -246,10 +299,16 @@ def test_what_is_refused(tiny_data, base, tmp_path):
     for how, wanted in (
         ({"rank": -1}, "lora.rank must be 0 or more, got -1"),
         ({"alpha": 0.0}, "lora.alpha must be above 0, got 0"),
+        ({"dropout": 1.0}, r"lora.dropout must be in \[0, 1\), got 1.0"),
         ({"targets": ("q",)}, r"lora.targets must be some of qkv, proj, fc, got \['q'\]"),
     ):
         with pytest.raises(ConfigError, match=wanted):
             LoraConfig(**how)
+    odd = dataclasses.replace(MODELS["llama"], ffn_size=24)
+    dropping = dataclasses.replace(config, model=odd, lora=dataclasses.replace(config.lora, dropout=0.1))
+    dropping = dataclasses.replace(dropping, parallel=dataclasses.replace(config.parallel, tp=2))
+    with pytest.raises(ConfigError, match=r"fc2 reads 24 columns, which parallel\.tp = 2 does not split into .* 8;"):
+        new_run(dropping, tmp_path / "run", 2)
     with pytest.raises(ConfigError, match="has no adapters to merge"):
         merge_run(base, tmp_path / "merged")
     adapters = runs.train(tmp_path / "adapters", tuned(tiny_data, base, steps=1)).run

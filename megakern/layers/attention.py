@@ -114,12 +114,12 @@ class ParallelAttention(nn.Module):
         dropout_key: DropoutKey | None = None,
     ) -> torch.Tensor:
         key = checked_key(dropout_key, self.dropout, self.training)
-        qkv = self.qkv(x)
+        qkv = self.qkv(x, dropout_key=dropout_key)
         if self.recompute_core:
             o = run_again(self._core, qkv, rope, positions, cache, cu_seqlens, key)
         else:
             o = self._core(qkv, rope, positions, cache, cu_seqlens, key)
-        return self.proj(o, residual)
+        return self.proj(o, residual, dropout_key=dropout_key)
 
     def _core(self, qkv, rope, positions, cache: LayerCache | None, cu_seqlens, key: DropoutKey | None) -> torch.Tensor:
         """qkv (B, T, G (n + 2) D / R) -> o (B, T, H D / R)."""

@@ -106,14 +106,15 @@ class TransformerBlock(nn.Module):
         key = checked_key(dropout_key, self.dropout, self.training)
         if cache is not None and key is None and (made := self._step(hidden, rope, positions, cache)) is not None:
             return made
-        key = None if key is None else key.at_layer(self.index)
+        own = None if dropout_key is None else dropout_key.at_layer(self.index)
+        key = None if key is None else own
 
         def half(branch: Callable, x: torch.Tensor, residual: torch.Tensor, site: str, **arguments) -> torch.Tensor:
             if key is None:
                 return branch(x, residual=residual, **arguments)
             return drop_branch(branch(x, **arguments), self.dropout, key, site, self.region, residual=residual)
 
-        how = {"rope": rope, "positions": positions, "cache": cache, "cu_seqlens": cu_seqlens, "dropout_key": key}
+        how = {"rope": rope, "positions": positions, "cache": cache, "cu_seqlens": cu_seqlens, "dropout_key": own}
         mlp = partial(run_again, self.mlp) if "mlp" in self.recompute else self.mlp
         normed, hidden, again = self._normed(self.norm1, hidden)
         with again:
@@ -121,7 +122,7 @@ class TransformerBlock(nn.Module):
         if self.norm2 is not None:
             normed, hidden, again = self._normed(self.norm2, hidden)
         with again:
-            return half(mlp, normed, hidden, "mlp_output")
+            return half(mlp, normed, hidden, "mlp_output", dropout_key=own)
 
     def _step(self, hidden, rope, positions, cache: LayerCache) -> torch.Tensor | None:
         """The whole block as one kernel, for a few new tokens; None where it is to run op by op."""

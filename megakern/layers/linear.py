@@ -30,6 +30,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from megakern.layers.dropout import DropoutKey
 from megakern.layers.hooks import watched
 from megakern.layers.lora import LowRank
 from megakern.layers.parallel_linear import column_parallel_activated, column_parallel_linear, row_parallel_linear
@@ -43,8 +44,9 @@ from megakern.parallel.context import ParallelContext
 class ColumnParallelLinear(nn.Module):
     """y = activation(x W^T + b) with the output features split: weight (N, K) as Shard(0), bias (N,) as Shard(0).
 
-    `forward(x)`: x (..., K) in the residual stream's layout, the same on every rank or a rank's tokens -> (..., N/R) of
-    all tokens, or (..., N) on every rank with `gather_output`.
+    `forward(x, dropout_key=None)`: x (..., K) in the residual stream's layout, the same on every rank or a rank's
+    tokens -> (..., N/R) of all tokens, or (..., N) on every rank with `gather_output`. The key is for an adapter's
+    dropout.
     activation: None, "gelu", "gelu_tanh", "relu_squared" or "silu". adapter: a LowRank, or None.
     Raises ValueError when tp does not divide N, and for another activation.
     """
@@ -78,8 +80,8 @@ class ColumnParallelLinear(nn.Module):
         self.adapter: LowRank | None = None
         initialize_standalone(self)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        (y,) = column_outputs(x, [self])
+    def forward(self, x: torch.Tensor, dropout_key: DropoutKey | None = None) -> torch.Tensor:
+        (y,) = column_outputs(x, [self], dropout_key)
         return gather_from_tensor_parallel(y, self.region.group) if self.gather_output else y
 
     def extra_repr(self) -> str:
@@ -93,16 +95,25 @@ def _sizes(layer: ColumnParallelLinear | RowParallelLinear) -> str:
     return f"in_features={K}, out_features={N}, bias={layer.bias is not None}{split}"
 
 
-def column_outputs(x: torch.Tensor, layers: Sequence[ColumnParallelLinear]) -> list[torch.Tensor]:
+def column_outputs(
+    x: torch.Tensor, layers: Sequence[ColumnParallelLinear], key: DropoutKey | None = None
+) -> list[torch.Tensor]:
     """activation(x W^T + b), with what adapters add, of layers that read one x: they share its gathered copy."""
     region, activation = layers[0].region, layers[0].activation
     pairs = [(local(layer.weight), local(layer.bias)) for layer in layers]
     adapters = [layer.adapter for layer in layers if layer.adapter is not None]
     if not adapters:
         return list(column_parallel_linear(x, pairs, region, activation=activation))
-    pairs += [(local(adapter.a, partial=region.group is not None), None) for adapter in adapters]
-    outputs = column_parallel_linear(x, pairs, region)
-    hidden = iter(outputs[len(layers) :])
+    lows = [(local(adapter.a, partial=region.group is not None), None) for adapter in adapters]
+    if adapters[0].drops():  # what each of them reads is its own
+        outputs = column_parallel_linear(x, pairs, region)
+        read = [adapter.dropped(x, key) for adapter in adapters]
+        hidden = iter(
+            [column_parallel_linear(*each, region)[0] for each in zip(read, [[low] for low in lows], strict=True)]
+        )
+    else:
+        outputs = column_parallel_linear(x, pairs + lows, region)
+        hidden = iter(outputs[len(layers) :])
     outputs = [
         y if layer.adapter is None else layer.adapter(next(hidden), y)
         for layer, y in zip(layers, outputs[: len(layers)], strict=True)
@@ -111,7 +122,7 @@ def column_outputs(x: torch.Tensor, layers: Sequence[ColumnParallelLinear]) -> l
 
 
 def column_activated(
-    x: torch.Tensor, layers: Sequence[ColumnParallelLinear], activation: str
+    x: torch.Tensor, layers: Sequence[ColumnParallelLinear], activation: str, key: DropoutKey | None = None
 ) -> torch.Tensor | Activated:
     """The input of a row-parallel layer: what one layer with `activation` gives, or silu(gate) * up of two ("swiglu").
 
@@ -120,7 +131,7 @@ def column_activated(
     """
     region, hooked = layers[0].region, watched(*layers)
     if hooked or region.fused_collectives or any(layer.adapter is not None for layer in layers):
-        outputs = [layer(x) for layer in layers] if hooked else column_outputs(x, layers)
+        outputs = [layer(x, dropout_key=key) for layer in layers] if hooked else column_outputs(x, layers, key)
         return swiglu(*outputs) if activation == "swiglu" else outputs[0]
     pairs = [(local(layer.weight), local(layer.bias)) for layer in layers]
     return column_parallel_activated(x, pairs, region, activation)
@@ -129,8 +140,8 @@ def column_activated(
 class RowParallelLinear(nn.Module):
     """y = x W^T + b (+ residual) with the input features split: weight (N, K) as Shard(1), bias (N,) as Replicate().
 
-    `forward(x, residual=None)`: x (..., K/R), this rank's slice of all tokens (also as `Activated`), or (..., K) with
-    `input_is_parallel=False`; residual and result (..., N) in the residual stream's layout.
+    `forward(x, residual=None, dropout_key=None)`: x (..., K/R), this rank's slice of all tokens (also as `Activated`),
+    or (..., K) with `input_is_parallel=False`; residual and result (..., N) in the residual stream's layout.
     Raises ValueError when tp does not divide K.
     """
 
@@ -163,7 +174,12 @@ class RowParallelLinear(nn.Module):
     def extra_repr(self) -> str:
         return _sizes(self)
 
-    def forward(self, x: torch.Tensor | Activated, residual: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor | Activated,
+        residual: torch.Tensor | None = None,
+        dropout_key: DropoutKey | None = None,
+    ) -> torch.Tensor:
         if not self.input_is_parallel:
             x = scatter_to_tensor_parallel(x, self.region.group)
         weight, bias = local(self.weight), local(self.bias, partial=self.region.shards_sequence)
@@ -175,4 +191,5 @@ class RowParallelLinear(nn.Module):
             y = y if residual is None else y + residual
         if self.adapter is None:
             return y
-        return self.adapter(row_parallel_linear(x, local(self.adapter.a), self.region), y)
+        read = self.adapter.dropped(x, dropout_key) if self.adapter.drops() else x
+        return self.adapter(row_parallel_linear(read, local(self.adapter.a), self.region), y)

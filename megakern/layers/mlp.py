@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from megakern.layers.dropout import DropoutKey
 from megakern.layers.linear import ColumnParallelLinear, RowParallelLinear, column_activated
 from megakern.ops.activation import KINDS
 from megakern.parallel.context import ParallelContext
@@ -24,7 +25,7 @@ from megakern.parallel.context import ParallelContext
 class ParallelMLP(nn.Module):
     """fc2(activation(fc1(x))), or the gated fc2(silu(gate(x)) * up(x)) for activation "swiglu" (arXiv 2002.05202).
 
-    `forward(x, residual=None)`: x (B, T, C) -> (B, T, C), plus residual (B, T, C) when given; all are
+    `forward(x, residual=None, dropout_key=None)`: x (B, T, C) -> (B, T, C), plus residual (B, T, C) when given; all are
     (B, T/R, C) under sequence parallelism.
     `output_init_std` is that of fc2; None: `init_std`. Raises ValueError when tp does not divide `ffn_size`, and
     for another activation.
@@ -59,6 +60,8 @@ class ParallelMLP(nn.Module):
         output_init_std = init_std if output_init_std is None else output_init_std
         self.fc2 = RowParallelLinear(ffn_size, width, init_std=output_init_std, **how)
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None, dropout_key: DropoutKey | None = None
+    ) -> torch.Tensor:
         layers = [self.gate, self.up] if self.gated else [self.fc1]
-        return self.fc2(column_activated(x, layers, self.activation), residual)
+        return self.fc2(column_activated(x, layers, self.activation, dropout_key), residual, dropout_key=dropout_key)

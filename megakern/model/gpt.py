@@ -148,7 +148,7 @@ class GPT(nn.Module):
         if self.config.positions == "rope":
             rope = (self.rope_cos, self.rope_sin)
         for index, block in enumerate(self.blocks):
-            how = {"rope": rope, "positions": positions, "cu_seqlens": cu_seqlens, "dropout_key": key}
+            how = {"rope": rope, "positions": positions, "cu_seqlens": cu_seqlens, "dropout_key": dropout_key}
             if self.recompute == "full" and cache is None:
                 hidden = run_again(block, hidden, **how)
             else:

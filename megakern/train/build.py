@@ -35,7 +35,8 @@ def make_model(config: RunConfig, parallel: ParallelContext, device: torch.devic
 def adapt(model: GPT, lora: LoraConfig) -> None:
     """Adapters as the settings say; with rank 0 the model stays as it is."""
     if lora.rank:
-        add_adapters(model, model.parallel, rank=lora.rank, alpha=lora.alpha, targets=lora.targets)
+        how = {"rank": lora.rank, "alpha": lora.alpha, "targets": lora.targets, "dropout": lora.dropout}
+        add_adapters(model, model.parallel, **how)
 
 
 def fill_model(model: GPT, config: RunConfig, device: torch.device | str) -> None:

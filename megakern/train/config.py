@@ -233,10 +233,13 @@ class LoraConfig:
     """What an adapter adds is multiplied by alpha / rank."""
     targets: tuple[str, ...] = tuple(TARGETS)
     """Linear layers that have one: qkv, proj (both of attention), fc (all of the MLP)."""
+    dropout: float = 0.0
+    """Part of what an adapter reads that is dropped in training; the weights themselves read all of it."""
 
     def __post_init__(self) -> None:
         require(self.rank >= 0, f"lora.rank must be 0 or more, got {self.rank}")
         require(self.alpha > 0, f"lora.alpha must be above 0, got {self.alpha}")
+        require(0 <= self.dropout < 1, f"lora.dropout must be in [0, 1), got {self.dropout}")
         require(
             bool(self.targets) and set(self.targets) <= set(TARGETS),
             f"lora.targets must be some of {', '.join(TARGETS)}, got {list(self.targets)}",

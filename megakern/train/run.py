@@ -24,6 +24,7 @@ from megakern.data.loader import check_vocabulary
 from megakern.data.manifest import PreparedData
 from megakern.data.packing import PackedRows
 from megakern.data.tokenizer import Tokenizer
+from megakern.layers.lora import mask_blocks
 from megakern.train import machine
 from megakern.train.batches import make_loader
 from megakern.train.checkpoint_load import by_age
@@ -78,6 +79,14 @@ def check_run(config: RunConfig, nproc: int, *, rank: int = 0) -> RunConfig:
     parallel = config.parallel.over(nproc)
     config.model.check_tensor_parallel(parallel.tp)
     config.train.rows(parallel.dp)
+    if config.lora.rank and config.lora.dropout:
+        model = config.model
+        for target, site, columns in (
+            ("proj", "proj", model.heads * model.size_of_head),
+            ("fc", "fc2", model.size_of_ffn),
+        ):
+            if target in config.lora.targets:
+                mask_blocks(site, columns, parallel.tp)
     tokens = config.model.sequence_length
     require(
         not parallel.sequence_parallel or tokens % parallel.tp == 0,
@@ -170,7 +179,7 @@ def _check_kept(config: RunConfig, saved: RunConfig, run: Path) -> None:
     does not load would leave a config.toml that nothing can open, and other heads of one width load in silence."""
     kept = [("model", field.name) for field in dataclasses.fields(config.model) if field.name not in _MAY_CHANGE]
     kept += [("model", "sequence_length")] if config.model.positions == "learned" else []
-    kept += [("lora", field.name) for field in dataclasses.fields(config.lora)]
+    kept += [("lora", field.name) for field in dataclasses.fields(config.lora) if field.name not in _MAY_CHANGE]
     kept += [("optimizer", "master"), ("optimizer", "state_dtype")]
     kept += [("train", "precision")] if config.parameter_precision != saved.parameter_precision else []
     for section, name in kept:
