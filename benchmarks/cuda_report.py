@@ -142,8 +142,8 @@ def exponentials(name: str) -> int:
     if tile := re.search(r"AttentionTileILi(\d+)ELi\d+ELi(\d+)EEELb(\d)E", name):
         depth, keys, featured = map(int, tile.groups())
         return 0 if featured and depth > 128 else keys // 2
-    depth, featured = map(int, re.search(r"Li(\d+)ELb(\d)E", name).groups())
-    return 0 if depth > (64 if featured else 128) else 32
+    depth, queries, featured = map(int, re.search(r"Li(\d+)ELi(\d+)ELb(\d)E", name).groups())
+    return 0 if depth > (64 if featured else 128) else 32 if queries % 64 == 0 else queries // 2
 
 
 def without_overlap(sass: str, kernel: str) -> list[str]:

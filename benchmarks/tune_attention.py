@@ -5,7 +5,7 @@ megakern/kernels/triton/attention_configs.py, and the sizes in megakern/kernels/
                                         [--decode 32x8192x64x8x128 ...] [--role ...] [--json FILE]
 
 Triton: each kernel is launched alone: the named configurations, and those of GRID below. They are compiled first, on
-all cores. C++: forward and backward whole; each tile of the forward pass, single blocks and pairs that share keys and
+all cores. C++: forward and backward whole; each tile, forward with single blocks and with pairs that share keys and
 values, and heads side by side whose data fill so many MB of cache; dq is added in any order and in a fixed one;
 PyTorch's FlashAttention 2 and cuDNN beside them.
 FLOPs are those of attention (forward 1, backward 2.5), not of the products a kernel makes: of the backward pass the
@@ -17,6 +17,7 @@ are split into; bytes of keys and values. A configuration that does not fit on t
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -42,6 +43,7 @@ ROLES = {"triton": ("forward", "key-value gradient", "query gradient"), "cuda": 
 SPLITS = (1, 2, 3, 4, 6, 8, 16)
 PEERS = {"torch flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
 CACHES = (8, 16, 32, 64)  # MB
+ORDERS = {"any order": False, "fixed order": True}
 # BM, BN, warps, stages beside the named ones
 GRID = {
     "forward": (
@@ -98,11 +100,17 @@ def cuda_calls(role: str, shape: str, dtype: str, device: str = "cuda"):
             found.append(
                 (str(pairs), with_value(cuda_attention, "pairs_for", lambda *problem, pairs=pairs: pairs, call))
             )
+    else:
+        most = next(most for most in cuda_backward.TILES if q.shape[-1] <= most)
+        for tile, (order, fixed) in itertools.product(cuda_backward.TILES[most], ORDERS.items()):
+            call = partial(cuda_backward.attention_backward, dout, q, k, v, out, lse, *how, fixed)
+            choose = with_value(cuda_backward, "tile_for", lambda *problem, tile=tile: tile, call)
+            found.append((f"{tile}, {order}", choose))
     for size in CACHES:
         if role == "forward":
             found.append((f"{size} MB", with_value(cuda_attention, "KEYS_IN_CACHE", size << 20, call)))
             continue
-        for order, fixed in (("any order", False), ("fixed order", True)):
+        for order, fixed in ORDERS.items():
             call = partial(cuda_backward.attention_backward, dout, q, k, v, out, lse, *how, fixed)
             found.append((f"{size} MB, {order}", with_value(cuda_backward, "QUERIES_IN_CACHE", size << 20, call)))
     if device == "cuda":

@@ -345,9 +345,10 @@ void attention_forward(const AttentionForward&, Place);
 // --- attention_backward.cu: math in megakern/ops/attention.py ---
 
 // dq, dk, dv, contiguous, of q, k, v, dout, out (B, T, H, D) as above and lse (B, H, T). Packed sequences: B = 1, int32 offsets of
-// `sequences` + 1 elements; null: none. Scratch, with `lines` = B H tiles, tiles of R = 128 queries (D up to 64) or 64: T / R
-// rounded up, packed T / R rounded down + sequences. dq_sums (lines, R, 64, 128 or 256), statistics (lines, 2, R); with dropout
-// row_keys (lines, R), else null; for the same bits at each run turns (lines,), else null. section: heads of keys in flight.
+// `sequences` + 1 elements; null: none. tile_rows: the queries R of a tile, of those that attention_backward.cu has for D. Scratch,
+// with `lines` = B H tiles, tiles: T / R rounded up, packed T / R rounded down + sequences: dq_sums (lines, R, 64, 128 or 256),
+// statistics (lines, 2, R); with dropout row_keys (lines, R), else null; for the same bits at each run turns (lines,), else null.
+// section: heads of keys in flight.
 struct AttentionBackward {
   const void *q, *k, *v, *dout, *out;
   const float* lse;
@@ -362,6 +363,7 @@ struct AttentionBackward {
   AttentionSizes sizes;
   AttentionStrides q_strides, k_strides, v_strides, dout_strides, out_strides;
   int64_t left, right, section;
+  int tile_rows;
   float scale;
   AttentionFeatures features;
 };

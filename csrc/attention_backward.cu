@@ -8,8 +8,8 @@
 // Writes: dq, dk, dv whole (=). With turns a query's dq is added up in the order of the keys, so that it has the same
 // bits at each run; without, in any order. dk and dv have the same bits in any case.
 // Parallel (main): a block owns 128 keys of one head of keys, each of two consumer warpgroups 64 of them (D above 128: 64
-// keys, half of the columns), and walks the queries that see them, of all query heads of the group: tiles of 128 (D up to 64)
-// or 64. One thread of the third
+// keys, half of the columns), and walks the queries that see them, of all query heads of the group: tiles of 128 (D up to
+// 64), 64 or 80. One thread of the third
 // warpgroup fetches them with TMA into two stages; one warp of it adds dq to device memory. Scores are computed as (keys,
 // queries): then p and ds are operands from registers for dv and dk, and ds alone goes through shared memory, for dq.
 // Limits: sm_90a; bf16 and fp16; D a multiple of 8 up to 256; rows on multiples of 16 bytes.
@@ -102,15 +102,15 @@ MK_DEVICE void add_queries(const BackwardPlan& plan, const BackwardPlace<Tile>& 
 }
 
 // Featured: cap, ALiBi, dropout.
-template <class T, int D, bool Featured>
+template <class T, int D, int Rows, bool Featured>
 MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
     attention_backward_kernel(const MK_GRID_CONSTANT TensorMap q_map, const MK_GRID_CONSTANT TensorMap k_map,
                               const MK_GRID_CONSTANT TensorMap v_map, const MK_GRID_CONSTANT TensorMap dout_map,
                               const MK_GRID_CONSTANT TensorMap dk_map, const MK_GRID_CONSTANT TensorMap dv_map,
                               const MK_GRID_CONSTANT BackwardPlan plan) {
 #if MK_SM90A
-  using Tile = BackwardTile<D>;
-  constexpr int rows = Tile::rows, stages = Tile::stages, dout_stages = Tile::dout_stages;
+  using Tile = BackwardTile<D, Rows>;
+  constexpr int rows = Tile::rows, span = Tile::span, stages = Tile::stages, dout_stages = Tile::dout_stages;
   constexpr bool late = Featured && D > 64;  // dp after p: with both under way registers run out
   constexpr bool ahead = !late && !Tile::split;  // dp of the next queries behind their scores: the tensor cores never wait
   const BackwardPlace<Tile> at(plan, int(blockIdx.x));
@@ -183,10 +183,11 @@ MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
     const int below = Tile::split ? 0 : 64 * consumer;  // its first key of the tile
     const int from = at.key + below, key = from + warp * 16 + lane / 4;  // the same in the sequence; the thread's first
     const int slab = Tile::split ? 2 * consumer : 0;                     // its first of dk and dv
+    const int ds_own = Tile::split || Tile::turned ? consumer * Tile::ds_slab : below * 128;  // of ds, where its own begin
     const auto release = [&](MBarrier* empty) {
       if (lane == 0) mbar_arrive(empty);
     };
-    using Keys = BackwardKeys<T, D>;
+    using Keys = BackwardKeys<T, Tile>;
     Keys own;
 #pragma unroll
     for (int i = 0; i < Keys::columns / 2; ++i) own.dk[i] = own.dv[i] = 0;
@@ -201,7 +202,7 @@ MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
       const std::uint64_t of_k = matrix_descriptor(k + (D == 64 ? 0 : Tile::pieces * consumer * Tile::kv_slab));
       int tile = at.first, head = at.head * plan.group;
       float slope = Featured ? plan.scoring.slope(at.sample, head) : 0.0f;
-      float next[32], dp[32];  // next: scores of the next queries, under way; split: registers do not suffice
+      typename Keys::Sums next, dp;  // next: scores of the next queries, under way; split: registers do not suffice
       if (!Tile::split) {
         mbar_wait(&q_full[0], 0);
         own.multiply(next, own.k, of_q);
@@ -219,20 +220,20 @@ MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
         unsigned char* ds_now = ds + step % 2 * Tile::ds_bytes;
         typename Keys::Operand p, change;  // here: the products that read them run on when a half is done
 #pragma unroll
-        for (int half = 0; half < rows / 64; ++half) {  // 64 queries
-          const int q_place = stage * Tile::q_bytes + half * 64 * 128;
-          const int dout_place = dout_stage * Tile::q_bytes + half * 64 * 128;
-          float now[32];
-          float(&s)[32] = Tile::split ? now : next;
+        for (int half = 0; half < rows / span; ++half) {  // the queries of a product
+          const int q_place = stage * Tile::q_bytes + half * span * 128;
+          const int dout_place = dout_stage * Tile::q_bytes + half * span * 128;
+          typename Keys::Sums now;
+          typename Keys::Sums& s = Tile::split ? now : next;
           if (Tile::split) {
             mbar_wait(&q_full[stage], phase);
             own.multiply(s, own.k, descriptor_behind(of_q, q_place));
           }
           if (!ahead) mbar_wait(&dout_full[dout_stage], dout_phase);
 
-          const int row = tile * rows + half * 64, column = lane % 4 * 2;  // this thread's first query: row + column
-          const int lse_place = stage * rows + half * 64 + column, delta_place = dout_stage * rows + half * 64 + column;
-          const bool masked = from + 64 > at.mask.behind_key(row) || from < at.mask.first_key(row + 63);
+          const int row = tile * rows + half * span, column = lane % 4 * 2;  // this thread's first query: row + column
+          const int lse_place = stage * rows + half * span + column, delta_place = dout_stage * rows + half * span + column;
+          const bool masked = from + 64 > at.mask.behind_key(row) || from < at.mask.first_key(row + span - 1);
           const int distance = key - (row + column + at.mask.offset);
           const std::uint64_t* keys = plan.row_keys == nullptr ? nullptr : row_keys + delta_place;
           std::uint32_t kept = 0;
@@ -251,18 +252,29 @@ MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
           }
           if (late) own.multiply(dp, own.v, descriptor_behind(of_dout, dout_place));
           if (ahead) wgmma_wait<0>(dp);
+          const std::uint64_t dout_now = descriptor_behind(dout_columns, dout_place);
+          const float* of_delta = delta + delta_place;
           wgmma_fence(own.dv, p);
-          own.accumulate(own.dv, p, descriptor_behind(dout_columns, dout_place));
+          own.template accumulate<0, Keys::early>(own.dv, p, dout_now);
           if (!ahead) wgmma_wait<1>(dp);
-          own.template differences<Featured>(change, s, dp, kept, delta + delta_place, plan.scoring.kept);
+          own.template differences<Featured, 0, Keys::middle>(change, s, dp, kept, of_delta, plan.scoring.kept);
+          if constexpr (Tile::turned) {  // the rest of p
+            own.template pack<Keys::early, Keys::middle>(p, s);
+            wgmma_fence(p);
+            own.template accumulate<Keys::early, Keys::middle>(own.dv, p, dout_now);
+            own.template differences<Featured, Keys::middle, span / 16>(change, s, dp, kept, of_delta, plan.scoring.kept);
+            own.template pack<Keys::middle, span / 16>(p, s);
+            wgmma_fence(p);
+            own.template accumulate<Keys::middle, span / 16>(own.dv, p, dout_now);
+          }
           wgmma_fence(own.dk, change);
           own.accumulate(own.dk, change, descriptor_behind(q_columns, q_place));
-          own.share(change, ds_now + (Tile::split ? consumer : half) * Tile::ds_slab + (below + warp * 16) * 128, lane);
+          own.share(change, ds_now + ds_own + half * Tile::ds_slab, warp, lane);
           fence_async();
-          if (half + 1 < rows / 64) {
-            own.multiply(next, own.k, descriptor_behind(of_q, q_place + 64 * 128));
+          if (half + 1 < rows / span) {
+            own.multiply(next, own.k, descriptor_behind(of_q, q_place + span * 128));
             if (ahead) {
-              own.multiply(dp, own.v, descriptor_behind(of_dout, dout_place + 64 * 128));
+              own.multiply(dp, own.v, descriptor_behind(of_dout, dout_place + span * 128));
               wgmma_wait<1>(next, own.dv, own.dk);
             }
           }
@@ -277,10 +289,10 @@ MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
           if (!last) mbar_wait(&q_full[after], ring.phase);
           own.multiply(next, own.k, descriptor_behind(of_q, after * Tile::q_bytes));
         };
-        const auto put = [&](const float (&part)[32]) {
+        const auto put = [&](const typename Keys::Sums& part) {
           consumer_sync<5>(consumer, 160);  // the part before has been read
 #pragma unroll
-          for (int i = 0; i < 8; ++i) {
+          for (int i = 0; i < span / 8; ++i) {
             Vector<float, 4> four;
 #pragma unroll
             for (int e = 0; e < 4; ++e) four[e] = part[4 * i + e];
@@ -290,7 +302,8 @@ MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
           if (consumer == 0) barrier_arrive<3>(160);
           else barrier_arrive<4>(160);
         };
-        float part[32];
+        typename Keys::Sums part;
+        if constexpr (Tile::turned) wgmma_wait<1>(own.dv);  // its p is where dq will be
         wgmma_fence(part);
         own.weigh_queries(part, ds_part, of_k);
         wgmma_wait<1>(own.dv, own.dk);
@@ -305,7 +318,7 @@ MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
             wgmma_wait<1>(next);
           }
         } else {
-          float other[32];
+          typename Keys::Sums other;
           wgmma_wait<0>(part);
           wgmma_fence(other);
           own.weigh_queries(other, ds_part, descriptor_behind(of_k, Tile::kv_slab));
@@ -354,20 +367,15 @@ MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
 
 // --- launchers ---
 
-template <class T, int D>
-static void launch_backward(const AttentionBackward& p, Place place) {
-  using Tile = BackwardTile<D>;
+template <class T, int D, int Rows>
+static void launch_backward(const AttentionBackward& p, AttentionChecks& check, Place place) {
+  using Tile = BackwardTile<D, Rows>;
   const AttentionSizes& s = p.sizes;
-  AttentionChecks check("attention_backward", p.dtype, s, p.left, p.right, p.scale);
-  check.size("S", s.S, 1, check.most), check.size("section", p.section, 1, check.most);
-  const bool packed = check.offsets(p.q_offsets, p.k_offsets, p.sequences);
-  check.features(p.features, packed ? p.sequences : s.B);
-  check.rows("q", p.q, p.q_strides, s.B, s.T, s.H), check.rows("dout", p.dout, p.dout_strides, s.B, s.T, s.H);
-  check.rows("out", p.out, p.out_strides, s.B, s.T, s.H), check.reads("lse", p.lse, Dtype::f32, s.B * s.H * s.T);
-  check.rows("k", p.k, p.k_strides, s.B, s.S, s.Hkv), check.rows("v", p.v, p.v_strides, s.B, s.S, s.Hkv);
-  check.fills("dq", p.dq, p.dtype, s.B * s.T * s.H * s.D);
-  check.fills("dk", p.dk, p.dtype, s.B * s.S * s.Hkv * s.D), check.fills("dv", p.dv, p.dtype, s.B * s.S * s.Hkv * s.D);
+  const bool packed = p.q_offsets != nullptr, plain = p.features.softcap == 0 && !p.features.slopes && !p.row_keys;
   const int64_t rows = Tile::rows, keys = Tile::keys;
+  if (Tile::turned) {
+    check.require(plain, "tiles of " + std::to_string(rows) + " queries are for scores without cap, ALiBi and dropout");
+  }
   const int64_t q_tiles = packed ? s.T / rows + p.sequences : ceil_div(s.T, rows);
   const int64_t k_tiles = packed ? s.S / keys + p.sequences : ceil_div(s.S, keys), lines = s.B * s.H * q_tiles;
   check.require(p.lines == lines, "scratch memory must have " + std::to_string(lines) + " lines, got " + std::to_string(p.lines));
@@ -386,7 +394,8 @@ static void launch_backward(const AttentionBackward& p, Place place) {
   };
   const TensorMap q = of_queries(p.q, p.q_strides, Tile::rows), dout = of_queries(p.dout, p.dout_strides, Tile::rows);
   const TensorMap k = of_keys(p.k, p.k_strides, Tile::keys), v = of_keys(p.v, p.v_strides, Tile::keys);
-  const TensorMap dq = of_queries(p.dq, q_dense, 64), dk = of_keys(p.dk, k_dense, 64), dv = of_keys(p.dv, k_dense, 64);
+  const TensorMap dq = of_queries(p.dq, q_dense, Tile::span);
+  const TensorMap dk = of_keys(p.dk, k_dense, 64), dv = of_keys(p.dv, k_dense, 64);
 
   BackwardPlan plan = {};
   plan.dq_sums = p.dq_sums, plan.statistics = p.statistics, plan.turns = p.turns;
@@ -399,27 +408,43 @@ static void launch_backward(const AttentionBackward& p, Place place) {
   plan.scoring = attention_scoring(p.scale, p.features);
 
   const BackwardRows edges = {p.dout, p.out, p.lse, p.dout_strides, p.out_strides, int(s.D)};
-  MK_LAUNCH((backward_rows_kernel<T, D>), dim3(check.blocks(lines)), dim3(kRowThreads), 0, place, edges, plan);
+  MK_LAUNCH((backward_rows_kernel<T, D, Rows>), dim3(check.blocks(lines)), dim3(kRowThreads), 0, place, edges, plan);
   const dim3 blocks(check.blocks(s.B * s.Hkv * k_tiles)), threads(kPipelineThreads);
-  if (p.features.softcap > 0 || p.features.slopes || p.row_keys) {
-    MK_LAUNCH((attention_backward_kernel<T, D, true>), blocks, threads, Tile::shared, place, q, k, v, dout, dk, dv, plan);
-  } else {
-    MK_LAUNCH((attention_backward_kernel<T, D, false>), blocks, threads, Tile::shared, place, q, k, v, dout, dk, dv, plan);
+  if (plain) {
+    MK_LAUNCH((attention_backward_kernel<T, D, Rows, false>), blocks, threads, Tile::shared, place, q, k, v, dout, dk, dv,
+              plan);
+  } else if constexpr (!Tile::turned) {
+    MK_LAUNCH((attention_backward_kernel<T, D, Rows, true>), blocks, threads, Tile::shared, place, q, k, v, dout, dk, dv,
+              plan);
   }
-  MK_LAUNCH((backward_dq_kernel<T, D>), dim3(check.blocks(lines)), dim3(256 * Tile::pieces), 1024 + Tile::line * 2,
+  MK_LAUNCH((backward_dq_kernel<T, D, Rows>), dim3(check.blocks(lines)), dim3(256 * Tile::pieces), 1024 + Tile::line * 2,
             place, dq, plan);
 }
 
 template <class T>
-static void launch_for_depth(const AttentionBackward& p, Place place) {
-  if (p.sizes.D <= 64) launch_backward<T, 64>(p, place);
-  else if (p.sizes.D <= 128) launch_backward<T, 128>(p, place);
-  else launch_backward<T, 256>(p, place);
+static void launch_tile(const AttentionBackward& p, AttentionChecks& check, Place place) {
+  const std::int64_t D = p.sizes.D;
+  const auto is = [&](int above, int most, int rows) { return D > above && D <= most && p.tile_rows == rows; };
+  if (is(0, 64, 128)) launch_backward<T, 64, 128>(p, check, place);
+  else if (is(64, 128, 64)) launch_backward<T, 128, 64>(p, check, place);
+  else if (is(64, 128, 80)) launch_backward<T, 128, 80>(p, check, place);
+  else if (is(128, 256, 64)) launch_backward<T, 256, 64>(p, check, place);
+  else check.require(false, "there is no tile of " + std::to_string(p.tile_rows) + " queries for D " + std::to_string(D));
 }
 
 void attention_backward(const AttentionBackward& p, Place place) {
-  if (p.dtype == Dtype::bf16) launch_for_depth<bf16>(p, place);
-  else launch_for_depth<fp16>(p, place);
+  const AttentionSizes& s = p.sizes;
+  AttentionChecks check("attention_backward", p.dtype, s, p.left, p.right, p.scale);
+  check.size("S", s.S, 1, check.most), check.size("section", p.section, 1, check.most);
+  const bool packed = check.offsets(p.q_offsets, p.k_offsets, p.sequences);
+  check.features(p.features, packed ? p.sequences : s.B);
+  check.rows("q", p.q, p.q_strides, s.B, s.T, s.H), check.rows("dout", p.dout, p.dout_strides, s.B, s.T, s.H);
+  check.rows("out", p.out, p.out_strides, s.B, s.T, s.H), check.reads("lse", p.lse, Dtype::f32, s.B * s.H * s.T);
+  check.rows("k", p.k, p.k_strides, s.B, s.S, s.Hkv), check.rows("v", p.v, p.v_strides, s.B, s.S, s.Hkv);
+  check.fills("dq", p.dq, p.dtype, s.B * s.T * s.H * s.D);
+  check.fills("dk", p.dk, p.dtype, s.B * s.S * s.Hkv * s.D), check.fills("dv", p.dv, p.dtype, s.B * s.S * s.Hkv * s.D);
+  if (p.dtype == Dtype::bf16) launch_tile<bf16>(p, check, place);
+  else launch_tile<fp16>(p, check, place);
 }
 
 }  // namespace megakern

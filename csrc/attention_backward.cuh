@@ -9,24 +9,28 @@
 
 namespace megakern {
 
-// Sizes of the kernels for head dims up to D. Each of two consumers sums dk and dv of 64 keys: with D up to 128 its own 64
+// Sizes of the kernels for head dims up to D and tiles of Rows queries. Each of two consumers sums dk and dv of 64 keys: with D up to 128 its own 64
 // keys, else one half of the columns of the same 64, so that both compute all scores (1.4 times the products).
-template <int D>
+template <int D, int Rows>
 struct BackwardTile {
   static constexpr bool split = D > 128;  // by columns
-  static constexpr int rows = D == 64 ? 128 : 64, keys = split ? 64 : 128;
+  static constexpr int rows = Rows, keys = split ? 64 : 128;
+  static constexpr int span = rows % 64 == 0 ? 64 : rows;  // queries of one product
+  // dq is computed as (columns, queries): rows of a product come in 64s, columns in 8s. For plain scores alone.
+  static constexpr bool turned = span != 64;
   static constexpr int stages = 2, dout_stages = split ? 1 : 2;
   static constexpr int slabs = D / 64, own_slabs = split ? 2 : slabs;  // of 64 columns: 128 bytes, the width of a swizzle
   static constexpr int q_slab = rows * 128, kv_slab = keys * 128;
   static constexpr int q_bytes = slabs * q_slab, kv_bytes = slabs * kv_slab;
-  static constexpr int ds_slab = keys * 128;  // 64 queries: of all keys; split: a copy for each consumer
-  static constexpr int ds_bytes = (split ? 2 : rows / 64) * ds_slab;
-  static constexpr int part = 64 * 64, pieces = split ? 2 : 1;  // of dq: what a consumer makes at a time, of a tile
+  // 64 queries of all keys, a row a key; split: a copy for each consumer; turned: all queries of 64 keys, a row a query.
+  static constexpr int ds_slab = (turned ? rows : keys) * 128;
+  static constexpr int ds_bytes = (split || turned ? 2 : rows / 64) * ds_slab;
+  static constexpr int part = 64 * span, pieces = split ? 2 : 1;  // of dq: what a consumer makes at a time, of a tile
   static constexpr int line = 2 * pieces * part;                // of sums of dq: a tile
   // Where things lie behind one aligned address: the producer has 24 registers a thread, too few for an address each.
   static constexpr int k = 0, v = k + kv_bytes, q = v + kv_bytes, dout = q + stages * q_bytes;
   static constexpr int ds = dout + dout_stages * q_bytes, dq = ds + 2 * ds_bytes, row_keys = dq + 2 * part * 4;
-  static constexpr int lse = row_keys + dout_stages * rows * 8, delta = lse + stages * rows * 4;
+  static constexpr int lse = row_keys + (turned ? 0 : dout_stages * rows * 8), delta = lse + stages * rows * 4;
   static constexpr int barriers = delta + dout_stages * rows * 4;
   static constexpr int bytes = barriers + 8 * (1 + 2 * stages + 2 * dout_stages);
   static constexpr int shared = 1024 + round_up(bytes, 16);
@@ -40,7 +44,7 @@ struct BackwardTile {
 
 // What the kernels get besides tensor maps. A line: one tile of queries of one head, in scratch memory.
 struct BackwardPlan {
-  float* dq_sums;           // (lines, rows * D): parts of 8 x 128 x 4 values, as they lie in a consumer's registers
+  float* dq_sums;           // (lines, rows * D): parts of span / 8 x 128 x 4 values, as they lie in a consumer's registers
   float* statistics;        // (lines, 2, rows): lse log2(e), +inf where a query sees nothing; sum over D of dout out
   std::uint64_t* row_keys;  // (lines, rows), of dropout; null without
   int* turns;               // (lines,): tiles of keys that have been added, where the order is fixed; null: any order
@@ -83,10 +87,10 @@ struct BackwardRows {
 };
 
 // A line's statistics, and zeros where the large kernel adds and counts.
-template <class T, int D>
+template <class T, int D, int Rows>
 MK_KERNEL void __launch_bounds__(kRowThreads)
     backward_rows_kernel(const MK_GRID_CONSTANT BackwardRows r, const MK_GRID_CONSTANT BackwardPlan plan) {
-  using Tile = BackwardTile<D>;
+  using Tile = BackwardTile<D, Rows>;
   constexpr int across = D / 8, high = kRowThreads / across;  // 16 bytes a thread
   const int line = int(blockIdx.x), thread = int(threadIdx.x);
   const BackwardLine<Tile::rows> at(plan, line);
@@ -130,11 +134,11 @@ MK_KERNEL void __launch_bounds__(kRowThreads)
 }
 
 // dq of a line, from sums in fp32: 128 threads a part.
-template <class T, int D>
-MK_KERNEL void __launch_bounds__(256 * BackwardTile<D>::pieces)
+template <class T, int D, int Rows>
+MK_KERNEL void __launch_bounds__(256 * BackwardTile<D, Rows>::pieces)
     backward_dq_kernel(const MK_GRID_CONSTANT TensorMap dq_map, const MK_GRID_CONSTANT BackwardPlan plan) {
 #if MK_SM90A
-  using Tile = BackwardTile<D>;
+  using Tile = BackwardTile<D, Rows>;
   SharedMemory shared;
   unsigned char* tiles = shared.take<unsigned char>(Tile::line * 2, 1024);
   const int line = int(blockIdx.x), part = int(threadIdx.x) / 128, thread = int(threadIdx.x) % 128;
@@ -142,19 +146,20 @@ MK_KERNEL void __launch_bounds__(256 * BackwardTile<D>::pieces)
   const int row = at.row + Tile::row(part), col = Tile::column(part);
   if (at.row >= at.length) return;
   const float* sums = plan.dq_sums + std::int64_t(line) * Tile::line + part * Tile::part + 4 * thread;
-  float v[32];
+  float v[Tile::span / 2];
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
+  for (int i = 0; i < Tile::span / 8; ++i) {
     const Vector<float, 4> four = load_once<4>(sums + 512 * i);
 #pragma unroll
     for (int e = 0; e < 4; ++e) v[4 * i + e] = four[e] * plan.scale;
   }
-  unsigned char* tile = tiles + part * 64 * 128;
-  write_fragment<T>(tile + thread / 32 * 16 * 128, v, thread % 32);
+  unsigned char* tile = tiles + part * Tile::span * 128;
+  if constexpr (Tile::turned) write_transposed<T>(tile, v, thread / 32, thread % 32);
+  else write_fragment<T>(tile + thread / 32 * 16 * 128, v, thread % 32);
   fence_async();
   sync_block();
   if (thread < kWarp && row < at.length && elect_lane()) {
-    const HeadBox box(plan.q_offsets != nullptr, at.sample, at.head, at.start, at.length, row, 64);
+    const HeadBox box(plan.q_offsets != nullptr, at.sample, at.head, at.start, at.length, row, Tile::span);
     tma_store_4d(&dq_map, tile, col, box.y, box.z, box.w);
     tma_commit();
     tma_wait<0>();

@@ -472,6 +472,7 @@ def attention_backward(
     left: int,
     right: int,
     section: int,
+    tile_rows: int,
     scale: float,
     features_slopes: int,
     features_slope_stride: int,

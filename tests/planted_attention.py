@@ -7,6 +7,7 @@ Not here, as nothing can tell them from the right kernel:
   it first, and that is given back only behind the products with k;
 - the wait for stores and additions at the end of a kernel: their sources have been read, and the next kernel starts
   when they are in memory;
+- the wait for dv before dq of tiles of 80: it tells the compiler that p's registers are free, and no kernel reads them;
 - the fence before the product of ds and k: since the one before dk no thread has touched its sums, which start anew;
 - a `sync_warp` behind which the next instruction of the warp (`barrier_arrive`, in decoding `ldmatrix`) brings the
   lanes together: it may not be reached by some of them alone.
@@ -217,15 +218,16 @@ BUGS += _of(
     },
 )
 
-STEP = """
-if (ahead) wgmma_wait<0>(dp);
-wgmma_fence(own.dv, p);
-own.accumulate(own.dv, p, descriptor_behind(dout_columns, dout_place));
-if (!ahead) wgmma_wait<1>(dp);
-own.template differences<Featured>(change, s, dp, kept, delta + delta_place, plan.scoring.kept);
-wgmma_fence(own.dk, change);
-own.accumulate(own.dk, change, descriptor_behind(q_columns, q_place));
-own.share(change, ds_now + (Tile::split ? consumer : half) * Tile::ds_slab + (below + warp * 16) * 128, lane);
+P_BEHIND = """
+own.template pack<Keys::early, Keys::middle>(p, s);
+wgmma_fence(p);
+own.template accumulate<Keys::early, Keys::middle>(own.dv, p, dout_now);
+own.template differences<Featured, Keys::middle, span / 16>(change, s, dp, kept, of_delta, plan.scoring.kept);
+own.template pack<Keys::middle, span / 16>(p, s);
+wgmma_fence(p);
+own.template accumulate<Keys::middle, span / 16>(own.dv, p, dout_now);"""
+SHARE = """
+own.share(change, ds_now + ds_own + half * Tile::ds_slab, warp, lane);
 fence_async();"""
 SHARED = """
 if (Tile::split) consumer_sync<1>(consumer, 128);
@@ -256,107 +258,127 @@ tma_wait<0>();
 fence_device();
 atomic_add(turn, 1);"""
 
-BUGS += _of(
-    "backward",
-    "attention_backward.cu",
-    BACKWARD,
-    {
-        "k and v without a wait": ("mbar_wait(kv_full, 0);", ";"),
-        "first q without a wait": ("mbar_wait(&q_full[0], 0);", ";"),
-        "next q without a wait": ("if (!last) mbar_wait(&q_full[after], ring.phase);", ";"),
-        "first dout without a wait": ("mbar_wait(&dout_full[0], 0);", ";"),
-        "next dout without a wait": ("if (!last) mbar_wait(&dout_full[after], ring.phase);", ";"),
-        "q of halved columns without a wait": ("mbar_wait(&q_full[stage], phase);", ";"),
-        "dout without a wait": ("if (!ahead) mbar_wait(&dout_full[dout_stage], dout_phase);", ";"),
-        "dout waited for with the other phase": (
-            "if (!ahead) mbar_wait(&dout_full[dout_stage], dout_phase);",
-            "if (!ahead) mbar_wait(&dout_full[dout_stage], dout_phase ^ 1);",
-        ),
-        "scores of the next step not waited for": (NEXT, NEXT.replace("wgmma_wait<1>(next);", ";")),
-        "scores of the second half not waited for": ("wgmma_wait<1>(next, own.dv, own.dk);", ";"),
-        "dout of the same step again": (NEXT, NEXT.replace("after *", "stage *")),
-        "q fetched before its stage is free": ("mbar_wait(&q_empty[s], ring.phase ^ 1);", ";"),
-        "dout fetched before its stage is free": ("mbar_wait(&dout_empty[d], d_phase ^ 1);", ";"),
-        "scores not waited for": ("wgmma_wait<0>(s, own.dv, own.dk);", ";"),
-        "scores of halved columns not waited for": ("wgmma_wait<1>(s);", ";"),
-        "dp that is ahead not waited for": _without(STEP, 0),
-        "no fence before the product with dout": _without(STEP, 1),
-        "dp not waited for": _without(STEP, 3),
-        "no fence before the product with q": _without(STEP, 5),
-        "ds not shown to the tensor cores": _without(STEP, 8),
-        "ds read before all have written it": _without(SHARED, 0, 1),
-        "ds read before the other consumer has written it": (SHARED, "consumer_sync<1>(consumer, 128);"),
-        "one buffer for ds": ("ds + step % 2 * Tile::ds_bytes", "ds"),
-        "dk and dv not waited for": ("wgmma_wait<1>(own.dv, own.dk);", ";"),
-        "dq not waited for": _without(WHOLE, 2),
-        "stages given back before they are read": (
-            "wgmma_wait<1>(own.dv, own.dk);",
-            "release(&q_empty[stage]);\nwgmma_wait<1>(own.dv, own.dk);",
-        ),
-        "q never given back": (WHOLE, WHOLE.replace("release(&q_empty[stage]), ", "")),
-        "dq of halved columns not waited for": _without(SPLIT, 0),
-        "second half of dq not waited for": _without(SPLIT, 6),
-        "second half of dq without a fence": _without(SPLIT, 1),
-        "second half of dq is the first": (SPLIT, SPLIT.replace("descriptor_behind(of_k, Tile::kv_slab)", "of_k")),
-        "dq written over a part that is being added": ("consumer_sync<5>(consumer, 160);", ";"),
-        "dq not shown to the copy engine": _without(PUT, 0),
-        "dq of one consumer never added": ("add(1, piece);", ";"),
-        "dq given back while it is being read": ("@tma_wait_read<0>();@\n}\nsync_warp();", ";"),
-        "no turn waited for": ("while (atomic_add(turn, 0) != mine) yield_thread();", ";"),
-        "the next one's turn before this one has added": _without(ADDED, 0),
-        "turns in any order": (
-            "p.turns == nullptr ? within / heads : p.k_tiles - 1 - within / heads",
-            "within / heads",
-        ),
-        "dk and dv written over k and v that are read": (
-            "barrier_sync<7>(256);  // all products that read k and v are done",
-            ";",
-        ),
-        "dk and dv not shown to the copy engine": (
-            "fence_async();\nconsumer_sync<1>(consumer, 128);",
-            "consumer_sync<1>(consumer, 128);",
-        ),
-        "dk and dv stored before all have written them": (
-            "fence_async();\nconsumer_sync<1>(consumer, 128);",
-            "fence_async();",
-        ),
-        "only the diagonal decides on the mask": (
-            "from + 64 > at.mask.behind_key(row) || from < at.mask.first_key(row + 63)",
-            "from + 64 > at.mask.behind_key(row)",
-        ),
-        "only the window decides on the mask": (
-            "from + 64 > at.mask.behind_key(row) || from < at.mask.first_key(row + 63)",
-            "from < at.mask.first_key(row + 63)",
-        ),
-        "slope of the first head for all": (
-            "if (Featured && step + 1 < steps) slope = plan.scoring.slope(at.sample, head);",
-            ";",
-        ),
-        "dropout of dv not made good": ("if (Featured) own.dv[i] *= plan.scoring.kept;", ";"),
-        "last tile of queries missing": (
-            "end = max(first, ceil_div(max(behind, 0), Tile::rows));",
-            "end = max(first, max(behind, 0) / Tile::rows);",
-        ),
-        "lines of the first head for all": (
-            "if (++tile == at.end) tile = at.first, line += plan.q_tiles, ++head;",
-            "if (++tile == at.end) tile = at.first, ++head;",
-        ),
-    },
-) + _of(
-    "backward",
-    "attention_backward.cuh",
-    BACKWARD,
-    {
-        "sums of dq not zeroed": (
-            "store(sums + i + 4 * thread, filled<float, 4>(0.0f));",
-            ";",
-        ),
-        "turns not zeroed": ("if (plan.turns != nullptr && thread == 0) plan.turns[line] = 0;", ";"),
-        "rows that see nothing": ("log == -INFINITY ? INFINITY : log * kLog2E", "log * kLog2E"),
-        "rows behind the end": ("inside && col < r.D", "col < r.D"),
-        "rounded dq not shown to the copy engine": ("fence_async();\nsync_block();", "sync_block();"),
-        "rounded dq stored before all have written it": ("fence_async();\nsync_block();", "fence_async();"),
-    },
+BUGS += (
+    _of(
+        "backward",
+        "attention_backward.cu",
+        BACKWARD,
+        {
+            "k and v without a wait": ("mbar_wait(kv_full, 0);", ";"),
+            "first q without a wait": ("mbar_wait(&q_full[0], 0);", ";"),
+            "next q without a wait": ("if (!last) mbar_wait(&q_full[after], ring.phase);", ";"),
+            "first dout without a wait": ("mbar_wait(&dout_full[0], 0);", ";"),
+            "next dout without a wait": ("if (!last) mbar_wait(&dout_full[after], ring.phase);", ";"),
+            "q of halved columns without a wait": ("mbar_wait(&q_full[stage], phase);", ";"),
+            "dout without a wait": ("if (!ahead) mbar_wait(&dout_full[dout_stage], dout_phase);", ";"),
+            "dout waited for with the other phase": (
+                "if (!ahead) mbar_wait(&dout_full[dout_stage], dout_phase);",
+                "if (!ahead) mbar_wait(&dout_full[dout_stage], dout_phase ^ 1);",
+            ),
+            "scores of the next step not waited for": (NEXT, NEXT.replace("wgmma_wait<1>(next);", ";")),
+            "scores of the second half not waited for": ("wgmma_wait<1>(next, own.dv, own.dk);", ";"),
+            "dout of the same step again": (NEXT, NEXT.replace("after *", "stage *")),
+            "q fetched before its stage is free": ("mbar_wait(&q_empty[s], ring.phase ^ 1);", ";"),
+            "dout fetched before its stage is free": ("mbar_wait(&dout_empty[d], d_phase ^ 1);", ";"),
+            "scores not waited for": ("wgmma_wait<0>(s, own.dv, own.dk);", ";"),
+            "scores of halved columns not waited for": ("wgmma_wait<1>(s);", ";"),
+            "dp that is ahead not waited for": ("if (ahead) wgmma_wait<0>(dp);", ";"),
+            "no fence before the product with dout": ("wgmma_fence(own.dv, p);", ";"),
+            "dp not waited for": ("if (!ahead) wgmma_wait<1>(dp);", ";"),
+            "no fence before the product with q": ("wgmma_fence(own.dk, change);", ";"),
+            "ds not shown to the tensor cores": _without(SHARE, 1),
+            "80 queries: middle of p without a fence": _without(P_BEHIND, 1),
+            "80 queries: end of p without a fence": _without(P_BEHIND, 5),
+            "80 queries: middle of p not multiplied": _without(P_BEHIND, 2),
+            "80 queries: end of p not multiplied": _without(P_BEHIND, 6),
+            "80 queries: ds of both consumers in one place": (
+                "Tile::split || Tile::turned ? consumer * Tile::ds_slab : below * 128",
+                "Tile::split ? consumer * Tile::ds_slab : Tile::turned ? 0 : below * 128",
+            ),
+            "80 queries: 64 decide on the mask": ("at.mask.first_key(row + span - 1)", "at.mask.first_key(row + 63)"),
+            "ds read before all have written it": _without(SHARED, 0, 1),
+            "ds read before the other consumer has written it": (SHARED, "consumer_sync<1>(consumer, 128);"),
+            "one buffer for ds": ("ds + step % 2 * Tile::ds_bytes", "ds"),
+            "dk and dv not waited for": ("wgmma_wait<1>(own.dv, own.dk);", ";"),
+            "dq not waited for": _without(WHOLE, 2),
+            "stages given back before they are read": (
+                "wgmma_wait<1>(own.dv, own.dk);",
+                "release(&q_empty[stage]);\nwgmma_wait<1>(own.dv, own.dk);",
+            ),
+            "q never given back": (WHOLE, WHOLE.replace("release(&q_empty[stage]), ", "")),
+            "dq of halved columns not waited for": _without(SPLIT, 0),
+            "second half of dq not waited for": _without(SPLIT, 6),
+            "second half of dq without a fence": _without(SPLIT, 1),
+            "second half of dq is the first": (SPLIT, SPLIT.replace("descriptor_behind(of_k, Tile::kv_slab)", "of_k")),
+            "dq written over a part that is being added": ("consumer_sync<5>(consumer, 160);", ";"),
+            "dq not shown to the copy engine": _without(PUT, 0),
+            "dq of one consumer never added": ("add(1, piece);", ";"),
+            "dq given back while it is being read": ("@tma_wait_read<0>();@\n}\nsync_warp();", ";"),
+            "no turn waited for": ("while (atomic_add(turn, 0) != mine) yield_thread();", ";"),
+            "the next one's turn before this one has added": _without(ADDED, 0),
+            "turns in any order": (
+                "p.turns == nullptr ? within / heads : p.k_tiles - 1 - within / heads",
+                "within / heads",
+            ),
+            "dk and dv written over k and v that are read": (
+                "barrier_sync<7>(256);  // all products that read k and v are done",
+                ";",
+            ),
+            "dk and dv not shown to the copy engine": (
+                "fence_async();\nconsumer_sync<1>(consumer, 128);",
+                "consumer_sync<1>(consumer, 128);",
+            ),
+            "dk and dv stored before all have written them": (
+                "fence_async();\nconsumer_sync<1>(consumer, 128);",
+                "fence_async();",
+            ),
+            "only the diagonal decides on the mask": (
+                "from + 64 > at.mask.behind_key(row) || from < at.mask.first_key(row + span - 1)",
+                "from + 64 > at.mask.behind_key(row)",
+            ),
+            "only the window decides on the mask": (
+                "from + 64 > at.mask.behind_key(row) || from < at.mask.first_key(row + span - 1)",
+                "from < at.mask.first_key(row + span - 1)",
+            ),
+            "slope of the first head for all": (
+                "if (Featured && step + 1 < steps) slope = plan.scoring.slope(at.sample, head);",
+                ";",
+            ),
+            "dropout of dv not made good": ("if (Featured) own.dv[i] *= plan.scoring.kept;", ";"),
+            "last tile of queries missing": (
+                "end = max(first, ceil_div(max(behind, 0), Tile::rows));",
+                "end = max(first, max(behind, 0) / Tile::rows);",
+            ),
+            "lines of the first head for all": (
+                "if (++tile == at.end) tile = at.first, line += plan.q_tiles, ++head;",
+                "if (++tile == at.end) tile = at.first, ++head;",
+            ),
+        },
+    )
+    + _of(
+        "backward",
+        "attention_backward_keys.cuh",
+        BACKWARD,
+        {
+            "80 queries: ds of one consumer for both": ("step / 4 * Tile::ds_slab + step % 4 * 32", "step % 4 * 32"),
+        },
+    )
+    + _of(
+        "backward",
+        "attention_backward.cuh",
+        BACKWARD,
+        {
+            "sums of dq not zeroed": (
+                "store(sums + i + 4 * thread, filled<float, 4>(0.0f));",
+                ";",
+            ),
+            "turns not zeroed": ("if (plan.turns != nullptr && thread == 0) plan.turns[line] = 0;", ";"),
+            "rows that see nothing": ("log == -INFINITY ? INFINITY : log * kLog2E", "log * kLog2E"),
+            "rows behind the end": ("inside && col < r.D", "col < r.D"),
+            "rounded dq not shown to the copy engine": ("fence_async();\nsync_block();", "sync_block();"),
+            "rounded dq stored before all have written it": ("fence_async();\nsync_block();", "fence_async();"),
+        },
+    )
 )
 
 WEIGHT = "exp_approx(p.part_lse[i * p.lse_split + at] - base) * factor"

@@ -127,19 +127,22 @@ def test_a_softmax_that_waits_for_the_product_beside_it_is_named():
 
 
 @pytest.mark.parametrize(
-    "D, featured, held", [(64, 0, True), (64, 1, True), (128, 0, True), (128, 1, False), (256, 0, False)]
-)
-def test_exponentials_of_the_backward_pass_too(D, featured, held):
+    "D, rows, featured, held",
+    [(64, 128, 0, True), (64, 128, 1, True), (128, 64, 0, True), (128, 80, 0, True), (128, 64, 1, False),
+     (256, 64, 0, False)],
+)  # fmt: skip
+def test_exponentials_of_the_backward_pass_too(D, rows, featured, held):
     """Up to where registers suffice; of its waits the first alone stands before exponentials."""
     scores, both, exp = "WARPGROUP.DEPBAR.LE gsb0, 0x1", "WARPGROUP.DEPBAR.LE gsb0, 0x0", "MUFU.EX2 R1, R1"
-    head = f"Function : _ZN8megakern25attention_backward_kernelI6__halfLi{D}ELb{featured}EEEvNS_4PlanE"
+    head = f"Function : _ZN8megakern25attention_backward_kernelI6__halfLi{D}ELi{rows}ELb{featured}EEEvNS_4PlanE"
+    wanted = 40 if rows == 80 else 32
 
     def complaints(*lines: str) -> list[str]:
         return cuda_report.without_overlap("\n".join([head, *lines]), "attention_backward_kernel")
 
-    assert complaints(scores, *[exp] * 32, both, scores, both) == []
-    named = f"sm_90a attention_backward_kernel<__half, {D}, {'true' if featured else 'false'}>"
-    told = [f"{named}: 5 of 32 exponentials of a thread run beside the product"]
+    assert complaints(scores, *[exp] * wanted, both, scores, both) == []
+    named = f"sm_90a attention_backward_kernel<__half, {D}, {rows}, {'true' if featured else 'false'}>"
+    told = [f"{named}: 5 of {wanted} exponentials of a thread run beside the product"]
     assert complaints(scores, *[exp] * 5, both, *[exp] * 40, scores, both) == (told if held else [])
 
 

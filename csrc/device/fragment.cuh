@@ -56,4 +56,20 @@ MK_DEVICE void write_fragment(unsigned char* rows, const float* v, int lane) {
   }
 }
 
+// Transposed: columns 16 j to 16 j + 15 of the fragment of warp `warp`, packed, to rows 16 j to 16 j + 15 of a tile of rows
+// of 128 bytes under Swizzle::b128, there columns 16 warp to 16 warp + 15. All lanes call; `tile` on a multiple of 1024.
+MK_DEVICE void write_rows(unsigned char* tile, const std::uint32_t (&words)[4], int j, int warp, int lane) {
+  const int r = lane % 8, row = 16 * j + lane / 16 * 8 + r;
+  stmatrix_x4_transposed(tile + row * 128 + ((2 * warp + lane / 8 % 2) ^ r) * 16, words);
+}
+
+// All columns of the fragment, rounded to T.
+template <class T, int N>
+MK_DEVICE void write_transposed(unsigned char* tile, const float (&v)[N], int warp, int lane) {
+  std::uint32_t words[N / 8][4];
+  pack_fragment<T>(words, v);
+#pragma unroll
+  for (int j = 0; j < N / 8; ++j) write_rows(tile, words[j], j, warp, lane);
+}
+
 }  // namespace megakern

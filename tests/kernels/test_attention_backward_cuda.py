@@ -1,7 +1,7 @@
 """The C++ gradients of attention for sm_90a against float64, all options. In the emulator, or on a GPU.
 
-A block has 128 keys, each consumer 64 of them; queries come in tiles of 128, from head dim 72 on 64. From 136 on a
-block has 64 keys, each consumer half of the columns.
+A block has 128 keys, each consumer 64 of them; queries come in tiles of 128, from head dim 72 on 64, or 80 for long
+full masks. From 136 on a block has 64 keys, each consumer half of the columns.
 """
 
 from __future__ import annotations
@@ -52,6 +52,59 @@ def test_causal_and_full(shape, dtype, backend, device):
     check(make(*shape, dtype, device), backend, causal=False)
 
 
+@pytest.fixture
+def tiles_of_80(monkeypatch):
+    """For whatever they have code for."""
+    first = launchers.tile_for
+
+    def choose(D, T, plain, full):
+        return launchers.TILES[128][1] if 64 < D <= 128 and plain else first(D, T, plain, full)
+
+    monkeypatch.setattr(launchers, "tile_for", choose)
+
+
+# Tiles of 80 and their neighbours, the last of them with one row, with 32 and with 79.
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 1, 7, 1, 1, 128), (1, 80, 128, 1, 1, 72), (2, 79, 129, 4, 2, 128), (1, 81, 64, 2, 2, 96),
+     (2, 112, 203, 3, 3, 120), (1, 161, 65, 6, 2, 128)],
+)  # fmt: skip
+def test_tiles_of_80_queries(shape, dtype, backend, device, tiles_of_80):
+    for mask in ({"causal": False}, {}, {"causal": False, "window": (30, 10)}):
+        check(make(*shape, dtype, device), backend, deterministic=dtype is torch.bfloat16, **mask)
+
+
+def test_tiles_of_80_queries_for_packed_sequences(backend, device, tiles_of_80):
+    inputs, both = packed_case(device, 128)
+    for mask in ({"causal": False}, {}):
+        check(inputs, backend, cu_seqlens=both, deterministic=True, **mask)
+
+
+def test_the_tile_of_a_problem(backend, device, monkeypatch):
+    assert [launchers.tile_for(D, 1024, True, True).queries for D in (64, 72, 128, 136)] == [128, 80, 80, 64]
+    others = [(128, 1023, True, True), (128, 5000, False, True), (128, 5000, True, False), (200, 5000, True, True)]
+    assert {launchers.tile_for(*problem).queries for problem in others} == {64}
+    monkeypatch.setattr(launchers, "LONG", 8)  # the launcher and what explains it ask the same
+    inputs, asked = make(1, 8, 8, 1, 1, 128, torch.bfloat16, device), []
+    choose = launchers.tile_for
+    monkeypatch.setattr(launchers, "tile_for", lambda *problem: asked.append(choose(*problem)) or asked[-1])
+    for options, queries in [
+        ({}, 64), ({"causal": False}, 80), ({"causal": False, "window": (None, None)}, 80),
+        ({"causal": False, "window": (None, 3)}, 64), ({"causal": False, "softcap": 2.0}, 64),
+        ({"causal": False, "alibi_slopes": torch.ones(1, device=device)}, 64),
+        ({"causal": False, "dropout_p": 0.1, "seed": 1}, 64),
+    ]:  # fmt: skip
+        gradients(inputs, backend, **options)
+        said = mk.explain("attention", **inputs, backend=backend, **options).reasons[backend]
+        assert [tile.queries for tile in asked] == [queries, queries] and f"{asked[0]}, dk" in said
+        asked.clear()
+    ends = torch.tensor([0, 8], dtype=torch.int32, device=device)
+    flat = {name: x[0] for name, x in inputs.items()}
+    gradients(flat, backend, causal=False, cu_seqlens=(ends, ends))
+    assert [tile.queries for tile in asked] == [64]
+
+
 @pytest.mark.parametrize("window", [(0, 1), (30, 10), (100, None), (None, 5), (300, 0)])
 @pytest.mark.parametrize("D", [64, 128])
 def test_windows(window, D, backend, device):
@@ -84,18 +137,22 @@ def test_packed(options, backend, device):
     check(inputs, backend, cu_seqlens=both, deterministic=True, **options)
 
 
-@pytest.mark.parametrize("D", [64, 96, 200])
-def test_packed_is_each_sequence_alone(D, backend, device):
+@pytest.mark.parametrize("D, rows", [(64, 128), (96, 64), (112, 80), (200, 64)])
+def test_packed_is_each_sequence_alone(D, rows, backend, device, request):
     """To the bit, with slopes of its own; and a sequence of NaN spoils no other."""
     inputs, both = packed_case(device, D)
-    slopes = draw(5, 4, device=device, seed=7, scale=0.1)
+    slopes = None if rows == 80 else draw(5, 4, device=device, seed=7, scale=0.1)  # tiles of 80 have none
+    if rows == 80:
+        request.getfixturevalue("tiles_of_80")
     upstream = draw(ENDS[0][-1], 4, D, dtype=torch.bfloat16, device=device, seed=5)
-    together = partial(gradients, inputs, backend, upstream, cu_seqlens=both, alibi_slopes=slopes, deterministic=True)
+    find = partial(gradients, backend=backend, deterministic=True)
+    together = partial(find, inputs, upstream=upstream, cu_seqlens=both, alibi_slopes=slopes)
     clean = together()
     for i in (0, 3, 4):
         (q0, q1), (k0, k1) = (ends[i : i + 2] for ends in ENDS)
         parts = {"q": inputs["q"][None, q0:q1], "k": inputs["k"][None, k0:k1], "v": inputs["v"][None, k0:k1]}
-        dq, dk, dv = gradients(parts, backend, upstream[None, q0:q1], alibi_slopes=slopes[i], deterministic=True)
+        own = None if slopes is None else slopes[i]
+        dq, dk, dv = find(parts, upstream=upstream[None, q0:q1], alibi_slopes=own)
         assert same((dq[0], dk[0], dv[0]), (clean[0][q0:q1], clean[1][k0:k1], clean[2][k0:k1]))
     assert all((x[150:153] == 0).all() for x in clean[1:]), "keys of a sequence without queries"
     inputs["q"][141:274] = inputs["k"][153:269] = inputs["v"][153:269] = upstream[141:274] = torch.nan
@@ -118,11 +175,13 @@ SCHEDULES = ["reverse", "random:1", "pct:1"]
 
 @pytest.mark.only("simt")
 @pytest.mark.parametrize("options", [{"causal": False}, {}, {"window": (150, 70), "causal": False}])
-@pytest.mark.parametrize("D", [64, 128, 160])
-def test_deterministic_whatever_the_order(D, options, backend, device):
+@pytest.mark.parametrize("D, rows", [(64, 128), (128, 64), (128, 80), (160, 64)])
+def test_deterministic_whatever_the_order(D, rows, options, backend, device, request):
     """Up to four blocks add to each dq, under schedules that start them in other orders."""
     from megakern import _simt
 
+    if rows == 80:
+        request.getfixturevalue("tiles_of_80")
     inputs = make(1, 140, 500 if D < 136 else 250, 1, 1, D, torch.float16, device)
 
     def under(schedule, **more):
@@ -191,11 +250,11 @@ def test_arguments_are_checked(backend, device):
     scratch = [torch.empty(1 << 14, device=device) for _ in range(3)]
     sizes, row = {"B": 1, "T": 8, "S": 8, "H": 1, "Hkv": 1, "D": 64}, [512, 64, 64]
 
-    def launch(dq=None, lines=1, dtype=1, strides=row, scale=0.125, offsets=0, **changed):
+    def launch(dq=None, lines=1, dtype=1, strides=row, rows=128, scale=0.125, offsets=0, cap=0.0, **changed):
         tensors = [*inputs.values(), like["dout"], like["out"], scratch[0]]
         outputs = [like["dq"] if dq is None else dq, like["dk"], like["dv"], *scratch[1:]]
         call("attention_backward", inputs["q"], *(x.data_ptr() for x in (*tensors, *outputs)), 0, 0, lines, offsets, 0,
-             0, dtype, *{**sizes, **changed}.values(), *row * 4, *strides, -1, 0, 1, scale, 0, 0, 0.0, 0, 0, 0,
+             0, dtype, *{**sizes, **changed}.values(), *row * 4, *strides, -1, 0, 1, rows, scale, 0, 0, cap, 0, 0, 0,
              -(1 << 31), 1.0)  # fmt: skip
 
     launch()
@@ -206,6 +265,8 @@ def test_arguments_are_checked(backend, device):
         ({"H": 3, "Hkv": 2}, "Hkv must divide H"),
         ({"strides": [512, 4, 64]}, "rows of out must start on multiples of 16 bytes"),
         ({"strides": [512, 0, 64]}, "strides of out must be above 0"),
+        ({"rows": 64}, "there is no tile of 64 queries for D 64"),
+        ({"rows": 80, "D": 72, "T": 7, "cap": 1.0}, "tiles of 80 queries are for scores without cap"),
         ({"scale": float("inf")}, "scale must be finite"),
         ({"offsets": inputs["q"].data_ptr()}, "q_offsets and k_offsets come in pairs"),
         ({"dq": like["dk"]}, "is written and must not overlap"),

@@ -16,24 +16,41 @@ QUERIES_IN_CACHE = 32 << 20
 
 @dataclass(frozen=True)
 class Tile:
-    """BackwardTile of csrc/attention_backward.cuh."""
+    """BackwardTile of csrc/attention_backward.cuh, for which attention_backward.cu has code."""
 
     columns: int
     """The head dim that is computed."""
     queries: int
     keys: int
 
-
-TILES = (
-    Tile(64, 128, 128),  # a thread's sums of dk and dv take 64 registers, two scores of 128 queries 128
-    Tile(128, 64, 128),  # sums 128, scores of 64 queries 64: with 128 queries they would be 256 of 240
-    Tile(256, 64, 64),  # sums of half the columns 128, scores 64: both consumers have the same keys
-)
-"""One tile a head dim: the largest whose sums and scores fit a consumer's registers. Not yet measured on a GPU."""
+    def __str__(self) -> str:
+        return f"{self.keys} keys x {self.queries} queries"
 
 
-def tile_of(D: int) -> Tile:
-    return next(tile for tile in TILES if tile.columns >= D)
+TILES = {
+    64: (Tile(64, 128, 128),),  # a thread's sums of dk and dv take 64 registers, two scores of 128 queries 128
+    128: (
+        Tile(128, 64, 128),  # sums 128, scores of 64 queries 64: with 128 queries they would be 256 of 240
+        # For plain scores. Sums 128, scores 80, p 4 beside them. A step moves 456 KB through shared memory, that of 64
+        # queries 384: 5 % more than a query's share. Not yet measured.
+        Tile(128, 80, 128),
+    ),
+    256: (Tile(256, 64, 64),),  # sums of half the columns 128, scores 64: both consumers have the same keys
+}
+"""Up to a head dim: the largest tiles whose sums and scores fit a consumer's registers. Not yet measured on a GPU:
+`python -m benchmarks.tune_attention --backend cuda --role backward` times all."""
+
+
+LONG = 1024
+"""Queries of a head, from which tiles of 80 cost less although the last is emptier: 13 x 456 KB to 16 x 384."""
+
+
+def tile_for(D: int, T: int, plain: bool, full: bool) -> Tile:
+    """plain: no cap, ALiBi or dropout, for which alone there is code for tiles but the first. full: every query sees
+    every key, in sequences of one length. Under a causal mask larger steps compute more in vain along the diagonal:
+    of 8192 queries 2 % more, of 2048 6 %."""
+    tiles = TILES[next(most for most in TILES if most >= D)]
+    return tiles[-1] if plain and full and T >= LONG else tiles[0]
 
 
 def attention_backward(
@@ -57,7 +74,8 @@ def attention_backward(
         q_offsets, k_offsets = q_offsets.contiguous(), k_offsets.contiguous()
     slopes, features = features_of(slopes, softcap, dropout_p, dropout_key)
     lse = lse.contiguous()
-    tile = tile_of(D)
+    plain, full = slopes is None and softcap == 0 and dropout_p == 0, tuple(window) == (-1, -1) and q_offsets is None
+    tile = tile_for(D, T, plain, full)
     rows, columns = tile.queries, tile.columns
     B = q.shape[0]
     lines = B * H * (cdiv(T, rows) if q_offsets is None else T // rows + sequences)
@@ -70,7 +88,7 @@ def attention_backward(
         "attention_backward", q, q.data_ptr(), k.data_ptr(), v.data_ptr(), dout.data_ptr(), out.data_ptr(),
         lse.data_ptr(), dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), sums.data_ptr(), statistics.data_ptr(),
         pointer(row_keys), pointer(turns), lines, pointer(q_offsets), pointer(k_offsets), sequences, DTYPES[q.dtype],
-        B, T, S, H, Hkv, D, *strides, *window, heads_at_a_time(T, H, Hkv, columns), scale, *features,
+        B, T, S, H, Hkv, D, *strides, *window, heads_at_a_time(T, H, Hkv, columns), rows, scale, *features,
     )  # fmt: skip
     return dq, dk, dv
 

@@ -159,28 +159,31 @@ def _attention_tile(problem) -> str:
     from megakern.kernels.cuda.attention_decode import decodes
 
     D, T, H, Hkv = (problem.sizes[name] for name in ("D", "T", "H", "Hkv"))
-    featured = any(problem.options[name] for name in ("softcap", "alibi", "dropout"))
-    plain = problem.options["positive_scale"] and not featured
-    unlimited = not problem.options["causal"] and not any(side is not None for side in problem.options["window"] or ())
+    plain = problem.options["positive_scale"] and not any(problem.options[name] for name in _FEATURES)
     tile = tile_for(D, T, plain)
-    pairs = pairs_for(D, T, H, Hkv, tile, unlimited and not problem.options["packed"])
+    pairs = pairs_for(D, T, H, Hkv, tile, _sees_all(problem))
     forward = f"TMA and wgmma, {tile}, consumer warpgroups in turn, persistent {pairs}"
     few = decodes(T, H // Hkv, problem.options["packed"], problem.options["dropout"])
     return f"forward: {_DECODE if few else forward}; {_attention_backward(problem)}"
 
 
+_FEATURES = ("softcap", "alibi", "dropout")
 _DECODE = "keys split over blocks, 16 rows of a group each, cp.async and mma; a second kernel combines"
 
 
-def _attention_backward(problem) -> str:
-    from megakern.kernels.cuda.attention_backward import tile_of  # which loads the compiled modules
+def _sees_all(problem) -> bool:
+    """Does each query see each key, in sequences of one length?"""
+    limited = any(side is not None for side in problem.options["window"] or ())
+    return not (limited or problem.options["causal"] or problem.options["packed"])
 
-    tile = tile_of(problem.sizes["D"])
+
+def _attention_backward(problem) -> str:
+    from megakern.kernels.cuda.attention_backward import tile_for  # which loads the compiled modules
+
+    plain = not any(problem.options[name] for name in _FEATURES)
+    tile = tile_for(problem.sizes["D"], problem.sizes["T"], plain, _sees_all(problem))
     order = "in the order of the keys" if problem.options["deterministic"] else "in any order"
-    return (
-        f"backward with TMA and wgmma, {tile.keys} keys x {tile.queries} queries, dk and dv in registers, "
-        f"dq added to fp32 sums {order}"
-    )
+    return f"backward with TMA and wgmma, {tile}, dk and dv in registers, dq added to fp32 sums {order}"
 
 
 OPS: dict[str, Op] = {
