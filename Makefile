@@ -1,6 +1,7 @@
 # make demo    train a small GPT on Python's own source, from nothing to a sample (4 to 8 minutes on two cores)
 # make test    all tests but the long ones (11 minutes on two cores, set-up included)
 # make faults  every promise about faults at its full number of trials, in build/faults.json (9 minutes on two cores)
+# make compat  tests with the oldest PyTorch and Triton that are promised, and the same compiled modules (6 minutes of one core)
 # make gates   compile every Triton and CUDA kernel for sm_80, sm_90 and sm_100, hold it against benchmarks/*_budget.json
 # make asan    CUDA kernels on the CPU under ASan and UBSan; make race: under TSan (4 and 18 minutes beside other work)
 # make bench   every benchmark of this machine into benchmarks/results, then its pictures and tables (15 minutes; LIMIT=5)
@@ -18,7 +19,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 NO_PIP := { echo "megakern: pip could not install them; is there a network, or an index (pip config list)? Then run the \
 same make again" >&2; exit 1; }
 
-.PHONY: help setup demo simt test test-all faults gates asan race gpu sanitize lint bench clean
+.PHONY: help setup demo simt test test-all compat faults gates asan race gpu sanitize lint bench clean
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
@@ -58,6 +59,22 @@ test: .venv/dev
 test-all: .venv/dev
 	$(BIN)/python -m pytest --durations=20
 
+# In front of .venv stand the packages of requirements-oldest.txt; megakern is this folder, with its compiled modules.
+.compat/ready: .venv/dev requirements-oldest.txt
+	$(BIN)/python -m venv .compat
+	@echo "installing requirements-oldest.txt: with what this PyTorch brings for GPUs 5 GB"
+	@.compat/bin/python -m pip --disable-pip-version-check install --quiet -r requirements-oldest.txt || $(NO_PIP)
+	@printf '%s\n' "$(CURDIR)" "$$($(BIN)/python -c '$(SITE)')" > "$$(.compat/bin/python -c '$(SITE)')/megakern.pth"
+	@touch $@
+
+SITE := import sysconfig; print(sysconfig.get_path("purelib"))
+COMPAT := modules dispatch autocast norm linear attention activation cross_entropy linear_cross_entropy mlp rope dropout \
+  adamw grad_norm cpu_kernels cpu_products shared collectives tensor_parallel sequence_parallel data_parallel overlap \
+  masters fp32_gradients gpt engine generate trainer resume checkpoint_pairs lora memory verify plan patch_swap \
+  triton_compile triton_interpreter tune simt
+compat: .compat/ready
+	.compat/bin/python -m pytest -m "not slow" --durations=10 $(WORKERS) $(COMPAT:%=tests/test_%.py)
+
 faults: .venv/dev
 	$(BIN)/python -m pytest -vv -m promise --faults build/faults.json --durations=20
 
@@ -90,4 +107,4 @@ bench: .venv/dev
 	$(BIN)/python -m benchmarks.record --minutes $(LIMIT) $(if $(MACHINE),--machine $(MACHINE))
 
 clean:
-	rm -rf .venv build dist *.egg-info demo megakern/*.so
+	rm -rf .venv .compat build dist *.egg-info demo megakern/*.so

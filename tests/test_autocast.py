@@ -308,13 +308,13 @@ def test_adapters_learn():
     add_adapters(model, ParallelContext(), rank=4, alpha=8.0, targets=("qkv", "proj", "fc"))
     for name, parameter in model.named_parameters():
         if name.endswith("adapter.b") or name.endswith("adapter.a"):
-            torch.nn.init.normal_(parameter, std=0.1)
+            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(len(name)))
     inputs = batch(LLAMA)
     _, found = gradients(model, *inputs)
     _, wide = exact(model, *inputs)
     assert found.keys() == wide.keys() and all("adapter" in name for name in found)
     for name, gradient in found.items():
-        torch.testing.assert_close(gradient.double(), wide[name], rtol=0.1, atol=0.05 * wide[name].abs().max().item())
+        assert (gradient - wide[name]).norm() <= 0.05 * wide[name].norm(), name
 
 
 def test_generation_sees_the_same_model():

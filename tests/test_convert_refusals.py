@@ -275,9 +275,13 @@ def test_pickles_are_never_opened(one):
 
 
 def test_other_files_of_weights_are_not_looked_at(one, without_fsync):
+    convert(one, one.parent / "alone")
     (one / "consolidated.safetensors").write_bytes(b"whatever")
     (one / "pytorch_model.bin").write_bytes(b"whatever")
     convert(one, one.parent / "run")
+    files = [sorted((one.parent / name / "ckpt").glob("*/*.safetensors")) for name in ("alone", "run")]
+    alone, beside = ([file.read_bytes() for file in each] for each in files)
+    assert alone and alone == beside
 
 
 def test_a_single_file_of_several_needs_an_index(shards):

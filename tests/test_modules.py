@@ -144,7 +144,7 @@ class Call:
     """A sound call of swiglu_forward on tensors (4, 8) inside larger ones, one argument of which a test spoils."""
 
     def __init__(self):
-        self.memory = torch.zeros(4096, dtype=torch.float32)
+        self.memory = torch.randn(4096, generator=torch.Generator().manual_seed(0))
         self.base = base = self.memory.data_ptr()
         self.arguments = {"gate": base, "up": base + 1024, "y": base + 2048, "dtype": F32, "M": 4, "C": 8,
                           "gate_stride": 8, "up_stride": 8, "device": -1, "stream": 0}  # fmt: skip
@@ -155,12 +155,24 @@ class Call:
 
 @with_simt
 def test_a_sound_call_is_accepted():
+    def expect(*, gate=0, up=256, y=512, stride=8, **others):
+        """What a call leaves in memory, with places in elements: y alone has changed."""
+        call = Call()
+        wanted = call.memory.clone()
+        rows = [wanted.as_strided((4, 8), (stride, 1), place) for place in (gate, up)]
+        wanted[y : y + 32] = (torch.nn.functional.silu(rows[0]) * rows[1]).flatten()
+        places = {"gate": call.base + 4 * gate, "up": call.base + 4 * up, "y": call.base + 4 * y}
+        call(**places, gate_stride=stride, up_stride=stride, **others)
+        torch.testing.assert_close(call.memory, wanted, rtol=1e-6, atol=1e-6)
+
+    expect()
+    expect(stride=0)  # one row for all
+    expect(y=0)  # in place
+    expect(stride=64, up=8)  # columns of one wider matrix
     call = Call()
-    call()
-    call(gate_stride=0, up_stride=0)  # one row for all
-    call(y=call.arguments["gate"])  # in place
-    call(gate_stride=64, up=call.base + 32, up_stride=64)  # columns of one wider matrix
+    before = call.memory.clone()
     call(M=0), call(C=0), call(M=0, gate=0, up=0, y=0)
+    assert torch.equal(call.memory, before)
 
 
 REFUSED = {

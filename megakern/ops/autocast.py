@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import torch
 
+from megakern.kernels.constant import constant_result
+
 NARROW = (torch.float16, torch.bfloat16)
 PRODUCTS = frozenset({"linear", "linear_swiglu", "attention", "paged_attention", "linear_cross_entropy"})
 NORMS = frozenset({"layer_norm", "rms_norm"})
@@ -30,8 +32,12 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
 
 
 def _dtype_on(device: str) -> torch.dtype | None:
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if on else None
+    return torch.get_autocast_dtype(device) if _available(device) and torch.is_autocast_enabled(device) else None
+
+
+@constant_result  # the compiler of torch 2.11 cannot trace it
+def _available(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
 
 
 def narrow(dtype: torch.dtype, *tensors: torch.Tensor | None) -> list[torch.Tensor | None]:

@@ -92,11 +92,11 @@ def _of_whole_rows(B, T, packed, attention_mask, device):
     real = None if attention_mask is None else attention_mask.to(device=device, dtype=torch.bool)
     if torch.compiler.is_compiling():
         if real is None:
-            return None if packed else (None,)
+            return (None,) if packed is None else None
         return (_three_parts(real),)
     linked = torch.ones(B, T, dtype=torch.bool, device=device)
     linked[:, :1] = False
-    if packed:  # a token that does not see the one before it starts a sequence
+    if packed is not None:  # a token that does not see the one before it starts a sequence
         rows, tokens = torch.arange(B, device=device)[:, None], torch.arange(1, T, device=device)[None]
         linked[:, 1:] &= packed(rows, torch.zeros_like(rows), tokens, tokens - 1)
     if real is not None:
