@@ -114,6 +114,12 @@ def test_a_terminal_shows_what_is_waited_for(capsys, monkeypatch):
     assert re.fullmatch(r"\r\x1b\[Ksimulating a training step of \d+ layers \.\.\.\r\x1b\[K", capsys.readouterr().err)
 
 
+def test_it_does_not_warn_of_what_it_does_with_simulated_tensors(recwarn):
+    how = ("--train.recompute", "selective", "--train.recompute_modules", '["attention", "norm"]')
+    assert main(["plan", *SMALL, *how]) == 0
+    assert not [str(each.message) for each in recwarn]
+
+
 def test_it_is_printed(capsys):
     assert main(["plan", *SMALL]) == 0
     text = capsys.readouterr().out

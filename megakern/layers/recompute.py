@@ -49,10 +49,11 @@ class made_again(saved_tensors_hooks):
     """
 
     def __init__(self, output: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor], source: torch.Tensor):
-        where, shape, source = output.untyped_storage().data_ptr(), output.shape, source.detach()
+        # The storage, not its address: fake tensors, as those of `megakern plan`, have none.
+        where, shape, source = output.untyped_storage()._cdata, output.shape, source.detach()
 
         def pack(tensor: torch.Tensor) -> torch.Tensor | None:
-            same = tensor.untyped_storage().data_ptr() == where and tensor.shape == shape
+            same = tensor.untyped_storage()._cdata == where and tensor.shape == shape
             return None if same else tensor
 
         @torch.no_grad()
