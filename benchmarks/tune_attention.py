@@ -106,6 +106,8 @@ def cuda_calls(role: str, shape: str, dtype: str, device: str = "cuda"):
             call = partial(cuda_backward.attention_backward, dout, q, k, v, out, lse, *how, fixed)
             choose = with_value(cuda_backward, "tile_for", lambda *problem, tile=tile: tile, call)
             found.append((f"{tile}, {order}", choose))
+            if not fixed:
+                found.append((f"{tile}, from registers", with_value(cuda_backward, "FROM_REGISTERS", True, choose)))
     for size in CACHES:
         if role == "forward":
             found.append((f"{size} MB", with_value(cuda_attention, "KEYS_IN_CACHE", size << 20, call)))

@@ -348,7 +348,7 @@ void attention_forward(const AttentionForward&, Place);
 // `sequences` + 1 elements; null: none. tile_rows: the queries R of a tile, of those that attention_backward.cu has for D. Scratch,
 // with `lines` = B H tiles, tiles: T / R rounded up, packed T / R rounded down + sequences: dq_sums (lines, R, 64, 128 or 256),
 // statistics (lines, 2, R); with dropout row_keys (lines, R), else null; for the same bits at each run turns (lines,), else null.
-// section: heads of keys in flight.
+// section: heads of keys in flight. from_registers: without turns, threads add dq to its sums, not by way of shared memory.
 struct AttentionBackward {
   const void *q, *k, *v, *dout, *out;
   const float* lse;
@@ -364,6 +364,7 @@ struct AttentionBackward {
   AttentionStrides q_strides, k_strides, v_strides, dout_strides, out_strides;
   int64_t left, right, section;
   int tile_rows;
+  bool from_registers;
   float scale;
   AttentionFeatures features;
 };

@@ -174,7 +174,7 @@ MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
         }
         if (++tile == at.end) tile = at.first, line += plan.q_tiles, ++head;
       }
-    } else if (thread / 32 == 1) {
+    } else if (thread / 32 == 1 && !plan.from_registers) {
       add_queries<Tile>(plan, at, dq);
     }
   } else {
@@ -200,7 +200,7 @@ MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
       const std::uint64_t dout_columns = matrix_descriptor(dout + slab * Tile::q_slab, 0, Tile::q_slab);
       const std::uint64_t of_ds = matrix_descriptor(ds + (D == 128 ? 0 : consumer * Tile::ds_slab));
       const std::uint64_t of_k = matrix_descriptor(k + (D == 64 ? 0 : Tile::pieces * consumer * Tile::kv_slab));
-      int tile = at.first, head = at.head * plan.group;
+      int tile = at.first, line = at.line, head = at.head * plan.group;
       float slope = Featured ? plan.scoring.slope(at.sample, head) : 0.0f;
       typename Keys::Sums next, dp;  // next: scores of the next queries, under way; split: registers do not suffice
       if (!Tile::split) {
@@ -289,14 +289,21 @@ MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
           if (!last) mbar_wait(&q_full[after], ring.phase);
           own.multiply(next, own.k, descriptor_behind(of_q, after * Tile::q_bytes));
         };
-        const auto put = [&](const typename Keys::Sums& part) {
+        const auto four = [](const typename Keys::Sums& part, int i) {
+          return Vector<float, 4>{part[4 * i], part[4 * i + 1], part[4 * i + 2], part[4 * i + 3]};
+        };
+        const auto put = [&](const typename Keys::Sums& part, int piece) {
+          if (plan.from_registers) {
+            float* to = plan.dq_sums + std::int64_t(line + tile) * Tile::line;
+            to += (consumer * Tile::pieces + piece) * Tile::part;
+#pragma unroll
+            for (int i = 0; i < span / 8; ++i) add_four(to + 512 * i + 4 * thread, four(part, i).values);
+            return;
+          }
           consumer_sync<5>(consumer, 160);  // the part before has been read
 #pragma unroll
           for (int i = 0; i < span / 8; ++i) {
-            Vector<float, 4> four;
-#pragma unroll
-            for (int e = 0; e < 4; ++e) four[e] = part[4 * i + e];
-            store_shared(dq + consumer * Tile::part + 512 * i + 4 * thread, four);
+            store_shared(dq + consumer * Tile::part + 512 * i + 4 * thread, four(part, i));
           }
           fence_async();
           if (consumer == 0) barrier_arrive<3>(160);
@@ -311,7 +318,7 @@ MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
           next_scores();
           release(&q_empty[stage]), release(&dout_empty[dout_stage]);
           wgmma_wait<1>(part);
-          put(part);
+          put(part, 0);
           if (ahead) {
             if (!last) mbar_wait(&dout_full[after], ring.phase);
             own.multiply(dp, own.v, descriptor_behind(of_dout, after * Tile::q_bytes));
@@ -323,13 +330,13 @@ MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
           wgmma_fence(other);
           own.weigh_queries(other, ds_part, descriptor_behind(of_k, Tile::kv_slab));
           release(&dout_empty[dout_stage]);
-          put(part);
+          put(part, 0);
           release(&q_empty[stage]);
           wgmma_wait<0>(other);
-          put(other);
+          put(other, 1);
         }
         if (++tile == at.end) {
-          tile = at.first, ++head;
+          tile = at.first, line += plan.q_tiles, ++head;
           if (Featured && step + 1 < steps) slope = plan.scoring.slope(at.sample, head);
         }
       }
@@ -398,7 +405,7 @@ static void launch_backward(const AttentionBackward& p, AttentionChecks& check, 
   const TensorMap dk = of_keys(p.dk, k_dense, 64), dv = of_keys(p.dv, k_dense, 64);
 
   BackwardPlan plan = {};
-  plan.dq_sums = p.dq_sums, plan.statistics = p.statistics, plan.turns = p.turns;
+  plan.from_registers = p.from_registers, plan.dq_sums = p.dq_sums, plan.statistics = p.statistics, plan.turns = p.turns;
   plan.row_keys = reinterpret_cast<std::uint64_t*>(p.row_keys);
   plan.q_offsets = p.q_offsets, plan.k_offsets = p.k_offsets, plan.sequences = int(p.sequences);
   plan.T = int(s.T), plan.S = int(s.S), plan.H = int(s.H), plan.group = int(s.H / s.Hkv);
@@ -438,6 +445,7 @@ void attention_backward(const AttentionBackward& p, Place place) {
   check.size("S", s.S, 1, check.most), check.size("section", p.section, 1, check.most);
   const bool packed = check.offsets(p.q_offsets, p.k_offsets, p.sequences);
   check.features(p.features, packed ? p.sequences : s.B);
+  check.require(!p.turns || !p.from_registers, "turns are for sums added by way of shared memory, not from registers");
   check.rows("q", p.q, p.q_strides, s.B, s.T, s.H), check.rows("dout", p.dout, p.dout_strides, s.B, s.T, s.H);
   check.rows("out", p.out, p.out_strides, s.B, s.T, s.H), check.reads("lse", p.lse, Dtype::f32, s.B * s.H * s.T);
   check.rows("k", p.k, p.k_strides, s.B, s.S, s.Hkv), check.rows("v", p.v, p.v_strides, s.B, s.S, s.Hkv);

@@ -9,8 +9,9 @@
 
 namespace megakern {
 
-// Sizes of the kernels for head dims up to D and tiles of Rows queries. Each of two consumers sums dk and dv of 64 keys: with D up to 128 its own 64
-// keys, else one half of the columns of the same 64, so that both compute all scores (1.4 times the products).
+// Sizes of the kernels for head dims up to D and tiles of Rows queries. Each of two consumers sums dk and dv of 64 keys:
+// with D up to 128 its own 64 keys, else one half of the columns of the same 64, so that both compute all scores (1.4
+// times the products).
 template <int D, int Rows>
 struct BackwardTile {
   static constexpr bool split = D > 128;  // by columns
@@ -48,6 +49,7 @@ struct BackwardPlan {
   float* statistics;        // (lines, 2, rows): lse log2(e), +inf where a query sees nothing; sum over D of dout out
   std::uint64_t* row_keys;  // (lines, rows), of dropout; null without
   int* turns;               // (lines,): tiles of keys that have been added, where the order is fixed; null: any order
+  bool from_registers;      // without turns: consumers add to dq_sums themselves, not by way of shared memory
   const int *q_offsets, *k_offsets;  // of packed sequences; null: none
   int sequences;
   int T, S, H, group;

@@ -33,9 +33,9 @@ struct BackwardKeys {
     }
   };
 
-  // Of p, in steps of 16 queries: what is packed with the exponentials, and where the differences pause to pack more. With 80
-  // queries a whole p beside its scores and dp does not fit 240 registers (128 sums of dk and dv + 80 + 20): later steps lie
-  // where their scores were. What ptxas made of others is in benchmarks/results/h200/tuning.md.
+  // Of p, in steps of 16 queries: what is packed with the exponentials, and where the differences pause to pack more. With
+  // 80 queries a whole p beside its scores and dp does not fit 240 registers (128 sums of dk and dv + 80 + 20): later steps
+  // lie where their scores were. What ptxas made of others is in benchmarks/results/h200/tuning.md.
   static constexpr int early = Tile::turned ? 1 : span / 16, middle = Tile::turned ? 3 : span / 16;
   static constexpr int columns = 64 * Tile::own_slabs;  // of dk and dv
   float dk[columns / 2], dv[columns / 2];

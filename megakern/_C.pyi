@@ -473,6 +473,7 @@ def attention_backward(
     right: int,
     section: int,
     tile_rows: int,
+    from_registers: bool,
     scale: float,
     features_slopes: int,
     features_slope_stride: int,

@@ -243,16 +243,16 @@ WHOLE = """
 next_scores();
 release(&q_empty[stage]), release(&dout_empty[dout_stage]);
 wgmma_wait<1>(part);
-put(part);"""
+put(part, 0);"""
 SPLIT = """
 wgmma_wait<0>(part);
 wgmma_fence(other);
 own.weigh_queries(other, ds_part, descriptor_behind(of_k, Tile::kv_slab));
 release(&dout_empty[dout_stage]);
-put(part);
+put(part, 0);
 release(&q_empty[stage]);
 wgmma_wait<0>(other);
-put(other);"""
+put(other, 1);"""
 ADDED = """
 tma_wait<0>();
 fence_device();
@@ -313,6 +313,18 @@ BUGS += (
             "dq written over a part that is being added": ("consumer_sync<5>(consumer, 160);", ";"),
             "dq not shown to the copy engine": _without(PUT, 0),
             "dq of one consumer never added": ("add(1, piece);", ";"),
+            "from registers: one place for the pieces": (
+                "to += (consumer * Tile::pieces + piece) * Tile::part;",
+                "to += consumer * Tile::pieces * Tile::part;",
+            ),
+            "from registers: sums of the first head for all": (
+                "if (++tile == at.end) {\n@tile = at.first, line += plan.q_tiles, ++head;@",
+                "tile = at.first, ++head;",
+            ),
+            "from registers: added by way of shared memory too": (
+                "thread / 32 == 1 && !plan.from_registers",
+                "thread / 32 == 1",
+            ),
             "dq given back while it is being read": ("@tma_wait_read<0>();@\n}\nsync_warp();", ";"),
             "no turn waited for": ("while (atomic_add(turn, 0) != mine) yield_thread();", ";"),
             "the next one's turn before this one has added": _without(ADDED, 0),

@@ -182,9 +182,9 @@ def test_rows_of_one_packed_sequence(machine, start, length, row):
 def test_rows_of_bytes(machine):
     x, before = torch.randn(200), whole(200)
     before[:8] = -x[:8]
-    out = machine("bulk", [x, torch.zeros(200), before], [800])
+    out = machine("bulk", [x, torch.zeros(200), before, before], [800])
     assert same_bits(out[1], x)
-    assert same_bits(out[2], before + x)
+    assert same_bits(out[2], before + x) and same_bits(out[3], before + x)
 
 
 @pytest.mark.parametrize("size", [4, 8, 16])

@@ -118,7 +118,7 @@ SOUND: dict[str, dict] = {
     },
     "attention_backward": {
         **SIZES, "absent": {"q_offsets", "k_offsets", "row_keys"}, "lines": B * H, "sequences": 0,
-        **strides("q", "k", "v", "dout", "out"), "section": 2, "tile_rows": 128,
+        **strides("q", "k", "v", "dout", "out"), "section": 2, "tile_rows": 128, "from_registers": False,
     },
     "attention_decode": {
         **SIZES, "absent": {"table", "lengths"}, **strides("q", "k", "v"), "pages": 0, "page_size": 0,

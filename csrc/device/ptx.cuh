@@ -183,6 +183,12 @@ MK_DEVICE void bulk_add(float* to, const float* from, int bytes) {
                "r"(shared_address(from)), "r"(bytes)
                : "memory");
 }
+// By a thread, from its registers: four floats, `to` on a multiple of 16 bytes, each addition in one piece. In any order.
+MK_DEVICE void add_four(float* to, const float (&v)[4]) {
+  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "f"(v[0]), "f"(v[1]),
+               "f"(v[2]), "f"(v[3])
+               : "memory");
+}
 MK_DEVICE void tma_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 // Until at most `Pending` of the thread's groups have yet to read shared memory.
 template <int Pending>

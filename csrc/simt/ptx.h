@@ -120,6 +120,17 @@ inline void tma_add_2d(const TensorMap* map, const void* from, int x, int y, MK_
 }
 inline void bulk_store(void* to, const void* from, int bytes, MK_SITE) { simt::bulk_store(to, from, bytes, false, site); }
 inline void bulk_add(float* to, const float* from, int bytes, MK_SITE) { simt::bulk_store(to, from, bytes, true, site); }
+inline void add_four(float* to, const float (&v)[4], MK_SITE) {
+  check_global(to);
+  if (reinterpret_cast<std::uintptr_t>(to) % 16 != 0) simt::fail("add_four at an address that is no multiple of 16", site);
+  for (int i = 0; i < 4; ++i) {
+    float old, sum;
+    __atomic_load(to + i, &old, __ATOMIC_RELAXED);
+    do sum = old + v[i];
+    while (!__atomic_compare_exchange(to + i, &old, &sum, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
+  }
+  simt::breathe();
+}
 inline void tma_commit() { simt::tma_commit(); }
 template <int Pending>
 void tma_wait_read() {

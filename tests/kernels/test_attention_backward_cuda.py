@@ -81,6 +81,20 @@ def test_tiles_of_80_queries_for_packed_sequences(backend, device, tiles_of_80):
         check(inputs, backend, cu_seqlens=both, deterministic=True, **mask)
 
 
+@pytest.mark.parametrize("D, rows", [(64, 128), (128, 64), (128, 80), (200, 64)])
+def test_dq_added_from_registers(D, rows, backend, device, monkeypatch, request):
+    """Dense and packed; where the order of additions is fixed it goes its usual way, to the bit."""
+    if rows == 80:
+        request.getfixturevalue("tiles_of_80")
+    inputs = make(2, 170, 203, 4, 2, D, torch.bfloat16, device)
+    fixed = gradients(inputs, backend, causal=False, deterministic=True)
+    monkeypatch.setattr(launchers, "FROM_REGISTERS", True)
+    check(inputs, backend, causal=False)
+    packed, both = packed_case(device, D)
+    check(packed, backend, cu_seqlens=both)
+    assert same(fixed, gradients(inputs, backend, causal=False, deterministic=True))
+
+
 def test_the_tile_of_a_problem(backend, device, monkeypatch):
     assert [launchers.tile_for(D, 1024, True, True).queries for D in (64, 72, 128, 136)] == [128, 80, 80, 64]
     others = [(128, 1023, True, True), (128, 5000, False, True), (128, 5000, True, False), (200, 5000, True, True)]
@@ -250,12 +264,24 @@ def test_arguments_are_checked(backend, device):
     scratch = [torch.empty(1 << 14, device=device) for _ in range(3)]
     sizes, row = {"B": 1, "T": 8, "S": 8, "H": 1, "Hkv": 1, "D": 64}, [512, 64, 64]
 
-    def launch(dq=None, lines=1, dtype=1, strides=row, rows=128, scale=0.125, offsets=0, cap=0.0, **changed):
+    def launch(
+        dq=None,
+        lines=1,
+        dtype=1,
+        strides=row,
+        rows=128,
+        scale=0.125,
+        offsets=0,
+        cap=0.0,
+        turns=0,
+        direct=False,
+        **changed,
+    ):
         tensors = [*inputs.values(), like["dout"], like["out"], scratch[0]]
         outputs = [like["dq"] if dq is None else dq, like["dk"], like["dv"], *scratch[1:]]
-        call("attention_backward", inputs["q"], *(x.data_ptr() for x in (*tensors, *outputs)), 0, 0, lines, offsets, 0,
-             0, dtype, *{**sizes, **changed}.values(), *row * 4, *strides, -1, 0, 1, rows, scale, 0, 0, cap, 0, 0, 0,
-             -(1 << 31), 1.0)  # fmt: skip
+        call("attention_backward", inputs["q"], *(x.data_ptr() for x in (*tensors, *outputs)), 0, turns, lines, offsets,
+             0, 0, dtype, *{**sizes, **changed}.values(), *row * 4, *strides, -1, 0, 1, rows, direct, scale, 0, 0, cap,
+             0, 0, 0, -(1 << 31), 1.0)  # fmt: skip
 
     launch()
     for wrong, message in [
@@ -267,6 +293,7 @@ def test_arguments_are_checked(backend, device):
         ({"strides": [512, 0, 64]}, "strides of out must be above 0"),
         ({"rows": 64}, "there is no tile of 64 queries for D 64"),
         ({"rows": 80, "D": 72, "T": 7, "cap": 1.0}, "tiles of 80 queries are for scores without cap"),
+        ({"turns": inputs["v"].data_ptr(), "direct": True}, "turns are for sums added by way of shared memory"),
         ({"scale": float("inf")}, "scale must be finite"),
         ({"offsets": inputs["q"].data_ptr()}, "q_offsets and k_offsets come in pairs"),
         ({"dq": like["dk"]}, "is written and must not overlap"),

@@ -76,8 +76,8 @@ MK_KERNEL void tma_store_kernel(const MK_GRID_CONSTANT Box box, const unsigned c
 #endif
 }
 
-// y = x, sum += x, by rows of bytes.
-MK_KERNEL void bulk_kernel(const float* x, float* y, float* sum, int bytes) {
+// y = x, sum += x, by rows of bytes; fours += x, by threads.
+MK_KERNEL void bulk_kernel(const float* x, float* y, float* sum, float* fours, int bytes) {
 #if MK_SM90A
   SharedMemory shared;
   float* row = shared.take<float>(bytes / 4);
@@ -91,6 +91,7 @@ MK_KERNEL void bulk_kernel(const float* x, float* y, float* sum, int bytes) {
     tma_commit();
     tma_wait_read<0>();
   }
+  for (int i = 4 * int(threadIdx.x); i < bytes / 4; i += 4 * kWarp) add_four(fours + i, load<4>(x + i).values);
 #endif
 }
 
@@ -354,9 +355,9 @@ MK_CASE(tma_add) {  // x, y; of box_of
   MK_LAUNCH(tma_store_kernel, 1, 64, std::size_t(box.bytes) + 2048, a.place, box, a.tensor<unsigned char>(0), true);
 }
 
-MK_CASE(bulk) {  // x, y, sum; bytes
+MK_CASE(bulk) {  // x, y, sum, fours; bytes
   MK_LAUNCH(bulk_kernel, 1, 32, std::size_t(a.number(0)) + 16, a.place, a.tensor<float>(0), a.tensor<float>(1),
-            a.tensor<float>(2), a.number(0));
+            a.tensor<float>(2), a.tensor<float>(3), a.number(0));
 }
 
 MK_CASE(cp_async) {  // x, y; bytes, threads, by barrier

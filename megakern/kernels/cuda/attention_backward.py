@@ -41,6 +41,10 @@ TILES = {
 `python -m benchmarks.tune_attention --backend cuda --role backward` times all."""
 
 
+FROM_REGISTERS = False
+"""Does each thread add its part of dq to the sums in memory, where the order is free? Else it goes by way of shared
+memory and the copy engine, 40 of the 456 KB of a step more. Not yet measured."""
+
 LONG = 1024
 """Queries of a head, from which tiles of 80 cost less although the last is emptier: 13 x 456 KB to 16 x 384."""
 
@@ -83,12 +87,13 @@ def attention_backward(
     statistics = empty((lines, 2, rows), torch.float32, q.device)
     row_keys = empty((lines, rows), torch.int64, q.device) if dropout_p > 0 else None
     turns = empty((lines,), torch.int32, q.device) if deterministic else None
+    direct = FROM_REGISTERS and not deterministic
     strides = [x.stride(dim) for x in (q, k, v, dout, out) for dim in (0, 1, 2)]
     call(
         "attention_backward", q, q.data_ptr(), k.data_ptr(), v.data_ptr(), dout.data_ptr(), out.data_ptr(),
         lse.data_ptr(), dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), sums.data_ptr(), statistics.data_ptr(),
         pointer(row_keys), pointer(turns), lines, pointer(q_offsets), pointer(k_offsets), sequences, DTYPES[q.dtype],
-        B, T, S, H, Hkv, D, *strides, *window, heads_at_a_time(T, H, Hkv, columns), rows, scale, *features,
+        B, T, S, H, Hkv, D, *strides, *window, heads_at_a_time(T, H, Hkv, columns), rows, direct, scale, *features,
     )  # fmt: skip
     return dq, dk, dv
 
