@@ -91,7 +91,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tiny_data, tmp_path):
     assert held.began.wait(30)
     for _ in range(2):  # each changes every weight and moment in place
         trainer.train_step()
-        trainer.saver.poll()
+        trainer.saver.poll(trainer.outcome.written)
     assert trainer.saved is None and not list((tmp_path / "run" / "ckpt").glob("step-0000000?"))
     held.go.set()
     trainer.saver.wait()
@@ -221,13 +221,13 @@ def test_a_run_that_ends_by_an_error_of_its_own_finishes_its_checkpoint(tiny_dat
     trainer.saver.files = files
     original, poll = trainer._gradients, trainer.saver.poll
 
-    def poisoned() -> float:
+    def poisoned() -> torch.Tensor:
         loss = original()
         if trainer.step == 2:
             next(iter(trainer.model.parameters())).grad.fill_(float("nan"))
         return loss
 
-    trainer._gradients, trainer.saver.poll = poisoned, lambda: poll() if trainer.step < 2 else None
+    trainer._gradients, trainer.saver.poll = poisoned, lambda written: poll(written) if trainer.step < 2 else None
     with pytest.raises(NonFiniteError):
         trainer.fit(StopRequest())
     assert (tmp_path / "run" / "ckpt" / "step-00000002").exists() == left

@@ -1,7 +1,7 @@
 """The checkpoints of a run while it trains: written at once or beside the next steps, and what a failed one means.
 
     save      stage: check, plan, copy (async_save)      then a thread: write, hash, commit, over its own process group
-    poll      at each step boundary, while one is being written: have all ranks finished it?
+    poll      at each step boundary: settles one that all ranks have finished
     wait      before the next save (so that saves do not pile up), and before the run ends
 
 A checkpoint exists when it is committed, not before; a run that dies between staging and commit goes on from the one
@@ -20,7 +20,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megakern.parallel import trace
 from megakern.parallel.context import ParallelContext
 from megakern.train import checkpoint
 from megakern.train.checkpoint import CheckpointWriteError, Staged
@@ -106,9 +105,18 @@ class Saver:
             staged, lambda staged: checkpoint.commit(staged, self.parallel, files=self.files, group=self._group)
         )
 
-    def poll(self) -> None:
-        """At a step boundary: settles a checkpoint that every rank has finished. Raises as `save` does."""
-        if self._writing is not None and self._all_finished():
+    @property
+    def written(self) -> bool:
+        """Has this rank written its part of what was staged? True where nothing is."""
+        return self._writing is None or self._writing.finished()
+
+    def poll(self, written: bool) -> None:
+        """At a step boundary: settles a checkpoint that every rank has written. Raises as `save` does.
+
+        written: `Saver.written` of all ranks together, as they agreed on it: else one would raise at this step, and the
+        others at a later one.
+        """
+        if self._writing is not None and written:
             self.wait()
 
     def wait(self) -> None:
@@ -123,16 +131,6 @@ class Saver:
             self.wait()
         except CheckpointWriteError as failed:
             log.error("%s; after that the run ended: %s", failed, error)
-
-    def _all_finished(self) -> bool:
-        """The same answer on every rank: else one would raise at this step, and the others at a later one."""
-        finished = self._writing.finished()
-        if self.parallel.world_size == 1:
-            return finished
-        flag = torch.tensor([int(finished)], device=self.parallel.device())
-        trace.collective("all_reduce", flag, None)
-        dist.all_reduce(flag, op=dist.ReduceOp.MIN)
-        return bool(flag.item())
 
     def _settle(self, step: int, finish: Callable[[], Path], last: bool) -> None:
         try:

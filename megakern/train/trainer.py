@@ -18,7 +18,7 @@ from megakern.parallel.collectives import finish_gradients
 from megakern.parallel.context import ParallelContext
 from megakern.parallel.data import begin_pass
 from megakern.train import checkpoint, machine
-from megakern.train.agreement import agree
+from megakern.train.agreement import Outcome, agree
 from megakern.train.batches import Batches, evaluate, loss_of, make_loader
 from megakern.train.build import make_model, make_optimizer
 from megakern.train.config import RunConfig, as_table
@@ -60,7 +60,7 @@ class Trainer:
         self.samples = 0  # sequences consumed: the position in the data, and all the state the loader has
         self.skipped_in_a_row = 0
         self.stop = StopRequest()
-        self.signal = 0  # that any rank had received when they agreed on the step
+        self.outcome: Outcome | None = None  # of the newest step
         self.base = Base.of(config) if config.lora.rank else None
         self.saver = Saver(run / "ckpt", parallel, config.train, config.parallel, self._log_failed_save)
         self._restore()
@@ -98,17 +98,17 @@ class Trainer:
         settings, self.stop = self.config.train, stop
         while self.step < settings.steps:
             self.train_step()
-            self.saver.poll()
+            self.saver.poll(self.outcome.written)
             # Evaluation first: killed between the two, a resumed run makes both again, and no record is missing.
             if settings.eval_every and self.step % settings.eval_every == 0 and self.step < settings.steps:
                 self._log_evaluation(self.evaluate(settings.eval_batches))
-            if self.signal:
+            if number := self.outcome.signal:
                 self.save(last=True)
                 self._say(
-                    f"stopped by signal {self.signal} after step {self.step} of {settings.steps}; saved {self.saved}\n"
+                    f"stopped by signal {number} after step {self.step} of {settings.steps}; saved {self.saved}\n"
                     f"resume with: megakern train --resume {self.run}"
                 )
-                return self.signal
+                return number
             if settings.save_every and self.step % settings.save_every == 0 and self.step < settings.steps:
                 self.save()
         return 0
@@ -125,8 +125,8 @@ class Trainer:
         norm = gradient_norm(self.model.parameters())
         if self.scaler:
             norm = norm / self.scaler.scale
-        outcome = agree(loss, norm, self.stop.number, self.parallel)
-        self.signal, finite = outcome.signal, outcome.finite
+        outcome = agree(loss, norm, self.parallel, signal=self.stop.number, written=self.saver.written)
+        self.outcome, finite = outcome, outcome.finite
         if finite:
             trace.phase("optimizer step")
             for group in self.optimizer.param_groups:
