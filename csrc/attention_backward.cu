@@ -254,17 +254,17 @@ MK_KERNEL void __launch_bounds__(kPipelineThreads, 1)
           if (ahead) wgmma_wait<0>(dp);
           const std::uint64_t dout_now = descriptor_behind(dout_columns, dout_place);
           const float* of_delta = delta + delta_place;
-          wgmma_fence(own.dv, p);
+          wgmma_fence(own.dv, Keys::template steps<0, Keys::early>(p));
           own.template accumulate<0, Keys::early>(own.dv, p, dout_now);
           if (!ahead) wgmma_wait<1>(dp);
           own.template differences<Featured, 0, Keys::middle>(change, s, dp, kept, of_delta, plan.scoring.kept);
           if constexpr (Tile::turned) {  // the rest of p
             own.template pack<Keys::early, Keys::middle>(p, s);
-            wgmma_fence(p);
+            wgmma_fence(Keys::template steps<Keys::early, Keys::middle>(p));
             own.template accumulate<Keys::early, Keys::middle>(own.dv, p, dout_now);
             own.template differences<Featured, Keys::middle, span / 16>(change, s, dp, kept, of_delta, plan.scoring.kept);
             own.template pack<Keys::middle, span / 16>(p, s);
-            wgmma_fence(p);
+            wgmma_fence(Keys::template steps<Keys::middle, span / 16>(p));
             own.template accumulate<Keys::middle, span / 16>(own.dv, p, dout_now);
           }
           wgmma_fence(own.dk, change);

@@ -66,6 +66,12 @@ struct BackwardKeys {
     wgmma_commit();
   }
 
+  // Of an operand, queries in 16s, From to End.
+  template <int From, int End>
+  static MK_DEVICE auto& steps(Operand& a) {
+    return reinterpret_cast<std::uint32_t(&)[End - From][4]>(a[From]);
+  }
+
   // d += a b: dv with p and dout, dk with ds and q; of queries in 16s, From to End.
   template <int From = 0, int End = span / 16>
   static MK_DEVICE void accumulate(float (&d)[columns / 2], const Operand& a, std::uint64_t b) {
@@ -117,7 +123,7 @@ struct BackwardKeys {
     pack<0, early>(p, s);
   }
 
-  // Of p, queries in 16s, From to End.
+  // p of queries in 16s, From to End.
   template <int From, int End>
   static MK_DEVICE void pack(Operand& p, const Sums& s) {
 #pragma unroll

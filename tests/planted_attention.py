@@ -220,11 +220,11 @@ BUGS += _of(
 
 P_BEHIND = """
 own.template pack<Keys::early, Keys::middle>(p, s);
-wgmma_fence(p);
+wgmma_fence(Keys::template steps<Keys::early, Keys::middle>(p));
 own.template accumulate<Keys::early, Keys::middle>(own.dv, p, dout_now);
 own.template differences<Featured, Keys::middle, span / 16>(change, s, dp, kept, of_delta, plan.scoring.kept);
 own.template pack<Keys::middle, span / 16>(p, s);
-wgmma_fence(p);
+wgmma_fence(Keys::template steps<Keys::middle, span / 16>(p));
 own.template accumulate<Keys::middle, span / 16>(own.dv, p, dout_now);"""
 SHARE = """
 own.share(change, ds_now + ds_own + half * Tile::ds_slab, warp, lane);
@@ -283,7 +283,7 @@ BUGS += (
             "scores not waited for": ("wgmma_wait<0>(s, own.dv, own.dk);", ";"),
             "scores of halved columns not waited for": ("wgmma_wait<1>(s);", ";"),
             "dp that is ahead not waited for": ("if (ahead) wgmma_wait<0>(dp);", ";"),
-            "no fence before the product with dout": ("wgmma_fence(own.dv, p);", ";"),
+            "no fence before the product with dout": ("wgmma_fence(own.dv, Keys::template steps<0, Keys::early>(p));", ";"),
             "dp not waited for": ("if (!ahead) wgmma_wait<1>(dp);", ";"),
             "no fence before the product with q": ("wgmma_fence(own.dk, change);", ";"),
             "ds not shown to the tensor cores": _without(SHARE, 1),

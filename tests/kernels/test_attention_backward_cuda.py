@@ -71,7 +71,9 @@ def tiles_of_80(monkeypatch):
      (2, 112, 203, 3, 3, 120), (1, 161, 65, 6, 2, 128)],
 )  # fmt: skip
 def test_tiles_of_80_queries(shape, dtype, backend, device, tiles_of_80):
-    for mask in ({"causal": False}, {"scale": -0.2}, {"causal": False, "window": (30, 10)}):
+    # Of 112 queries that see 100 keys to each side the last ones of a tile alone do not see all of a consumer's keys.
+    window = (30, 10) if dtype is torch.bfloat16 else (100, 100)
+    for mask in ({"causal": False}, {"scale": -0.2}, {"causal": False, "window": window}):
         check(make(*shape, dtype, device), backend, deterministic=dtype is torch.bfloat16, **mask)
 
 
