@@ -283,7 +283,10 @@ BUGS += (
             "scores not waited for": ("wgmma_wait<0>(s, own.dv, own.dk);", ";"),
             "scores of halved columns not waited for": ("wgmma_wait<1>(s);", ";"),
             "dp that is ahead not waited for": ("if (ahead) wgmma_wait<0>(dp);", ";"),
-            "no fence before the product with dout": ("wgmma_fence(own.dv, Keys::template steps<0, Keys::early>(p));", ";"),
+            "no fence before the product with dout": (
+                "wgmma_fence(own.dv, Keys::template steps<0, Keys::early>(p));",
+                ";",
+            ),
             "dp not waited for": ("if (!ahead) wgmma_wait<1>(dp);", ";"),
             "no fence before the product with q": ("wgmma_fence(own.dk, change);", ";"),
             "ds not shown to the tensor cores": _without(SHARE, 1),
