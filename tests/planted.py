@@ -1,4 +1,4 @@
-"""Bugs planted in the attention kernels, one at a time: the tests of each must fail.
+"""Bugs planted in the kernels of attention and of products, one at a time: the tests of each must fail.
 
     python -m tests.planted [word ...]      those whose name has one of the words; prints which test caught each
 
@@ -27,6 +27,8 @@ import torch  # noqa: F401 - once, before the forks; not megakern, which loads i
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
+# All with bugs, and what includes those, so that each finds the others in its own folder first.
+SOURCES = ("attention*", "device/attention*", "linear.cu", "product.cuh", "device/epilogue.cuh")
 FAILED = 1  # of pytest: some test failed
 HANGS = 900  # seconds
 HEADER = """#pragma once
@@ -99,8 +101,7 @@ def module(bugs: list[tuple[int, Bug]]) -> Path:
     builder = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(builder)
     others = builder.compile_sources("simt")
-    # All sources and headers of attention, so that each finds the others in its own folder first.
-    places = [*CSRC.glob("attention*"), *CSRC.glob("device/attention*")]
+    places = [path for name in SOURCES for path in CSRC.glob(name)]
     texts = {str(path.relative_to(CSRC)): path.read_text() for path in places}
     texts = {file: planted(text, [b for b in bugs if b[1].file == file]) for file, text in texts.items()}
     texts["planted_bug.h"] = HEADER
@@ -152,9 +153,9 @@ def outcome(number: int, tests: tuple[str, ...], built: Path) -> tuple[int, str]
 
 def uncaught(words: tuple[str, ...] = ()) -> list[str]:
     """The bugs (those whose name has one of the words) with which all tests passed; prints a line for each."""
-    from tests.planted_attention import BUGS
+    from tests import planted_attention, planted_product
 
-    numbered = list(enumerate(BUGS, 1))
+    numbered = list(enumerate([*planted_attention.BUGS, *planted_product.BUGS], 1))
     built = module(numbered)
     chosen = [(i, bug) for i, bug in numbered if not words or any(word in bug.name for word in words)]
     code, text = outcome(0, tuple(dict.fromkeys(test for _, bug in chosen for test in bug.tests)), built)

@@ -1,5 +1,5 @@
-"""Parallel linear layers in bf16 on two and four ranks, their products by the C++ kernel under simt and by torch:
-outputs and all gradients are those of the unsharded layer in float64."""
+"""Parallel linear layers, those of attention too, in bf16 on two and four ranks, their products by the C++ kernel under
+simt and by torch: outputs and all gradients are those of the unsharded layer in float64."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ from tests.closeness import FLOOR, assert_close_to_ref
 
 # A quarter of C and INNER is a multiple of 8: rows of 16 bytes, as the C++ product wants. 88 rows and 288 columns, or a
 # half of them, are more than its tile of 64 x 128 and no multiple of it.
-B, T, C, INNER = 2, 44, 64, 288
+B, T, C, INNER, HEADS = 2, 44, 64, 288, 4
 KINDS = {
     "column": {cxx.NT: 1, cxx.NN: 1, cxx.TN: 1},
     "row": {cxx.NT: 1, cxx.NN: 1, cxx.TN: 1},
     "plain": {cxx.NT: 2, cxx.NN: 1, "before": 1, cxx.TN: 2},
     "swiglu": {cxx.GATED: 1, cxx.NT: 1, cxx.NN: 2, "before": 1, cxx.TN: 3},
+    "attention": {cxx.NT: 2, cxx.NN: 2, cxx.TN: 2},
 }
 """Products of each layer by their layout; "before" is NN with the derivative of what came before in its epilogue."""
 with_simt = pytest.mark.skipif(module._simt is None, reason="megakern._simt is not built: make simt")
@@ -41,6 +42,8 @@ def make(kind: str, parallel: mk.ParallelContext | None) -> nn.Module:
         return mk.ColumnParallelLinear(C, INNER, activation="gelu_tanh", **how)
     if kind == "row":
         return mk.RowParallelLinear(INNER, C, **how)
+    if kind == "attention":
+        return mk.ParallelAttention(C, HEADS, **how)
     return mk.ParallelMLP(C, INNER, activation="gelu_tanh" if kind == "plain" else "swiglu", **how)
 
 
@@ -55,6 +58,9 @@ def plain(kind: str, x: torch.Tensor, **w: torch.Tensor) -> torch.Tensor:
         return F.gelu(product(x), approximate="tanh")
     if kind == "row":
         return product(x)
+    if kind == "attention":
+        q, k, v = product(x, "qkv.").view(B, T, HEADS, 3, -1).permute(3, 0, 2, 1, 4)
+        return product(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2), "proj.")
     gated = kind == "swiglu"
     inner = F.silu(product(x, "gate.")) * product(x, "up.") if gated else F.gelu(product(x, "fc1."), approximate="tanh")
     return product(inner, "fc2.")

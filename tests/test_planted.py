@@ -1,4 +1,4 @@
-"""Bugs planted in the attention kernels (tests/planted.py): each has its place in the sources, and each is caught."""
+"""Bugs planted in the kernels (tests/planted.py): each has its place in the sources, and each is caught."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import sys
 
 import pytest
 
-from tests import planted
+from tests import planted, planted_attention, planted_product
 from tests.planted import Bug
-from tests.planted_attention import BUGS
+
+BUGS = [*planted_attention.BUGS, *planted_product.BUGS]
 
 
 def test_every_bug_has_its_place():
