@@ -6,7 +6,7 @@ megakern/kernels/cuda/linear_plan.py.
 Shapes are M x N x K of y (M, N) = x W^T, bf16. TFLOP/s, and how many times cuBLAS's speed. --layers: forward, dx and dW
 of the layers of Llama 8B and GPT-2 1.5B at 8192 tokens, and dW added to an fp32 gradient; --compile: beside
 torch.compile. An empty --shape leaves the single shapes out. --epilogues: what follows a product of 8192 x 16384 x
-4096.
+4096, and SwiGLU of 8192 x 2 x 14336 x 4096.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from benchmarks.common import describe_machine, machine_facts, sizes
 from benchmarks.timing import CudaClock
 from megakern.kernels.cuda.linear import BAND, multiprocessors, product
-from megakern.kernels.cuda.linear_plan import NN, NT, OTHER_TILES, TILES, TN, choose, epilogue_weight, plan_of
+from megakern.kernels.cuda.linear_plan import GATED, NN, NT, OTHER_TILES, TILES, TN, choose, epilogue_weight, plan_of
 
 SHAPES = ["8192x8192x8192", "4096x4096x4096", "2048x2048x2048", "1024x4096x4096", "64x8192x8192", "16x28672x4096"]
 LLAMA = ["8192x6144x4096", "8192x4096x4096", "8192x28672x4096", "8192x4096x14336"]
@@ -136,6 +136,18 @@ def epilogues(M, N, K):
     return calls
 
 
+def gated(M, N, K):
+    """silu(x gate^T) * (x up^T), both (M, N), nothing kept."""
+    x, out = torch.randn(M, K, device="cuda").bfloat16(), torch.empty(M, N, device="cuda", dtype=torch.bfloat16)
+    gate, up = ((torch.randn(N, K, device="cuda") * K**-0.5).bfloat16() for _ in range(2))
+    calls = {"cuBLAS": lambda: F.silu(F.linear(x, gate)) * F.linear(x, up)}
+    for tile in TILES:
+        if tile.gated:
+            plan = plan_of(tile, M, 2 * N, K, multiprocessors(x.device), GATED)
+            calls[str(tile)] = lambda plan=plan: product(GATED, x, gate, out, b_up=up, plan=plan)
+    return calls
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", nargs="*", default=SHAPES)
@@ -172,6 +184,7 @@ def main() -> None:
         race("dW added in fp32", N, K, M, accumulated(N, K, M), TN, epilogue_weight(wide=True))
     if options.epilogues:
         race("epilogues", 8192, 16384, 4096, epilogues(8192, 16384, 4096))
+        race("SwiGLU", 8192, 2 * 14336, 4096, gated(8192, 14336, 4096), GATED, epilogue_weight(activation=True))
     print(f"\n{verdict(rows)}", flush=True)
     if options.json:
         options.json.write_text(json.dumps({"machine": machine_facts(), "rows": rows}, indent=1) + "\n")
