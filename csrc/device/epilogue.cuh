@@ -311,7 +311,7 @@ struct Epilogue {
   MK_DEVICE void fill(const Sums& sums, int row, int col) {
     constexpr bool early = ahead && Sums::held;  // the accumulators' registers count as taken until the next wgmma
     const int place = col + at(C);
-    std::uint32_t own_bias[1 + gated][2];
+    std::uint32_t own_bias[1 + gated][2] = {};
     const auto bias_of = [&](int which) -> const std::uint32_t(&)[2] {
       if constexpr (crowded) return own_bias[which];
       else return bias[which * count + C];
