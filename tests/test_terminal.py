@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
@@ -156,8 +157,16 @@ def test_chat_as_a_command(run):
         command, input="hi\n", cwd=ROOT, capture_output=True, text=True, timeout=60,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert done.returncode == 0 and done.stderr.startswith(f"{run} has no chat_template.jinja: it has seen no "), done
     assert done.stdout == "".join(Chat(load_run(run), ChatTemplate.load(run), max_tokens=10).answer("hi")) + "\n"
+
+
+def test_chat_with_a_model_of_conversations_says_nothing_of_them(run, tmp_path, command, monkeypatch):
+    shutil.copytree(run, tmp_path / "run")
+    ChatTemplate.load(run).save(tmp_path / "run")
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi\n"))
+    out, err = command("chat", tmp_path / "run", "--max-tokens", 10, "--temperature", 0)
+    assert err == "" and out == "".join(Chat(load_run(run), ChatTemplate.load(run), max_tokens=10).answer("hi")) + "\n"
 
 
 def wait_for_line(process, pattern: str) -> re.Match:
@@ -238,8 +247,12 @@ def test_chat_in_a_terminal(run, more):
     assert b"there is no command /wha:" in until(b"> ")
     os.write(terminal, b"a long story\r")
     until(b"story")
-    os.write(terminal, b"\x03")
+    os.write(terminal, b"\x03")  # within the answer, or just after it
     until(b"> ")
+    time.sleep(1)  # it has ended by now
+    os.write(terminal, b"\x03")
+    until(b"or Ctrl-D\r\n\x1b[?2004h> ")
+    time.sleep(1)  # of two processes the launcher sends it on, too
     os.write(terminal, b"\x04")
     assert os.waitpid(pid, 0)[1] == 0
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -86,37 +85,39 @@ def talk(chat: Chat) -> None:
     if terminal:
         _edit_lines()
         print(f"{HELP}; Ctrl-C stops an answer.", file=sys.stderr)
-    while True:
-        try:
-            line = input("> " if terminal else "").strip()
-        except EOFError:
-            break
-        except KeyboardInterrupt:
-            if terminal:
-                print(file=sys.stderr)
-            break
-        if line == "/quit":
-            break
-        if line == "/reset":
-            chat.reset()
-        elif line == "/system" or line.startswith("/system "):
-            chat.system = line.removeprefix("/system").strip() or None
-            chat.reset()
-        elif line.startswith("/"):
-            print(f"there is no command {line.split()[0]}: {HELP}", file=sys.stderr)
-        elif line:
-            _say(chat, line)
+    with _Interrupts() as interrupts:
+        while True:
+            try:
+                line = interrupts.read("> " if terminal else "").strip()
+            except EOFError:
+                break
+            except KeyboardInterrupt:
+                if not terminal:
+                    break
+                # Meant for an answer that has just ended, as often as not: the conversation stays.
+                print("\nto leave: /quit, or Ctrl-D", file=sys.stderr)
+                continue
+            if line == "/quit":
+                break
+            if line == "/reset":
+                chat.reset()
+            elif line == "/system" or line.startswith("/system "):
+                chat.system = line.removeprefix("/system").strip() or None
+                chat.reset()
+            elif line.startswith("/"):
+                print(f"there is no command {line.split()[0]}: {HELP}", file=sys.stderr)
+            elif line:
+                _say(chat, line, interrupts)
 
 
-def _say(chat: Chat, text: str) -> None:
+def _say(chat: Chat, text: str, interrupts: _Interrupts) -> None:
     left_out = chat.left_out
     pieces = chat.answer(text)
     try:
-        with _noted(signal.SIGINT) as interrupted:
-            for piece in pieces:
-                show(piece)
-                if interrupted:
-                    break
+        for piece in pieces:
+            show(piece)
+            if interrupts.noted:
+                break
     except ConfigError as error:
         print(f"megakern: {error}", file=sys.stderr)
         return
@@ -126,15 +127,32 @@ def _say(chat: Chat, text: str) -> None:
         print(f"[{chat.left_out - left_out} of the oldest turns no longer fit and are left out]", file=sys.stderr)
 
 
-@contextlib.contextmanager
-def _noted(number: int) -> Iterator[list[int]]:
-    """The signal only fills a list meanwhile: it must not end a step of the model, which other ranks may share."""
-    seen: list[int] = []
-    before = signal.signal(number, lambda number, _frame: seen.append(number))
-    try:
-        yield seen
-    finally:
-        signal.signal(number, before)
+class _Interrupts:
+    """Ctrl-C: a KeyboardInterrupt while a line is read, one though it may come twice, from the terminal and from a
+    launcher. Elsewhere it is only noted: it must not end a step of the model, which other ranks may share."""
+
+    def __init__(self) -> None:
+        self.noted = self._reading = False
+
+    def __enter__(self) -> _Interrupts:
+        self._before = signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _note(self, *_: object) -> None:
+        self.noted = True
+        if self._reading:
+            self._reading = False
+            raise KeyboardInterrupt
+
+    def read(self, prompt: str) -> str:
+        self._reading = True
+        try:
+            return input(prompt)
+        finally:
+            self.noted = self._reading = False
 
 
 def _edit_lines() -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from megakern.config import ConfigError, require
-from megakern.data.chat import ChatTemplate
+from megakern.data.chat import TEMPLATE_FILE, ChatTemplate
 from megakern.inference import Loaded, load_run
 from megakern.model.sampling import Sampling
 
@@ -63,6 +64,12 @@ def _check_chat(options: argparse.Namespace) -> None:
 def _chat(options: argparse.Namespace, loaded: Loaded) -> None:
     from megakern.serve.chat import Chat, talk
 
+    if not (options.run / TEMPLATE_FILE).exists():
+        print(
+            f"{options.run} has no {TEMPLATE_FILE}: it has seen no conversations, and goes on with a text rather than "
+            f"answering; conversations for it: megakern prepare --chat",
+            file=sys.stderr,
+        )
     how = {"max_tokens": options.max_tokens, "sampling": _sampling(options), "stop": tuple(options.stop)}
     talk(Chat(loaded, ChatTemplate.load(options.run), system=options.system, **how))
 
