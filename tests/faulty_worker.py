@@ -21,8 +21,7 @@ from pathlib import Path
 import torch
 
 from megakern.parallel import collectives, trace
-from megakern.train import checkpoint_commit, checkpoint_ranks, worker
-from megakern.train import trainer as trainer_module
+from megakern.train import agreement, checkpoint_commit, checkpoint_ranks, worker
 from megakern.train.trainer import Trainer
 
 
@@ -45,11 +44,12 @@ def fail(kind: str, moment: Path) -> None:
         raise ValueError(f"no fault {kind!r}")
 
 
-def _changed_all_reduce(trainer: dict[str, Trainer], fault: dict, chosen: int) -> Callable:
-    """An all-reduce of which number `chosen` of the step fails, is skipped, or is made with another shape."""
-    real, calls = collectives.all_reduce, []
+def _changed(real: Callable, trainer: dict[str, Trainer], fault: dict, chosen: int, copies: int = 1) -> Callable:
+    """A collective whose call number `chosen` of the step fails, is skipped, or is made with another shape; `copies` of
+    what this rank has given to it stand for what it gives then."""
+    calls = []
 
-    def all_reduce(x, group, *rest, **more):
+    def collective(x, group, *rest, **more):
         if "it" not in trainer or trainer["it"].step != fault["step"]:
             return real(x, group, *rest, **more)
         calls.append(1)
@@ -58,13 +58,15 @@ def _changed_all_reduce(trainer: dict[str, Trainer], fault: dict, chosen: int) -
         if fault["kind"] not in ("skip", "shape", "garbage"):
             fail(fault["kind"], fault["moment"])
         fault["moment"].write_text(str(time.time()))
+        instead = torch.cat([x] * copies, dim=-1)
         if fault["kind"] == "skip":
-            return x
+            return instead
         if fault["kind"] == "garbage":  # as many elements in another order: gloo adds them up without a word
             return real(x.flatten(), group, *rest, **more).view_as(x)
-        return real(x.flatten()[: x.numel() // 2], group, *rest, **more).repeat(2).view_as(x)
+        real(x.flatten()[: x.numel() // 2], group, *rest, **more)
+        return instead
 
-    return all_reduce
+    return collective
 
 
 def _fail_in_step(fault: dict) -> None:
@@ -79,9 +81,10 @@ def _fail_in_step(fault: dict) -> None:
 
     Trainer._gradients = gradients
     if os.environ["WORLD_SIZE"] != "1":
-        layers = fault["tp"] > 1  # else the first and only one of ours in a step is that of the loss
-        changed = _changed_all_reduce(trainer, fault, chosen=2 if layers else 1)
-        trainer_module.all_reduce = collectives.all_reduce = changed
+        if fault["tp"] > 1:
+            collectives.all_reduce = _changed(collectives.all_reduce, trainer, fault, chosen=2)
+        else:  # the only one of ours in a step is that of the agreement
+            agreement.all_gather_last = _changed(agreement.all_gather_last, trainer, fault, chosen=1, copies=2)
 
 
 def _fail_in_save(fault: dict) -> None:
