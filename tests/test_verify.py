@@ -43,8 +43,8 @@ def bias_on_every_rank(patch):
     """A row-parallel bias added before the reduce: counted R times. It starts at zero, so step 1 is still right."""
     right = linear_layer.RowParallelLinear.forward
 
-    def wrong(self, x, residual=None):
-        y = right(self, x, residual)
+    def wrong(self, x, residual=None, **more):
+        y = right(self, x, residual, **more)
         return y if self.bias is None else y + (self.region.size - 1) * parameter.local(self.bias).detach()
 
     patch.setattr(linear_layer.RowParallelLinear, "forward", wrong)
