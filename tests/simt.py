@@ -1,6 +1,6 @@
 """The test kernels of csrc/simt/tests as a library: by g++ for the emulator, by nvcc for a GPU, once for each content.
 
-`library().run("case", tensors, numbers)` calls a case and raises RuntimeError with its message.
+`cpu_library().run("case", tensors, numbers)` calls a case and raises RuntimeError with its message.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def build_for_cpu(sources: list[Path], target: str = "cases-{}.so", flags: tuple
 
 
 @cache
-def library() -> Library:
+def cpu_library() -> Library:
     return Library(build_for_cpu([*CSRC.glob("simt/tests/*.cpp"), *CSRC.glob("simt/tests/*.cu")]))
 
 

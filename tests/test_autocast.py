@@ -244,16 +244,7 @@ def test_a_model_is_as_exact_as_one_of_torch_nn():
     sizes = {"layers": 2, "width": 48, "heads": 4, "vocab_size": 96, "sequence_length": 16}
     model = mk.GPT(GPTConfig(**sizes, vocab_multiple=32, activation="gelu", init_std=0.1), seed=3)
     peer = PlainGPT(**sizes)
-    with torch.no_grad():
-        peer.tokens.weight.copy_(model.embedding.weight)
-        peer.positions.weight.copy_(model.positions.weight)
-        for ours, theirs in zip(model.blocks, peer.blocks, strict=True):
-            rows = ours.attention.qkv.weight.view(4, 3, 12, 48).transpose(0, 1).reshape(144, 48)
-            theirs.attention.qkv.weight.copy_(rows)
-            theirs.attention.qkv.bias.zero_()
-            for name in ("fc1", "fc2"):
-                getattr(theirs, name).load_state_dict(getattr(ours.mlp, name).state_dict())
-            theirs.attention.proj.load_state_dict(ours.attention.proj.state_dict())
+    peer.take(model)
     products = []
     model.blocks[0].attention.qkv.register_forward_hook(lambda module, inputs, out: products.append(out.dtype))
     inputs = batch(model.config)

@@ -36,16 +36,7 @@ def test_loss_and_gradients_match_the_plain_gpt():
     )
     model = mk.GPT(config, seed=3)
     peer = PlainGPT(layers=2, width=48, heads=4, vocab_size=96, sequence_length=16)
-    with torch.no_grad():
-        peer.tokens.weight.copy_(model.embedding.weight[:96])
-        peer.positions.weight.copy_(model.positions.weight)
-        for ours, theirs in zip(model.blocks, peer.blocks, strict=True):
-            rows = ours.attention.qkv.weight.view(4, 3, 12, 48).transpose(0, 1).reshape(144, 48)
-            theirs.attention.qkv.weight.copy_(rows)
-            theirs.attention.qkv.bias.zero_()
-            for name in ("fc1", "fc2"):
-                getattr(theirs, name).load_state_dict(getattr(ours.mlp, name).state_dict())
-            theirs.attention.proj.load_state_dict(ours.attention.proj.state_dict())
+    peer.take(model)
     tokens, targets = batch(config)
     ours, theirs = model(tokens, targets), peer(tokens, targets)
     assert ours.dtype == torch.float32 and ours.shape == ()

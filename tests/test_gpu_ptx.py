@@ -22,7 +22,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 @pytest.fixture(scope="module", params=MACHINES)
 def machine(request):
-    library = simt.library() if request.param == "simt" else simt.gpu_library()
+    library = simt.cpu_library() if request.param == "simt" else simt.gpu_library()
     device = "cpu" if request.param == "simt" else "cuda"
 
     def run(case, tensors, numbers=()):

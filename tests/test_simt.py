@@ -15,7 +15,7 @@ DTYPES = list(simt.DTYPES)
 
 @pytest.fixture(scope="module")
 def library():
-    return simt.library()
+    return simt.cpu_library()
 
 
 @pytest.fixture(params=simt.SCHEDULES)

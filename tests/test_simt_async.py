@@ -17,7 +17,7 @@ TILES = 5
 
 @pytest.fixture(scope="module")
 def library():
-    return simt.library()
+    return simt.cpu_library()
 
 
 def pipeline(library, bug):

@@ -32,17 +32,17 @@ def probe(function):
 @probe
 def test_probe_reads_behind_a_tensor():
     short, y = torch.zeros(64), torch.zeros(96)
-    simt.library().run("reverse", [short, y], [96, 0])
+    simt.cpu_library().run("reverse", [short, y], [96, 0])
 
 
 @probe
 def test_probe_without_a_barrier():
-    run_row(simt.library(), "reverse", 96, 3)
+    run_row(simt.cpu_library(), "reverse", 96, 3)
 
 
 @probe
 def test_probe_without_a_trailing_barrier():
-    small_copies(simt.library(), 5)
+    small_copies(simt.cpu_library(), 5)
 
 
 @probe

@@ -65,6 +65,20 @@ class PlainGPT(nn.Module):
         logits = self.head(self.norm(x))
         return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.reshape(-1))
 
+    @torch.no_grad()
+    def take(self, model: nn.Module) -> None:
+        """The weights of a `megakern.GPT` of the same sizes; rows of its vocabulary's padding are left out."""
+        self.tokens.weight.copy_(model.embedding.weight[: self.tokens.num_embeddings])
+        self.positions.weight.copy_(model.positions.weight)
+        for ours, theirs in zip(self.blocks, model.blocks, strict=True):
+            heads, width = theirs.attention.heads, self.tokens.embedding_dim
+            rows = theirs.attention.qkv.weight.view(heads, 3, width // heads, width)
+            ours.attention.qkv.weight.copy_(rows.transpose(0, 1).reshape(3 * width, width))
+            ours.attention.qkv.bias.zero_()
+            for name in ("fc1", "fc2"):
+                getattr(ours, name).load_state_dict(getattr(theirs.mlp, name).state_dict())
+            ours.attention.proj.load_state_dict(theirs.attention.proj.state_dict())
+
     def make_optimizer(self, *, lr: float, weight_decay: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
         decay = [p for p in self.parameters() if p.ndim >= 2]
         rest = [p for p in self.parameters() if p.ndim < 2]
