@@ -275,3 +275,12 @@ def test_each_batch_is_read_once_ahead_and_its_error_comes_with_its_own_step(mak
     trainer.fit(StopRequest())
     whole = losses(make("whole", micro_batch=2, batch=4, steps=4))
     assert [r["loss"] for r in read_metrics(trainer.run / "metrics.jsonl") if r["kind"] == "train"] == whole
+
+
+def test_what_was_prepared_is_taken_for_its_own_samples_alone(make):
+    batches = make(batch=4).batches
+    batches.prepare(4, 2)
+    for first, count in ((0, 2), (4, 2), (4, 1)):
+        for taken, there in zip(batches.take(first, count), batches.loader.batch(first, count), strict=True):
+            assert torch.equal(taken, there)
+        batches.prepare(4, 2)
